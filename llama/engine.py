@@ -1,0 +1,95 @@
+"""The seam between text and tensors: token ids and sampling parameters in, token ids out.
+
+`Engine` is what `generation.py` needs of one; `TokenStream` is how an engine's thread hands an
+answer to a caller's. Neither knows text, stop sequences or metrics.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from queue import Empty, SimpleQueue
+from typing import Literal, Protocol
+
+from llama.errors import EngineError
+from llama.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class TokenStream:
+    """One request's answer, on its way from an engine's thread to a caller's."""
+
+    def __init__(self) -> None:
+        self._events: SimpleQueue[int | FinishReason | EngineError] = SimpleQueue()
+        self._cancelled = threading.Event()
+        self.finish_reason: FinishReason | None = None
+        """Why the answer ended; None until iteration has ended."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Lists of token ids, each with all that is ready, without EOS.
+
+        Raises an EngineError when the engine fails.
+        """
+        while self.finish_reason is None:
+            token_ids = list[int]()
+            event = self._events.get()
+            while isinstance(event, int):
+                token_ids.append(event)
+                try:
+                    event = self._events.get_nowait()
+                except Empty:
+                    break
+            if isinstance(event, str):
+                self.finish_reason = event
+            if token_ids:
+                yield token_ids
+            if isinstance(event, EngineError):
+                raise event
+
+    def cancel(self) -> None:
+        """End the answer here: the caller hears at once, the engine drops it before its next step.
+        Any thread may call this, at any time, more than once."""
+        self._cancelled.set()
+        self._events.put("cancelled")
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def put(self, token_id: int) -> None:
+        """For the engine: the next token."""
+        self._events.put(token_id)
+
+    def finish(self, reason: FinishReason) -> None:
+        """For the engine: there is no more."""
+        self._events.put(reason)
+
+    def fail(self, error: EngineError) -> None:
+        """For the engine: there will be no more, and why."""
+        self._events.put(error)
+
+
+class Engine(Protocol):
+    """Runs many requests at once. Methods may be called from any thread."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that one request may have."""
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that run at once; others wait, first come, first served."""
+
+    @property
+    def healthy(self) -> bool:
+        """False once requests can no longer be served."""
+
+    def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
+        """Queue a request. `token_ids` and `params.maximum` fit the context together.
+
+        Raises EngineStopped when the engine takes no more requests.
+        """
+
+    def close(self) -> None:
+        """Stop; whoever still waits gets EngineStopped."""

@@ -1,0 +1,152 @@
+"""Llama: a request in, pieces of text and metrics out.
+
+Puts tokenizer, engine, detokenizer and stop filter together. Knows nothing of HTTP or of tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llama.cancellation import Cancellation
+from llama.detokenizer import Detokenizer, StopFilter
+from llama.engine import Engine, TokenStream
+from llama.metrics import Metrics, Scope, SetupTimes
+from llama.request import PromptLimits, Request
+from llama.sampling import SamplingParams
+from llama.settings import Settings
+from llama.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Log = Callable[[str], object]
+"""Takes one line of a caller's log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A request that has been checked and tokenized, and can be run."""
+
+    request: Request
+    token_ids: list[int]
+    params: SamplingParams
+    """The request's, clamped to the room left in the context."""
+    metrics: Metrics
+
+
+class Llama:
+    """A model that answers. One object serves any number of threads."""
+
+    def __init__(self, tokenizer: Tokenizer, engine: Engine) -> None:
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._limits = PromptLimits(engine.context_length, tokenizer.longest_piece)
+
+    @classmethod
+    def load(cls, settings: Settings) -> Llama:
+        """Load what the settings name, saying in the log what it is and how long each part took.
+
+        Raises a WeightsError that names the file or setting at fault.
+        """
+        times = SetupTimes()
+        with times.part("imports"):
+            from llama.embedded import embedded_folder
+            from llama.tokenizer import load_tokenizer
+            from llama.torch_engine.start import start_engine
+        with times.part("tokenizer"):
+            folder = settings.weights or embedded_folder(settings.cache_dir)
+            tokenizer = load_tokenizer(folder)
+        engine = start_engine(folder, tokenizer, settings, times)
+        logger.info("ready after %s", times)
+        return cls(tokenizer, engine)
+
+    @property
+    def healthy(self) -> bool:
+        """False once predictions can no longer be served."""
+        return self._engine.healthy
+
+    def close(self) -> None:
+        """Stop the engine; running predictions end with an error."""
+        self._engine.close()
+
+    def prepare(self, inputs: Mapping[str, Any]) -> Prediction:
+        """Check a prediction's inputs, by the names of `Predictor.run`, and tokenize its prompt.
+
+        The prediction's clock starts here. Raises a UserError that says what is wrong.
+        """
+        metrics = Metrics()
+        request = Request.from_inputs(inputs, self._limits)
+        token_ids = self._tokenizer.encode(request.prompt)
+        self._limits.check_tokens(len(token_ids))
+        metrics.input_token_count = len(token_ids)
+        room = self._limits.context - len(token_ids)
+        params = request.params.model_copy(
+            update={
+                "max_new_tokens": min(request.params.maximum, room),
+                "min_new_tokens": min(request.params.minimum, room),
+            }
+        )
+        return Prediction(request, token_ids, params, metrics)
+
+    def stream(
+        self, prediction: Prediction, *, scope: Scope, log: Log, cancellation: Cancellation
+    ) -> Iterator[str]:
+        """The answer in pieces, each with all the text that is ready; metrics are recorded at its end.
+
+        Leaving the iterator early, or `cancellation`, ends the work. Raises an EngineError.
+        """
+        metrics = prediction.metrics
+        for note in self._notes(prediction):
+            log(note)
+        try:
+            stream = self._engine.submit(prediction.token_ids, prediction.params)
+            cancellation.on_cancel(stream.cancel)
+            try:
+                yield from self._pieces(prediction, stream)
+            except GeneratorExit:
+                metrics.finish_reason = "cancelled"
+                raise
+            finally:
+                stream.cancel()
+        finally:
+            metrics.record(scope)
+            for line in _report(prediction):
+                log(line)
+
+    def _pieces(self, prediction: Prediction, stream: TokenStream) -> Iterator[str]:
+        params, metrics = prediction.params, prediction.metrics
+        detokenizer = Detokenizer(self._tokenizer.vocabulary, continues=prediction.request.continues)
+        stops = StopFilter(params.stops)
+        for token_ids in stream:
+            exempt = max(params.minimum - metrics.output_token_count, 0)
+            metrics.count(len(token_ids))
+            # Stop sequences have no effect before the minimum: that text passes them by.
+            text = detokenizer.update(token_ids[:exempt])
+            text += stops.update(detokenizer.update(token_ids[exempt:]))
+            if text:
+                yield text
+            if stops.stopped:
+                metrics.finish_reason = "stop"
+                return
+        tail = stops.update(detokenizer.flush()) + stops.flush()
+        assert stream.finish_reason is not None  # the stream has ended
+        metrics.finish_reason = stream.finish_reason
+        if tail:
+            yield tail
+
+    def _notes(self, prediction: Prediction) -> Iterator[str]:
+        request, params = prediction.request, prediction.params
+        yield from request.notes
+        if (request.params.explicit_maximum or 0) > params.maximum:
+            yield f"the context leaves room for {params.maximum} new tokens"
+        if request.debug:
+            yield f"formatted prompt: {self._tokenizer.render(request.prompt)!r}"
+            yield f"settings: {params.model_dump_json(exclude_none=True)}"
+
+
+def _report(prediction: Prediction) -> Iterator[str]:
+    if prediction.request.log_performance_metrics or prediction.request.debug:
+        for name, value in prediction.metrics.values().items():
+            yield f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}"

@@ -1,0 +1,81 @@
+"""What a prediction is billed and judged by, and where the seconds of a start go.
+
+Knows counts and times; knows nothing of Cog but that a scope records a name and a value.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from llama.engine import FinishReason
+
+
+class Scope(Protocol):
+    """Where metrics go: Cog's prediction scope is one."""
+
+    def record_metric(self, name: str, value: float | str) -> None:
+        """Record a value, in place of an earlier one of the same name."""
+
+
+class NoScope:
+    """For use outside Cog: records nothing."""
+
+    def record_metric(self, name: str, value: float | str) -> None:
+        pass
+
+
+class Metrics:
+    """The counts and times of one prediction, from the moment that this object is made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._first_token: float | None = None
+        self.input_token_count = 0
+        self.output_token_count = 0
+        self.finish_reason: FinishReason | None = None
+        """None until the answer has ended, and for ever when it failed."""
+
+    def count(self, tokens: int) -> None:
+        """Tokens have come from the engine."""
+        if self._first_token is None:
+            self._first_token = time.perf_counter()
+        self.output_token_count += tokens
+
+    def values(self) -> dict[str, float | str]:
+        """The published metrics by name; seconds, and tokens per second over the whole time."""
+        elapsed = time.perf_counter() - self._started
+        values: dict[str, float | str] = {
+            "input_token_count": self.input_token_count,
+            "output_token_count": self.output_token_count,
+            "tokens_per_second": self.output_token_count / elapsed,
+        }
+        if self.finish_reason is not None:
+            values["finish_reason"] = self.finish_reason
+        if self._first_token is not None:
+            values["time_to_first_token"] = self._first_token - self._started
+        return values
+
+    def record(self, scope: Scope) -> None:
+        """Hand all values to a scope."""
+        for name, value in self.values().items():
+            scope.record_metric(name, value)
+
+
+class SetupTimes:
+    """Seconds of each part of a start, in order."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._parts[name] = time.perf_counter() - started
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._parts.items())
+        return f"{sum(self._parts.values()):.1f} s ({parts})"

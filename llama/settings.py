@@ -1,0 +1,49 @@
+"""The `LLAMA_*` environment variables, read here and nowhere else.
+
+Knows names, types and defaults; knows nothing of what a value means to a model or a device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ByteSize, Field, PositiveInt, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from llama.errors import BadSettings
+
+
+class Settings(BaseSettings):
+    """One field a variable; the README's table has the same names in the same order."""
+
+    model_config = SettingsConfigDict(env_prefix="LLAMA_", env_ignore_empty=True, frozen=True)
+
+    weights: Path | None = None
+    """Folder in Hugging Face format; None means the embedded model."""
+    engine: Literal["torch"] = "torch"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["auto", "none"] = "auto"
+    device: str = "auto"
+    """A torch device such as `cuda:0` or `cpu`; `auto` takes the first GPU, else the CPU."""
+    max_context: PositiveInt | None = None
+    """Tokens of prompt and answer together; None means all that the model and the cache allow."""
+    cache_memory: ByteSize | None = None
+    """Memory for keys and values, such as `8GB` or `512MiB`; None means what is free, less a reserve."""
+    cache_dir: Path = Path("~/.cache/llama-cog")
+    """Where the embedded model is kept once it has been converted."""
+    max_concurrency: PositiveInt = Field(default=32, validation_alias="COG_MAX_CONCURRENCY")
+    """Requests in one batch. Cog's own variable: its server lets no more in than this."""
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read the environment. Raises BadSettings naming the first variable that cannot be used."""
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            variable = name if name.isupper() else f"LLAMA_{name.upper()}"
+            raise BadSettings(
+                f"{variable} is {first['input']!r}: {first['msg']}; set it to a valid value or unset it"
+            ) from error

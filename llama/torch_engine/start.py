@@ -1,0 +1,85 @@
+"""Start a TorchEngine for a folder of weights: load, plan the cache, say what is served.
+
+Knows settings and memory; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import LlamaForCausalLM
+
+from llama.loader import check_tokenizer, eos_token_ids, load_config, load_model, pick_device, pick_dtype
+from llama.metrics import SetupTimes
+from llama.sampling import SamplingParams
+from llama.settings import Settings
+from llama.tokenizer import Tokenizer
+from llama.torch_engine.engine import TorchEngine
+from llama.torch_engine.kv_cache import CachePlan, plan_cache
+
+logger = logging.getLogger(__name__)
+
+_GPU_RESERVE = 2**30  # bytes left for the activations of a step
+
+
+def start_engine(folder: Path, tokenizer: Tokenizer, settings: Settings, times: SetupTimes) -> TorchEngine:
+    """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
+    config = load_config(folder)
+    check_tokenizer(config, tokenizer.size, folder)
+    device = pick_device(settings)
+    dtype = pick_dtype(settings, device)
+    with times.part("weights"):
+        model = load_model(folder, dtype, device)
+    with times.part("engine"):
+        plan = plan_for(model, settings)
+        engine = TorchEngine(
+            model,
+            plan,
+            vocabulary=tokenizer.size,
+            eos_token_ids={*eos_token_ids(folder), tokenizer.eos_token_id},
+        )
+    with times.part("warm-up"):
+        _warm_up(engine, tokenizer.eos_token_id)
+    logger.info(
+        "serving %s (%.2f billion parameters, %s on %s): context %d tokens, %d requests at once",
+        folder.name,
+        model.num_parameters() / 1e9,
+        str(dtype).removeprefix("torch."),
+        device,
+        plan.length,
+        plan.slots,
+    )
+    return engine
+
+
+def _warm_up(engine: TorchEngine, token_id: int) -> None:
+    """Prefill and decode once, so that the first caller does not pay for first-time work. Raises what
+    a caller would meet."""
+    params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
+    for _ in engine.submit([token_id], params):
+        pass
+
+
+def plan_for(model: LlamaForCausalLM, settings: Settings) -> CachePlan:
+    """The cache that fits beside a loaded model. Raises DoesNotFit."""
+    most = model.config.max_position_embeddings
+    budget = settings.cache_memory or _free_memory(model.device)
+    return plan_cache(
+        model.config,
+        model.dtype,
+        budget=int(budget),
+        context=min(settings.max_context or most, most),
+        slots=settings.max_concurrency,
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that the cache may take: on a GPU what is free but a reserve; on a CPU, which others use
+    too, half of what is available."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(int(free) - _GPU_RESERVE, 0)
+    return int(psutil.virtual_memory().available) // 2
