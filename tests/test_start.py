@@ -1,0 +1,111 @@
+"""Starting: precision, memory planning, the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from llama.embedded import embedded_folder as find_embedded_folder
+from llama.errors import BadSettings, DoesNotFit
+from llama.generation import Llama
+from llama.loader import eos_token_ids, pick_device, pick_dtype
+from llama.settings import Settings
+from llama.torch_engine.kv_cache import CachePlan, KVCache, bytes_per_token, plan_cache
+from tests.conftest import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokenizer
+
+CPU = torch.device("cpu")
+LLAMA_70B = LlamaConfig(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    max_position_embeddings=4096,
+)
+TOKEN_70B = 2 * 80 * 8 * 128 * 2  # keys and values, layers, KV heads, head_dim, bytes of bfloat16
+
+
+@needs_llama_2_tokenizer
+def test_the_shape_used_here_is_that_of_the_70b() -> None:
+    config = LlamaConfig.from_pretrained(LLAMA_2_TOKENIZER)
+    assert bytes_per_token(config, torch.bfloat16) == bytes_per_token(LLAMA_70B, torch.bfloat16)
+
+
+def test_a_token_of_the_70b_takes_327680_bytes() -> None:
+    assert bytes_per_token(LLAMA_70B, torch.bfloat16) == TOKEN_70B == 327_680
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "slots", "plan"),
+    [
+        (4096 * 8, 4096, 32, CachePlan(slots=8, length=4096)),
+        (4096 * 100, 4096, 32, CachePlan(slots=32, length=4096)),
+        (4096 * 9 - 1, 4096, 32, CachePlan(slots=8, length=4096)),
+        (4096 * 8, 1024, 32, CachePlan(slots=32, length=1024)),
+        (1000, 4096, 32, CachePlan(slots=1, length=1000)),
+        (64, 4096, 32, CachePlan(slots=1, length=64)),
+        (16, 16, 32, CachePlan(slots=1, length=16)),
+    ],
+)
+def test_a_budget_becomes_slots_and_a_shorter_context_only_when_not_one_fits(
+    tokens: int, context: int, slots: int, plan: CachePlan
+) -> None:
+    budget = tokens * TOKEN_70B
+    assert plan_cache(LLAMA_70B, torch.bfloat16, budget=budget, context=context, slots=slots) == plan
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63])
+def test_a_budget_too_small_for_use_is_refused(tokens: int) -> None:
+    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*LLAMA_CACHE_MEMORY"):
+        plan_cache(LLAMA_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, slots=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_takes_the_bytes_that_were_planned_and_begins_with_zeros(dtype: torch.dtype) -> None:
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    cache = KVCache(config, CachePlan(slots=5, length=70), dtype, CPU)
+    tensors = [*cache.keys, *cache.values]
+    assert sum(t.numel() * t.itemsize for t in tensors) == 5 * 70 * bytes_per_token(config, dtype)
+    assert not any(t.any() for t in tensors)
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise() -> None:
+    assert pick_dtype(Settings(), CPU) is torch.float32
+    assert pick_dtype(Settings(dtype="bfloat16"), CPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_DEVICE "):
+        pick_device(Settings(device=device))
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(2, [2]), ([2, 7], [2, 7])])
+def test_all_ids_that_end_an_answer_are_read(tmp_path: Path, eos: object, expected: list[int]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert eos_token_ids(tmp_path) == expected
+
+
+def test_setup_says_what_is_served_and_how_long_each_part_took(
+    llama_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="llama")
+    Llama.load(Settings(weights=llama_folder, max_context=100, cache_memory="1MB")).close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("float32 on cpu" in line and "context 100 tokens" in line for line in lines)
+    assert any("requests at once" in line for line in lines)
+    (ready,) = (line for line in lines if line.startswith("ready after "))
+    assert all(part in ready for part in ("imports", "tokenizer", "weights", "engine", "warm-up"))
+
+
+@needs_embedded
+def test_the_embedded_model_is_converted_once(embedded_folder: Path) -> None:
+    weights = embedded_folder / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert find_embedded_folder(embedded_folder.parent) == embedded_folder
+    assert weights.stat().st_mtime_ns == before
+    assert not list(embedded_folder.parent.glob("*.part-*"))
