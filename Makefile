@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 5000
+PROMPT ?= What is the capital of France?
 # Taken as it is written: quotes, dollars and newlines in it survive.
 export PREDICT_PROMPT := $(value PROMPT)
 

@@ -173,14 +173,14 @@ def _turn(llama: Llama, inputs: dict[str, Any]) -> str:
 
 
 def _tokenize(_: argparse.Namespace) -> None:
-    from llama.embedded import embedded_folder
     from llama.request import PromptLimits
     from llama.schema import input_defaults
     from llama.settings import Settings
     from llama.tokenizer import load_tokenizer
+    from llama.weights import weights_folder
 
     settings = Settings.from_environment()
-    folder = settings.weights or embedded_folder(settings.cache_dir)
+    folder = weights_folder(settings)
     tokenizer = load_tokenizer(folder)
     limits = PromptLimits(_context(folder, settings.max_context), tokenizer.longest_piece)
     defaults = input_defaults(_run_method())

@@ -52,13 +52,15 @@ class Llama:
         """
         times = SetupTimes()
         with times.part("imports"):
-            from llama.embedded import embedded_folder
+            from llama.loader import load_config
             from llama.tokenizer import load_tokenizer
             from llama.torch_engine.start import start_engine
+            from llama.weights import weights_folder
         with times.part("tokenizer"):
-            folder = settings.weights or embedded_folder(settings.cache_dir)
+            folder = weights_folder(settings)
+            config = load_config(folder)
             tokenizer = load_tokenizer(folder)
-        engine = start_engine(folder, tokenizer, settings, times)
+        engine = start_engine(folder, config, tokenizer, settings, times)
         logger.info("ready after %s", times)
         return cls(tokenizer, engine)
 

@@ -14,19 +14,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, WeightsNotFound
+from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer
 from llama.settings import Settings
 
 _PADDING_ROWS = 1024  # a checkpoint may pad its token table by up to this many
 
 
 def load_config(folder: Path) -> LlamaConfig:
-    """The checked `config.json` of a folder. Raises WeightsNotFound, BadConfig."""
-    if not folder.is_dir():
-        raise WeightsNotFound(
-            f"{folder} is not a folder; set LLAMA_WEIGHTS to one in Hugging Face format (config.json, "
-            "safetensors, tokenizer)"
-        )
+    """The checked `config.json` of a folder. Raises BadConfig."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -47,14 +42,14 @@ def load_config(folder: Path) -> LlamaConfig:
     return config
 
 
-def eos_token_ids(folder: Path) -> list[int]:
+def eos_token_ids(folder: Path, config: LlamaConfig) -> list[int]:
     """The ids that end an answer, from `generation_config.json` or else `config.json`."""
     path = folder / "generation_config.json"
     try:
         if path.is_file():
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
         else:
-            generation = GenerationConfig.from_model_config(load_config(folder))
+            generation = GenerationConfig.from_model_config(config)
     except (OSError, ValueError) as error:
         raise BadConfig(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
     ids = generation.eos_token_id

@@ -26,7 +26,10 @@ class PromptLimits:
 
     def check_characters(self, characters: int) -> None:
         """Refuse a text that is too long whatever its tokens are, before any work is put into it."""
-        tokens = -(-characters // self.longest_piece)
+        self.check_least(-(-characters // self.longest_piece))
+
+    def check_least(self, tokens: int) -> None:
+        """The same for a prompt of which only a lower bound is known."""
         if tokens >= self.context:
             self._refuse(tokens, "at least ")
 
@@ -96,6 +99,7 @@ def _read_prompt(
     if messages := _messages(inputs):
         if prompt.strip() or custom:
             raise BadMessages("messages came together with a prompt or a prompt_template; send one of them")
+        limits.check_least(len(messages))
         dialog = read_messages(messages, system_prompt)
         limits.check_characters(dialog.characters)
         return dialog, []

@@ -87,7 +87,7 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 @pytest.mark.parametrize(("eos", "expected"), [(2, [2]), ([2, 7], [2, 7])])
 def test_all_ids_that_end_an_answer_are_read(tmp_path: Path, eos: object, expected: list[int]) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    assert eos_token_ids(tmp_path) == expected
+    assert eos_token_ids(tmp_path, LLAMA_70B) == expected
 
 
 def test_setup_says_what_is_served_and_how_long_each_part_took(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama.loader import check_tokenizer, eos_token_ids, load_config, load_model, pick_device, pick_dtype
+from llama.loader import check_tokenizer, eos_token_ids, load_model, pick_device, pick_dtype
 from llama.metrics import SetupTimes
 from llama.sampling import SamplingParams
 from llama.settings import Settings
@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 _GPU_RESERVE = 2**30  # bytes left for the activations of a step
 
 
-def start_engine(folder: Path, tokenizer: Tokenizer, settings: Settings, times: SetupTimes) -> TorchEngine:
+def start_engine(
+    folder: Path, config: LlamaConfig, tokenizer: Tokenizer, settings: Settings, times: SetupTimes
+) -> TorchEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
-    config = load_config(folder)
     check_tokenizer(config, tokenizer.size, folder)
     device = pick_device(settings)
     dtype = pick_dtype(settings, device)
@@ -39,7 +40,7 @@ def start_engine(folder: Path, tokenizer: Tokenizer, settings: Settings, times: 
             model,
             plan,
             vocabulary=tokenizer.size,
-            eos_token_ids={*eos_token_ids(folder), tokenizer.eos_token_id},
+            eos_token_ids={*eos_token_ids(folder, config), tokenizer.eos_token_id},
         )
     with times.part("warm-up"):
         _warm_up(engine, tokenizer.eos_token_id)

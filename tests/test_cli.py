@@ -1,0 +1,156 @@
+"""`python -m llama` as a person runs it: real processes, a real small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama.schema import openapi_schema
+from llama.server import ROOT
+from predict import Predictor
+from tests.conftest import LLAMA_2_TOKENIZER, SHARED, needs_llama_2_tokenizer
+
+COMMAND = [sys.executable, "-m", "llama"]
+
+
+def environment(weights: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "LLAMA_WEIGHTS": str(weights), **more}
+
+
+def run(*arguments: str, weights: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env=environment(weights),
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@needs_llama_2_tokenizer
+def test_tokenize_gives_the_golden_ids_with_the_tokenizer_alone() -> None:
+    lines = (SHARED / "golden_dialogs.jsonl").read_text("utf-8").splitlines()
+    result = run("tokenize", weights=LLAMA_2_TOKENIZER, text="\n".join(lines))
+    printed = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [p["token_ids"] for p in printed] == [json.loads(line)["ids"] for line in lines]
+    assert all(p["text"].startswith("<s>[INST] ") for p in printed)
+
+
+def test_tokenize_answers_every_line_with_ids_or_an_error(llama_folder: Path) -> None:
+    lines = [
+        '{"prompt": "Hi!", "system_prompt": ""}',
+        "",
+        '{"prompt": ""}',
+        "no json",
+        "[1]",
+        '{"prompt": 5}',
+        '{"prompt": "a", "temperature": 9}',
+        '{"prompt": "a", "min_new_tokens": 9, "max_new_tokens": 8}',
+        '{"prompt": "\\ud800 half a pair", "unknown": true}',
+        json.dumps({"prompt": "word " * 100_000}),
+    ]
+    result = run("tokenize", weights=llama_folder, text="\n".join(lines))
+    printed = [json.loads(line) for line in result.stdout.splitlines()]
+    codes = [p["error"].split()[0] if "error" in p else "ids" for p in printed]
+    assert codes == ["ids", "E1001", "E1000", "E1000", "E1000", "E1000", "E1101", "ids", "E1002"]
+    assert printed[0]["text"] == "<s>[INST] Hi! [/INST]"
+    assert printed[0]["token_ids"][0] == 1
+
+
+def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None:
+    options = ["-i", "temperature=0", "-i", "max_new_tokens=12", "-i", "stop_sequences="]
+    first = run("complete", "Hi!", *options, weights=llama_folder)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip()
+    again = run("complete", *options, weights=llama_folder, text="Hi!")
+    assert again.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["complete", "Hi!", "-i", "temprature=0"], "E1000 InvalidInput: -i takes NAME=VALUE"),
+        (["complete", "Hi!", "-i", "temperature=warm"], "E1000 InvalidInput: temperature takes a number"),
+    ],
+)
+def test_a_wrong_option_is_one_line_on_stderr(llama_folder: Path, arguments: list[str], line: str) -> None:
+    result = run(*arguments, weights=llama_folder)
+    assert result.returncode == 1
+    assert result.stderr.startswith(line)
+    assert result.stdout == ""
+
+
+def test_a_missing_folder_of_weights_is_one_line_on_stderr(tmp_path: Path) -> None:
+    result = run("complete", "Hi!", weights=tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert "E3001 WeightsNotFound: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_schema_writes_what_the_server_loads(llama_folder: Path) -> None:
+    result = run("schema", weights=llama_folder)
+    written = Path(result.stdout.strip())
+    assert written == ROOT / ".cog" / "openapi_schema.json"
+    assert json.loads(written.read_text("utf-8")) == json.loads(json.dumps(openapi_schema(Predictor.run)))
+
+
+def read_until(stream: object, wanted: bytes) -> bytes:
+    seen = b""
+    while not seen.endswith(wanted):
+        byte = os.read(stream.fileno(), 1)  # type: ignore[attr-defined]
+        assert byte, f"the output ended before {wanted!r}: {seen!r}"
+        seen += byte
+    return seen
+
+
+def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder: Path) -> None:
+    options = [
+        "-i",
+        "temperature=0",
+        "-i",
+        "min_new_tokens=1500",
+        "-i",
+        "max_new_tokens=1500",
+        "-i",
+        "debug=true",
+    ]
+    with subprocess.Popen(
+        [*COMMAND, "chat", *options],
+        cwd=ROOT,
+        env=environment(llama_folder),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as chat:
+        assert chat.stdin is not None
+        try:
+            read_until(chat.stdout, b"> ")
+            chat.stdin.write(b"first question\n")
+            chat.stdin.flush()
+            os.read(chat.stdout.fileno(), 1)  # the answer has begun
+            chat.send_signal(signal.SIGINT)
+            read_until(chat.stdout, b"> ")
+            chat.stdin.write(b"second question\n")
+            chat.stdin.flush()
+            os.read(chat.stdout.fileno(), 1)
+            chat.send_signal(signal.SIGINT)
+            read_until(chat.stdout, b"> ")
+            _, errors = chat.communicate(timeout=60)  # the end of input
+        finally:
+            chat.kill()
+    assert chat.returncode == 0
+    formatted = [line for line in errors.decode().splitlines() if line.startswith("formatted prompt: ")]
+    assert len(formatted) == 2
+    assert "second question" in formatted[1]
+    # The first turn and what was said of its answer are in the second prompt.
+    assert formatted[1].index("first question") < formatted[1].index("second question")
+    assert "</s><s>[INST] second question [/INST]" in formatted[1]
