@@ -1,0 +1,252 @@
+"""Llama over a scripted engine: text, stops, limits, metrics, logs and how an answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from llama.cancellation import Cancellation
+from llama.engine import FinishReason, TokenStream
+from llama.errors import EngineStopped, GenerationFailed, MinimumAboveMaximum, PromptTooLong
+from llama.generation import Llama
+from llama.sampling import SamplingParams
+from llama.schema import input_defaults
+from llama.tokenizer import LlamaTokenizer, Tokenizer, load_tokenizer
+from predict import Predictor
+
+CONTEXT = 200
+DEFAULTS = input_defaults(Predictor.run)
+
+
+@dataclass
+class ScriptedEngine:
+    """An `Engine` that answers every request with the same tokens, all ready at once."""
+
+    answer: list[int] = field(default_factory=list)
+    ending: FinishReason | GenerationFailed | None = "stop"
+    context_length: int = CONTEXT
+    max_requests: int = 1
+    healthy: bool = True
+    submitted: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
+    streams: list[TokenStream] = field(default_factory=list)
+
+    def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
+        if not self.healthy:
+            raise EngineStopped("the engine is not running; restart the server")
+        stream = TokenStream()
+        self.submitted.append((list(token_ids), params))
+        self.streams.append(stream)
+        for token in self.answer:
+            stream.put(token)
+        if isinstance(self.ending, GenerationFailed):
+            stream.fail(self.ending)
+        elif self.ending is not None:
+            stream.finish(self.ending)
+        return stream
+
+    def close(self) -> None:
+        self.healthy = False
+
+
+@dataclass
+class Recorder:
+    """A metrics scope and a log that remember."""
+
+    metrics: dict[str, float | str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def record_metric(self, name: str, value: float | str) -> None:
+        self.metrics[name] = value
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama_folder: Path) -> Tokenizer:
+    return load_tokenizer(llama_folder)
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    assert isinstance(tokenizer, LlamaTokenizer)
+    return tokenizer._encode_text(text)
+
+
+def start(
+    tokenizer: Tokenizer,
+    engine: ScriptedEngine,
+    recorder: Recorder,
+    cancellation: Cancellation | None = None,
+    **inputs: object,
+) -> Iterator[str]:
+    llama = Llama(tokenizer, engine)
+    prediction = llama.prepare({**DEFAULTS, "prompt": "Hi!", "system_prompt": "", "temperature": 0, **inputs})
+    return llama.stream(
+        prediction, scope=recorder, log=recorder.log, cancellation=cancellation or Cancellation()
+    )
+
+
+def test_what_is_ready_together_goes_out_as_one_piece(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(ids_of(tokenizer, "the answer is a number")), Recorder()
+    assert list(start(tokenizer, engine, recorder)) == ["the answer is a number"]
+    assert recorder.metrics["output_token_count"] == len(engine.answer)
+    assert recorder.metrics["finish_reason"] == "stop"
+    assert recorder.metrics["input_token_count"] == len(engine.submitted[0][0])
+    assert 0 < recorder.metrics["time_to_first_token"] < 60
+    assert recorder.metrics["tokens_per_second"] > 0
+
+
+def test_a_begun_answer_is_continued_with_its_space(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(ids_of(tokenizer, "is a number")), Recorder()
+    prompt = "[INST] what? [/INST] The answer"
+    assert "".join(start(tokenizer, engine, recorder, prompt=prompt)) == " is a number"
+    assert any("continued" in line for line in recorder.lines)
+
+
+def test_a_stop_sequence_ends_the_answer_and_the_work(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two three four"), ending=None), Recorder()
+    assert "".join(start(tokenizer, engine, recorder, stop_sequences="e f,zzz")) == "one two thre"
+    assert engine.streams[0].cancelled
+    assert recorder.metrics["finish_reason"] == "stop"
+    assert recorder.metrics["output_token_count"] == len(engine.answer)
+
+
+def test_what_only_began_like_a_stop_sequence_is_delivered_at_the_end(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two three"), ending="length"), Recorder()
+    assert "".join(start(tokenizer, engine, recorder, stop_sequences="three blind")) == "one two three"
+    assert recorder.metrics["finish_reason"] == "length"
+
+
+def test_stop_sequences_have_no_effect_before_the_minimum(tokenizer: Tokenizer) -> None:
+    answer = ids_of(tokenizer, "stop stop stop stop")
+    minimum = len(ids_of(tokenizer, "stop stop stop"))
+    engine, recorder = ScriptedEngine(answer), Recorder()
+    text = "".join(start(tokenizer, engine, recorder, stop_sequences="stop", min_new_tokens=minimum))
+    assert text == "stop stop stop "
+
+
+def test_bytes_of_an_unfinished_character_come_out_as_one_sign_each(tokenizer: Tokenizer) -> None:
+    llama_bytes = [3 + byte for byte in "🦙".encode()]  # byte pieces begin at id 3
+    engine, recorder = ScriptedEngine([*llama_bytes, *llama_bytes[:2]], ending="length"), Recorder()
+    assert "".join(start(tokenizer, engine, recorder)) == "🦙\ufffd\ufffd"
+
+
+@pytest.mark.parametrize(
+    "asked", [{"max_new_tokens": 500_000}, {"max_length": 10_000}, {"max_tokens": 10**20}]
+)
+def test_more_tokens_than_fit_are_clamped_and_the_log_says_so(
+    tokenizer: Tokenizer, asked: dict[str, int]
+) -> None:
+    engine, recorder = ScriptedEngine(), Recorder()
+    list(start(tokenizer, engine, recorder, **asked))
+    ((token_ids, params),) = engine.submitted
+    assert params.maximum == CONTEXT - len(token_ids)
+    assert f"the context leaves room for {params.maximum} new tokens" in recorder.lines
+
+
+def test_a_minimum_beyond_the_context_is_clamped_too(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(), Recorder()
+    list(start(tokenizer, engine, recorder, min_new_tokens=10_000))
+    params = engine.submitted[0][1]
+    assert params.minimum == params.maximum == CONTEXT - len(engine.submitted[0][0])
+
+
+def test_minimum_and_maximum_are_compared_before_they_are_clamped(tokenizer: Tokenizer) -> None:
+    with pytest.raises(MinimumAboveMaximum):
+        start(tokenizer, ScriptedEngine(), Recorder(), min_new_tokens=20_000, max_new_tokens=10_000)
+
+
+def test_a_prompt_that_leaves_room_for_one_token_is_served_and_the_next_is_not(tokenizer: Tokenizer) -> None:
+    llama = Llama(tokenizer, ScriptedEngine())
+
+    def count(words: int) -> int:
+        inputs = {**DEFAULTS, "prompt": "5" * words, "system_prompt": ""}
+        return len(llama.prepare(inputs).token_ids)
+
+    words = CONTEXT - 1 - (count(1) - 1)  # every digit is a token
+    assert count(words) == CONTEXT - 1
+    with pytest.raises(
+        PromptTooLong, match=f"is {CONTEXT} tokens and the model's context is {CONTEXT}; .* at least 1 tokens"
+    ):
+        count(words + 1)
+
+
+def test_an_engine_that_fails_ends_the_answer_with_its_error_after_what_was_made(
+    tokenizer: Tokenizer,
+) -> None:
+    engine = ScriptedEngine(ids_of(tokenizer, "one two"), ending=GenerationFailed("a step failed; restart"))
+    recorder = Recorder()
+    pieces = start(tokenizer, engine, recorder)
+    assert next(pieces) == "one two"
+    with pytest.raises(GenerationFailed, match="^E2001 "):
+        next(pieces)
+    assert "finish_reason" not in recorder.metrics
+    assert recorder.metrics["output_token_count"] == len(engine.answer)
+
+
+def test_an_engine_that_has_stopped_refuses(tokenizer: Tokenizer) -> None:
+    with pytest.raises(EngineStopped, match="^E2002 "):
+        list(start(tokenizer, ScriptedEngine(healthy=False), Recorder()))
+
+
+def test_a_cancel_ends_the_answer_and_what_was_made_is_counted(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two"), ending=None), Recorder()
+    cancellation = Cancellation()
+    pieces = start(tokenizer, engine, recorder, cancellation)
+    assert next(pieces) == "one two"
+    cancellation.set()
+    assert list(pieces) == []
+    assert recorder.metrics["finish_reason"] == "cancelled"
+    assert recorder.metrics["output_token_count"] == len(engine.answer)
+    assert engine.streams[0].cancelled
+
+
+def test_a_cancel_before_the_first_token_reports_none(tokenizer: Tokenizer) -> None:
+    engine, recorder, cancellation = ScriptedEngine(ending=None), Recorder(), Cancellation()
+    cancellation.set()
+    assert list(start(tokenizer, engine, recorder, cancellation)) == []
+    assert (recorder.metrics["output_token_count"], recorder.metrics["finish_reason"]) == (0, "cancelled")
+    assert "time_to_first_token" not in recorder.metrics
+
+
+def test_leaving_a_stream_early_stops_the_work(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two"), ending=None), Recorder()
+    pieces = start(tokenizer, engine, recorder)
+    next(pieces)
+    pieces.close()
+    assert engine.streams[0].cancelled
+    assert recorder.metrics["finish_reason"] == "cancelled"
+
+
+def test_a_stream_that_never_starts_hands_nothing_to_the_engine(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine()
+    start(tokenizer, engine, Recorder()).close()
+    assert engine.submitted == []
+
+
+def test_prompts_and_answers_are_in_the_log_only_when_debug_asks(tokenizer: Tokenizer) -> None:
+    inputs = {"prompt": "my secret", "log_performance_metrics": True, "seed": None, "temperature": 1}
+    quiet, loud = Recorder(), Recorder()
+    for recorder, debug in ((quiet, False), (loud, True)):
+        list(
+            start(tokenizer, ScriptedEngine(ids_of(tokenizer, "an answer")), recorder, **inputs, debug=debug)
+        )
+    assert not any("secret" in line or "answer" in line.replace("this answer", "") for line in quiet.lines)
+    assert any("secret" in line for line in loud.lines)
+    assert any(line.startswith("time_to_first_token: ") for line in quiet.lines)
+
+
+def test_a_drawn_seed_is_in_the_log_and_given_to_the_engine(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(), Recorder()
+    list(start(tokenizer, engine, recorder, temperature=0.7))
+    assert any(line.startswith(f"seed: {engine.submitted[0][1].seed} ") for line in recorder.lines)
+
+
+def test_a_seed_of_zero_is_a_seed(tokenizer: Tokenizer) -> None:
+    engine, recorder = ScriptedEngine(), Recorder()
+    list(start(tokenizer, engine, recorder, temperature=0.7, seed=0))
+    assert engine.submitted[0][1].seed == 0
+    assert not any("seed" in line for line in recorder.lines)
