@@ -16,6 +16,10 @@ from llama.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+# Cog's server drops a stream whose reader is 1,024 events behind. At this many seconds between two
+# lists of tokens a reader may stand still for half a minute, and nobody sees a difference.
+_PACE = 1 / 32
+
 
 class TokenStream:
     """One request's answer, on its way from an engine's thread to a caller's."""
@@ -23,11 +27,12 @@ class TokenStream:
     def __init__(self) -> None:
         self._events: SimpleQueue[int | FinishReason | EngineError] = SimpleQueue()
         self._cancelled = threading.Event()
+        self._ended = threading.Event()
         self.finish_reason: FinishReason | None = None
         """Why the answer ended; None until iteration has ended."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Lists of token ids, each with all that is ready, without EOS.
+        """Lists of token ids, each with all that is ready, without EOS; at most 32 a second.
 
         Raises an EngineError when the engine fails.
         """
@@ -44,6 +49,7 @@ class TokenStream:
                 self.finish_reason = event
             if token_ids:
                 yield token_ids
+                self._ended.wait(_PACE)
             if isinstance(event, EngineError):
                 raise event
 
@@ -51,7 +57,7 @@ class TokenStream:
         """End the answer here: the caller hears at once, the engine drops it before its next step.
         Any thread may call this, at any time, more than once."""
         self._cancelled.set()
-        self._events.put("cancelled")
+        self._end("cancelled")
 
     @property
     def cancelled(self) -> bool:
@@ -63,11 +69,15 @@ class TokenStream:
 
     def finish(self, reason: FinishReason) -> None:
         """For the engine: there is no more."""
-        self._events.put(reason)
+        self._end(reason)
 
     def fail(self, error: EngineError) -> None:
         """For the engine: there will be no more, and why."""
-        self._events.put(error)
+        self._end(error)
+
+    def _end(self, event: FinishReason | EngineError) -> None:
+        self._events.put(event)
+        self._ended.set()
 
 
 class Engine(Protocol):

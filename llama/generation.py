@@ -122,11 +122,14 @@ class Llama:
         detokenizer = Detokenizer(self._tokenizer.vocabulary, continues=prediction.request.continues)
         stops = StopFilter(params.stops)
         for token_ids in stream:
-            exempt = max(params.minimum - metrics.output_token_count, 0)
-            metrics.count(len(token_ids))
-            # Stop sequences have no effect before the minimum: that text passes them by.
-            text = detokenizer.update(token_ids[:exempt])
-            text += stops.update(detokenizer.update(token_ids[exempt:]))
+            text = ""
+            for token_id in token_ids:
+                metrics.count_token()
+                piece = detokenizer.update([token_id])
+                # Stop sequences have no effect before the minimum: that text passes them by.
+                text += piece if metrics.output_token_count <= params.minimum else stops.update(piece)
+                if stops.stopped:
+                    break
             if text:
                 yield text
             if stops.stopped:

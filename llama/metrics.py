@@ -38,11 +38,11 @@ class Metrics:
         self.finish_reason: FinishReason | None = None
         """None until the answer has ended, and for ever when it failed."""
 
-    def count(self, tokens: int) -> None:
-        """Tokens have come from the engine."""
+    def count_token(self) -> None:
+        """A token of the answer has come."""
         if self._first_token is None:
             self._first_token = time.perf_counter()
-        self.output_token_count += tokens
+        self.output_token_count += 1
 
     def values(self) -> dict[str, float | str]:
         """The published metrics by name; seconds, and tokens per second over the whole time."""

@@ -93,7 +93,7 @@ def _read_prompt(
 ) -> tuple[Dialog | FormattedPrompt, list[str]]:
     prompt, system_prompt = _text(inputs, "prompt"), _text(inputs, "system_prompt")
     template = _text(inputs, "prompt_template")
-    limits.check_characters(sum(len(text.strip()) for text in (prompt, system_prompt, template)))
+    limits.check_characters(len(prompt) + len(system_prompt) + len(template))
 
     custom = None if is_default(template) else PromptTemplate(template)
     if messages := _messages(inputs):

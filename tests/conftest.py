@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,8 +91,8 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: 
 
 
 @pytest.fixture(scope="session")
-def embedded_folder() -> Iterator[Path]:
+def embedded_folder() -> Path:
     from llama.embedded import embedded_folder
     from llama.settings import Settings
 
-    yield embedded_folder(Settings().cache_dir)
+    return embedded_folder(Settings().cache_dir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +109,13 @@ def test_a_begun_answer_is_continued_with_its_space(tokenizer: Tokenizer) -> Non
 
 
 def test_a_stop_sequence_ends_the_answer_and_the_work(tokenizer: Tokenizer) -> None:
-    engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two three four"), ending=None), Recorder()
+    answer = [ids_of(tokenizer, text) for text in ("one two three f", "our five")]
+    engine, recorder = ScriptedEngine([*answer[0], *answer[1]], ending=None), Recorder()
     assert "".join(start(tokenizer, engine, recorder, stop_sequences="e f,zzz")) == "one two thre"
     assert engine.streams[0].cancelled
     assert recorder.metrics["finish_reason"] == "stop"
-    assert recorder.metrics["output_token_count"] == len(engine.answer)
+    # What came with it, after it, is not billed, however quick the engine was.
+    assert recorder.metrics["output_token_count"] == len(answer[0])
 
 
 def test_what_only_began_like_a_stop_sequence_is_delivered_at_the_end(tokenizer: Tokenizer) -> None:
@@ -250,3 +254,20 @@ def test_a_seed_of_zero_is_a_seed(tokenizer: Tokenizer) -> None:
     list(start(tokenizer, engine, recorder, temperature=0.7, seed=0))
     assert engine.submitted[0][1].seed == 0
     assert not any("seed" in line for line in recorder.lines)
+
+
+def test_a_quick_engine_makes_fewer_pieces_than_a_slow_reader_can_lose() -> None:
+    stream, lists = TokenStream(), list[list[int]]()
+
+    def make_tokens() -> None:
+        for token in range(400):
+            stream.put(token)
+            time.sleep(0.001)
+        stream.finish("length")
+
+    maker = threading.Thread(target=make_tokens)
+    maker.start()
+    lists.extend(stream)
+    maker.join()
+    assert [token for tokens in lists for token in tokens] == list(range(400))
+    assert len(lists) < 100

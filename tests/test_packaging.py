@@ -128,7 +128,9 @@ def test_the_image_and_a_laptop_have_the_same_pins_but_for_torch() -> None:
 
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, llama; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -144,7 +146,9 @@ def test_the_readme_has_every_setting_input_and_error_code() -> None:
     settings = {f"LLAMA_{name.upper()}" for name in Settings.model_fields if name != "max_concurrency"}
     codes = set(re.findall(r'code = "(E\d+)"', (ROOT / "llama" / "errors.py").read_text("utf-8")))
     assert len(codes) >= 14
-    names = {f"`{name}`" for name in [*settings, "COG_MAX_CONCURRENCY", *(row[0] for row in PUBLISHED), *codes]}
+    names = {
+        f"`{name}`" for name in [*settings, "COG_MAX_CONCURRENCY", *(row[0] for row in PUBLISHED), *codes]
+    }
     assert sorted(name for name in names if name not in readme) == []
 
 

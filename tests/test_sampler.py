@@ -104,7 +104,9 @@ def test_eos_is_masked_before_the_minimum_as_in_transformers() -> None:
     logits[:, EOS] = 9
     params = SamplingParams(temperature=0.0, min_new_tokens=3, max_new_tokens=9)
     tokens = sampler_with([params, params]).sample(logits, [0, 1], [2, 3])
-    masked = MinNewTokensLengthLogitsProcessor(1, 3, EOS)(torch.zeros(1, 3, dtype=torch.long), logits[:1].clone())
+    masked = MinNewTokensLengthLogitsProcessor(1, 3, EOS)(
+        torch.zeros(1, 3, dtype=torch.long), logits[:1].clone()
+    )
     assert tokens == [int(masked.argmax()), EOS]
 
 
