@@ -281,7 +281,7 @@ def test_another_template_wins_over_llama_2s_vocabulary(
 def test_a_vocabulary_of_another_family_without_a_template_is_refused(tmp_path: Path) -> None:
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d e f g"] * 50), model_writer=model, vocab_size=10, minloglevel=2
+        sentence_iterator=iter(["a b c d e f g"] * 50), model_writer=model, vocab_size=12, minloglevel=2
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     with pytest.raises(BadTokenizer, match=r"^E3004 .*tokenizer\.model is not a Llama 2 vocabulary"):
