@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer
+from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, WeightsError
 from llama.settings import Settings
 
 _PADDING_ROWS = 1024  # a checkpoint may pad its token table by up to this many
@@ -23,37 +24,33 @@ _PADDING_ROWS = 1024  # a checkpoint may pad its token table by up to this many
 def load_config(folder: Path) -> LlamaConfig:
     """The checked `config.json` of a folder. Raises BadConfig."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadConfig(f"{path} is not there; copy the whole folder of the model") from error
-    except (OSError, ValueError) as error:
-        raise BadConfig(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    architectures = (raw.get("architectures") or ["LlamaForCausalLM"]) if isinstance(raw, dict) else []
-    if kind != "llama" or "LlamaForCausalLM" not in architectures:
-        raise BadConfig(f"{path} describes a {kind!r} model; only LlamaForCausalLM is served, use a Llama")
+    raw = _read_object(path)
+    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+    if raw.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+        raise BadConfig(
+            f"{path} describes {raw.get('model_type')!r} and {architectures!r}; use a LlamaForCausalLM"
+        )
+    if "quantization_config" in raw:
+        raise BadConfig(f"{path} says that the weights are quantized, which is not served; use plain weights")
     try:
         config = LlamaConfig.from_dict(raw)
     # a field of the wrong type surfaces as whatever the configuration class meets first
     except Exception as error:
         raise BadConfig(f"{path} is not a Llama configuration ({error}); copy it again") from error
     assert isinstance(config, LlamaConfig)
+    _check_shape(config, path)
     return config
 
 
-def eos_token_ids(folder: Path, config: LlamaConfig) -> list[int]:
+def eos_token_ids(folder: Path, config: LlamaConfig) -> set[int]:
     """The ids that end an answer, from `generation_config.json` or else `config.json`."""
     path = folder / "generation_config.json"
-    try:
-        if path.is_file():
-            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        else:
-            generation = GenerationConfig.from_model_config(config)
-    except (OSError, ValueError) as error:
-        raise BadConfig(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
-    ids = generation.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    named = _read_object(path).get("eos_token_id") if path.is_file() else None
+    named = config.eos_token_id if named is None else named
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
+        raise BadConfig(f"{path} has no token ids of this model as eos_token_id; copy it again")
+    return set(ids)
 
 
 def check_tokenizer(config: LlamaConfig, size: int, folder: Path) -> None:
@@ -104,37 +101,62 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be told which, below
         )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except KeyError as error:  # an activation or a rope scaling that transformers does not know
+        raise BadConfig(f"{folder / 'config.json'} names an unknown {error}; copy it again") from error
+    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise BadCheckpoint(
             f"{folder} does not load ({type(error).__name__}: {error}); copy it again"
         ) from error
     # Rotary tables of old checkpoints are the only tensors that may be left over.
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
     for problem, names in (
-        ("lacks", info["missing_keys"]),
-        ("has the wrong shape for", [key[0] for key in info["mismatched_keys"]]),
-        ("has no place for", unexpected),
+        ("lacks {} tensors that config.json implies", info["missing_keys"]),
+        ("has {} tensors of another shape than config.json implies", [k[0] for k in info["mismatched_keys"]]),
+        ("has {} tensors that config.json does not imply", unexpected),
     ):
         if names:
             raise BadCheckpoint(
-                f"the checkpoint in {folder} {problem} {len(names)} of the tensors that config.json implies, "
-                f"{sorted(names)[0]} among them; copy the files that belong together"
+                f"the checkpoint in {folder} {problem.format(len(names))}, {min(names)} among them; "
+                "copy the files that belong together"
             )
     model.requires_grad_(False)
     return model.eval()
 
 
+def _read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
+    """A JSON object. Raises `kind`."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise kind(f"{path} is not there; copy the whole folder of the model") from error
+    except (OSError, ValueError) as error:
+        raise kind(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
+    if not isinstance(raw, dict):
+        raise kind(f"{path} holds no JSON object; copy it again")
+    return raw
+
+
+def _check_shape(config: LlamaConfig, path: Path) -> None:
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*sizes, "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):
+        size = getattr(config, name)
+        if not isinstance(size, int) or size < 1:
+            raise BadConfig(f"{path} has {size!r} as {name}; copy it again")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise BadConfig(f"{path} has {config.num_key_value_heads} KV heads for {config.num_attention_heads}")
+
+
 def _check_files(folder: Path) -> None:
     """Every safetensors file that the folder names is there and whole."""
     index = folder / "model.safetensors.index.json"
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except FileNotFoundError:
-        names = ["model.safetensors"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BadCheckpoint(f"{index} cannot be read ({type(error).__name__}); copy it again") from error
-    for name in names:
+    weight_map = (
+        _read_object(index, BadCheckpoint).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    )
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadCheckpoint(f"{index} names no files; copy it again")
+    for name in sorted(set(weight_map.values())):
         path = folder / name
         if not path.is_file():
             raise BadCheckpoint(

@@ -34,7 +34,7 @@ def server_environment(port: int) -> dict[str, str]:
     baked = {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "COG_MAX_CONCURRENCY": "32",
-        # A reader that falls this many events behind loses its stream: more than any answer has.
+        # Events kept for a reader who joins a running stream: more than any answer has.
         "COG_STREAM_HISTORY_CAPACITY": "65536",
         "PYTHONUNBUFFERED": "1",
     }

@@ -6,7 +6,7 @@ Knows names, types and defaults; knows nothing of what a value means to a model 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     quantization: Literal["auto", "none"] = "auto"
     device: str = "auto"
     """A torch device such as `cuda:0` or `cpu`; `auto` takes the first GPU, else the CPU."""
-    max_context: PositiveInt | None = None
+    max_context: Annotated[int, Field(ge=64)] | None = None
     """Tokens of prompt and answer together; None means all that the model and the cache allow."""
     cache_memory: ByteSize | None = None
     """Memory for keys and values, such as `8GB` or `512MiB`; None means what is free, less a reserve."""

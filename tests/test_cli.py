@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LLAMA_2_TOKENIZER, SHARED, needs_llama_2_tokenizer
 
 from llama.schema import openapi_schema
 from llama.server import ROOT
 from predict import Predictor
-from tests.conftest import LLAMA_2_TOKENIZER, SHARED, needs_llama_2_tokenizer
 
 COMMAND = [sys.executable, "-m", "llama"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import LLAMA_2_TOKENIZER, VOCABULARY, needs_llama_2_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from llama.detokenizer import Detokenizer, StopFilter, Vocabulary
 from llama.tokenizer import LlamaTokenizer
-from tests.conftest import LLAMA_2_TOKENIZER, VOCABULARY, needs_llama_2_tokenizer
 
 CUTS = st.lists(st.integers(1, 4), min_size=1)
 

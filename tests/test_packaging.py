@@ -11,11 +11,11 @@ import sys
 import jsonschema
 import pytest
 import yaml
+from conftest import ROOT, SHARED
 
 from llama.schema import input_properties, openapi_schema, write_schema
 from llama.settings import Settings
 from predict import Predictor
-from tests.conftest import ROOT, SHARED
 
 # The inputs of the published API, in order: name, JSON type, default, minimum, maximum.
 PUBLISHED = [

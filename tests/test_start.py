@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokenizer
 from transformers import LlamaConfig
 
 from llama.embedded import embedded_folder as find_embedded_folder
@@ -15,7 +16,6 @@ from llama.generation import Llama
 from llama.loader import eos_token_ids, pick_device, pick_dtype
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CachePlan, KVCache, bytes_per_token, plan_cache
-from tests.conftest import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokenizer
 
 CPU = torch.device("cpu")
 LLAMA_70B = LlamaConfig(
@@ -84,8 +84,8 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
         pick_device(Settings(device=device))
 
 
-@pytest.mark.parametrize(("eos", "expected"), [(2, [2]), ([2, 7], [2, 7])])
-def test_all_ids_that_end_an_answer_are_read(tmp_path: Path, eos: object, expected: list[int]) -> None:
+@pytest.mark.parametrize(("eos", "expected"), [(2, {2}), ([2, 7], {2, 7})])
+def test_all_ids_that_end_an_answer_are_read(tmp_path: Path, eos: object, expected: set[int]) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     assert eos_token_ids(tmp_path, LLAMA_70B) == expected
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -20,7 +21,6 @@ from llama.request import PromptLimits, Request
 from llama.schema import input_defaults
 from llama.tokenizer import LlamaTokenizer, load_tokenizer
 from predict import Predictor
-from tests.conftest import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
 
 LIMITS = PromptLimits(context=4096, longest_piece=100)
 DEFAULTS = input_defaults(Predictor.run)

@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama.errors import BadCheckpoint, EngineError
 from llama.loader import check_tokenizer, eos_token_ids, load_model, pick_device, pick_dtype
 from llama.metrics import SetupTimes
 from llama.sampling import SamplingParams
@@ -30,6 +31,7 @@ def start_engine(
 ) -> TorchEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
     check_tokenizer(config, tokenizer.size, folder)
+    ends = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
     device = pick_device(settings)
     dtype = pick_dtype(settings, device)
     with times.part("weights"):
@@ -40,10 +42,10 @@ def start_engine(
             model,
             plan,
             vocabulary=tokenizer.size,
-            eos_token_ids={*eos_token_ids(folder, config), tokenizer.eos_token_id},
+            eos_token_ids={i for i in ends if i < tokenizer.size},
         )
     with times.part("warm-up"):
-        _warm_up(engine, tokenizer.eos_token_id)
+        _warm_up(engine, tokenizer.eos_token_id, folder)
     logger.info(
         "serving %s (%.2f billion parameters, %s on %s): context %d tokens, %d requests at once",
         folder.name,
@@ -56,18 +58,25 @@ def start_engine(
     return engine
 
 
-def _warm_up(engine: TorchEngine, token_id: int) -> None:
-    """Prefill and decode once, so that the first caller does not pay for first-time work. Raises what
-    a caller would meet."""
+def _warm_up(engine: TorchEngine, token_id: int, folder: Path) -> None:
+    """Prefill and decode once, so that the first caller does not pay for first-time work, nor meet
+    weights that cannot be computed with."""
     params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
-    for _ in engine.submit([token_id], params):
-        pass
+    try:
+        for _ in engine.submit([token_id], params):
+            pass
+    except EngineError as error:
+        engine.close()
+        raise BadCheckpoint(
+            f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
+            "other values of LLAMA_DTYPE and LLAMA_DEVICE"
+        ) from error
 
 
 def plan_for(model: LlamaForCausalLM, settings: Settings) -> CachePlan:
     """The cache that fits beside a loaded model. Raises DoesNotFit."""
     most = model.config.max_position_embeddings
-    budget = settings.cache_memory or _free_memory(model.device)
+    budget = _free_memory(model.device) if settings.cache_memory is None else settings.cache_memory
     return plan_cache(
         model.config,
         model.dtype,

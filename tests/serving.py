@@ -1,0 +1,184 @@
+"""What the end-to-end tests share: asking a running server, reading its streams, hearing its webhooks.
+
+Everything here is real HTTP on loopback. Knows predictions and events; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from llama.server import CogServer, read_events
+
+Body = dict[str, Any]
+
+PATIENCE = 60.0  # seconds that a test waits for what should come soon, on a machine that others use too
+
+
+def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
+    """Return as soon as `condition()` is true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {timeout:.0f} s in vain"
+        time.sleep(0.01)
+
+
+def post(server: CogServer, inputs: Mapping[str, Any], **request: Any) -> httpx.Response:
+    """A plain prediction. `request`: other members of its body, such as `id`."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        response = server.client.post("/predictions", json={"input": inputs, **request}, timeout=PATIENCE)
+        # A burst can meet a 409 while slots are free.
+        if response.status_code != 409 or time.monotonic() > deadline:
+            return response
+        time.sleep(0.05)
+
+
+def answer(server: CogServer, inputs: Mapping[str, Any]) -> Body:
+    """The body of a plain prediction that was let in, whatever became of it."""
+    response = post(server, inputs)
+    assert response.status_code == 200, response.text
+    body = response.json()
+    assert isinstance(body, dict)
+    return body
+
+
+def text(server: CogServer, inputs: Mapping[str, Any]) -> str:
+    """The joined answer of a plain prediction that succeeds."""
+    body = answer(server, inputs)
+    assert body["status"] == "succeeded", body
+    return "".join(body.get("output", []))
+
+
+def events(
+    server: CogServer, inputs: Mapping[str, Any], **request: Any
+) -> Generator[tuple[str, Body], None, None]:
+    """The events of a stream. Closing the iterator early drops the connection."""
+    arguments: dict[str, Any] = {
+        "json": {"input": inputs, **request},
+        "headers": {"Accept": "text/event-stream"},
+        "timeout": PATIENCE,
+    }
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with server.client.stream("POST", "/predictions", **arguments) as response:
+            if response.status_code == 200:
+                yield from read_events(response.iter_lines())
+                return
+            response.read()
+            assert response.status_code == 409, response.text
+        assert time.monotonic() < deadline, "no slot became free"
+        time.sleep(0.05)
+
+
+def drop_after_output(stream: Generator[tuple[str, Body], None, None], outputs: int) -> None:
+    """Read so many pieces of a stream, then drop its connection."""
+    with closing(stream):
+        for _ in range(outputs):
+            assert any(name == "output" for name, _ in stream)
+
+
+class BackgroundStream:
+    """A stream that a thread of its own reads to the end."""
+
+    def __init__(self, server: CogServer, inputs: Mapping[str, Any], **request: Any) -> None:
+        self.events = list[tuple[float, str, Body]]()
+        """Arrival, name and data."""
+        self._thread = threading.Thread(
+            target=self._read, args=(events(server, inputs, **request),), daemon=True
+        )
+        self._thread.start()
+
+    def _read(self, stream: Iterator[tuple[str, Body]]) -> None:
+        for name, data in stream:
+            self.events.append((time.monotonic(), name, data))
+
+    @property
+    def running(self) -> bool:
+        """Whether an output has come and the end has not."""
+        names = {name for _, name, _ in self.events}
+        return "output" in names and "completed" not in names
+
+    def wait_for(self, name: str) -> Self:
+        """Until an event of that name has come."""
+        until(lambda: any(seen == name for _, seen, _ in self.events))
+        return self
+
+    def result(self) -> Body:
+        """The data of the last event, `completed`."""
+        self._thread.join(2 * PATIENCE)
+        assert not self._thread.is_alive(), "the stream does not end"
+        assert self.events, "the stream had no events"
+        _, name, data = self.events[-1]
+        assert name == "completed", f"the stream broke off after {len(self.events)} events"
+        return data
+
+    @property
+    def arrivals(self) -> list[float]:
+        return [at for at, name, _ in self.events if name == "output"]
+
+
+class WebhookReceiver:
+    """A web server on loopback that keeps the bodies it is sent: a context manager."""
+
+    def __enter__(self) -> Self:
+        self._bodies = bodies = list[Body]()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                length = int(self.headers["Content-Length"])
+                bodies.append(json.loads(self.rfile.read(length)))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128  # a webhook comes for every piece: none is to be turned away
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def request(self, prediction_id: str) -> Body:
+        """The members of a prediction's body that have its end, and its first words, sent here."""
+        return {
+            "id": prediction_id,
+            "webhook": self.url,
+            "webhook_events_filter": ["output", "completed"],
+        }
+
+    def _of(self, prediction_id: str) -> list[Body]:
+        return [body for body in list(self._bodies) if body["id"] == prediction_id]
+
+    def wait_for_output(self, prediction_id: str) -> None:
+        until(lambda: any(body.get("output") for body in self._of(prediction_id)))
+
+    def wait_for_end(self, prediction_id: str) -> Body:
+        """What was sent when the prediction had ended. Webhooks may overtake one another."""
+        ended = list[Body]()
+
+        def has_ended() -> bool:
+            ended.extend(b for b in self._of(prediction_id) if b["status"] not in ("starting", "processing"))
+            return bool(ended)
+
+        until(has_ended)
+        return ended[0]

@@ -1,0 +1,277 @@
+"""Weights and settings that cannot be served: setup says what is wrong, where, and what to do.
+
+Cog shows an operator one line, the exception's text, and nothing that was printed before it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, write_model
+
+from llama.errors import WeightsError
+from llama.generation import Llama
+from llama.schema import write_schema
+from llama.server import CogServer, ServerFailed
+from llama.settings import Settings
+from predict import Predictor
+
+Change = Callable[[Path], None]
+"""Does harm to a folder of weights."""
+
+CHECKPOINT, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.model"
+
+
+@pytest.fixture
+def folder(llama_folder: Path, tmp_path: Path) -> Path:
+    """A copy of good weights, to be harmed."""
+    copy = tmp_path / "weights"
+    shutil.copytree(llama_folder, copy)
+    return copy
+
+
+def removed(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name: str, content: Any) -> Change:
+    """A file with other content: bytes as they are, all else as JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def cut(name: str, size: int) -> Change:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
+
+
+def edited(name: str, **fields: Any) -> Change:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps({**content, **fields}), "utf-8")
+
+    return change
+
+
+def tensors(change_tensors: Callable[[dict[str, Any]], object]) -> Change:
+    def change(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        content = load_file(folder / CHECKPOINT)
+        change_tensors(content)
+        save_file(content, folder / CHECKPOINT, metadata={"format": "pt"})
+
+    return change
+
+
+def truncated_norm(content: dict[str, Any]) -> None:
+    content["model.norm.weight"] = content["model.norm.weight"][:3].clone()
+
+
+def without_a_shard(folder: Path) -> None:
+    """The same checkpoint in several files, the last of them not there."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    (folder / CHECKPOINT).unlink()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    sorted(folder.glob("model-*.safetensors"))[-1].unlink()
+
+
+HARM = {
+    "a folder that is not there": (shutil.rmtree, "E3001 WeightsNotFound: ", "weights"),
+    "no config.json": (removed("config.json"), "E3002 BadConfig: ", "config.json"),
+    "a config.json that is no JSON": (written("config.json", b"{"), "E3002 BadConfig: ", "config.json"),
+    "a config.json that is a list": (written("config.json", []), "E3002 BadConfig: ", "config.json"),
+    "another architecture": (
+        edited("config.json", model_type="mistral", architectures=["MistralForCausalLM"]),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "a Llama for another task": (
+        edited("config.json", architectures=["LlamaForSequenceClassification"]),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "architectures that are no list": (
+        edited("config.json", architectures=5),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "a field of the wrong type": (
+        edited("config.json", vocab_size="many"),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "a context of no tokens": (
+        edited("config.json", max_position_embeddings=0),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "weights of a quantization that cannot be read here": (
+        edited("config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "a generation_config.json that is a list": (
+        written("generation_config.json", []),
+        "E3002 BadConfig: ",
+        "generation_config.json",
+    ),
+    "an end of text that is no token": (
+        edited("generation_config.json", eos_token_id=99_999),
+        "E3002 BadConfig: ",
+        "generation_config.json",
+    ),
+    "an end of text that is no number": (
+        edited("generation_config.json", eos_token_id="</s>"),
+        "E3002 BadConfig: ",
+        "generation_config.json",
+    ),
+    "a rope scaling that nobody knows": (
+        edited("config.json", rope_parameters={"rope_type": "nonsense", "rope_theta": 1e4, "factor": 2.0}),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "an activation that nobody knows": (
+        edited("config.json", hidden_act="nonsense"),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "weights that are no numbers": (
+        tensors(lambda content: content["model.norm.weight"].fill_(float("nan"))),
+        "E3003 BadCheckpoint: ",
+        "not finite",
+    ),
+    "an index of no names": (
+        written(INDEX, {"weight_map": {"a": [1]}}),
+        "E3003 BadCheckpoint: ",
+        INDEX,
+    ),
+    "no safetensors": (removed(CHECKPOINT), "E3003 BadCheckpoint: ", CHECKPOINT),
+    "safetensors cut short": (cut(CHECKPOINT, 50_000), "E3003 BadCheckpoint: ", CHECKPOINT),
+    "safetensors cut inside their header": (cut(CHECKPOINT, 100), "E3003 BadCheckpoint: ", CHECKPOINT),
+    "empty safetensors": (cut(CHECKPOINT, 0), "E3003 BadCheckpoint: ", CHECKPOINT),
+    "a page in place of safetensors": (
+        written(CHECKPOINT, b"<html>404</html>" * 99),
+        "E3003 BadCheckpoint: ",
+        CHECKPOINT,
+    ),
+    "a shard that is not there": (without_a_shard, "E3003 BadCheckpoint: ", "weights/model-0000"),
+    "an index that is no JSON": (written(INDEX, b"{"), "E3003 BadCheckpoint: ", INDEX),
+    "an index that is a list": (written(INDEX, []), "E3003 BadCheckpoint: ", INDEX),
+    "a missing tensor": (
+        tensors(lambda content: content.pop("model.layers.1.mlp.up_proj.weight")),
+        "E3003 BadCheckpoint: ",
+        "model.layers.1.mlp.up_proj.weight",
+    ),
+    "a missing output layer": (
+        tensors(lambda content: content.pop("lm_head.weight")),
+        "E3003 BadCheckpoint: ",
+        "lm_head.weight",
+    ),
+    "a tensor of another shape": (tensors(truncated_norm), "E3003 BadCheckpoint: ", "model.norm.weight"),
+    "a layer more than config.json has": (
+        edited("config.json", num_hidden_layers=1),
+        "E3003 BadCheckpoint: ",
+        "model.layers.1.",
+    ),
+    "a tokenizer of another size": (
+        lambda folder: write_model(folder, vocab_size=650),
+        "E3004 BadTokenizer: ",
+        "weights has 700 tokens",
+    ),
+    "no tokenizer": (removed(TOKENIZER), "E3004 BadTokenizer: ", TOKENIZER),
+    "a tokenizer cut short": (cut(TOKENIZER, 3000), "E3004 BadTokenizer: ", TOKENIZER),
+    "an empty tokenizer": (cut(TOKENIZER, 0), "E3004 BadTokenizer: ", TOKENIZER),
+    "a tokenizer_config.json that is no JSON": (
+        written("tokenizer_config.json", b"{"),
+        "E3004 BadTokenizer: ",
+        "tokenizer_config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_weights_that_cannot_be_served_are_named_with_what_to_do(folder: Path, harm: str) -> None:
+    change, code, name = HARM[harm]
+    change(folder)
+
+    with pytest.raises(WeightsError) as raised:
+        Llama.load(Settings(weights=folder))
+
+    line = str(raised.value)
+    assert line.startswith(code)
+    assert name in line
+    assert re.search(r"[;,] (copy|set|use|add) ", line)
+    assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LLAMA_DTYPE", "float8"),
+        ("LLAMA_ENGINE", "steam"),
+        ("LLAMA_DEVICE", "abacus"),
+        ("LLAMA_DEVICE", "cuda:99"),
+        ("LLAMA_MAX_CONTEXT", "0"),
+        ("LLAMA_MAX_CONTEXT", "1"),
+        ("LLAMA_MAX_CONTEXT", "many"),
+        ("LLAMA_CACHE_MEMORY", "0"),
+        ("LLAMA_CACHE_MEMORY", "1000"),
+        ("LLAMA_CACHE_MEMORY", "8 parsecs"),
+        ("COG_MAX_CONCURRENCY", "0"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named_with_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv("LLAMA_WEIGHTS", str(folder))
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(WeightsError) as raised:
+        Llama.load(Settings.from_environment())
+
+    line = str(raised.value)
+    assert line.startswith("E3")
+    assert variable in line
+    assert re.search(r"; (set|give) ", line)
+    assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_published_dtype_loads(folder: Path, dtype: Any) -> None:
+    Llama.load(Settings(weights=folder, dtype=dtype)).close()
+
+
+@pytest.mark.parametrize(
+    ("harm", "environment"),
+    [
+        ("a folder that is not there", {}),
+        ("safetensors cut short", {}),
+        (None, {"LLAMA_DTYPE": "float8"}),
+    ],
+)
+def test_a_server_whose_setup_failed_says_why_and_takes_no_predictions(
+    folder: Path, harm: str | None, environment: dict[str, str]
+) -> None:
+    change, code, name = HARM[harm] if harm else (lambda folder: None, "E3000 BadSettings: ", "LLAMA_DTYPE")
+    change(folder)
+    write_schema(Predictor.run, ROOT)
+
+    with CogServer({"LLAMA_WEIGHTS": str(folder), **environment}) as server:
+        with pytest.raises(ServerFailed):
+            server.wait_until_ready()
+
+        health = server.health()
+        assert health["status"] == "SETUP_FAILED"
+        (line,) = (line for line in health["setup"]["logs"].splitlines() if code in line)
+        assert name in line
+        assert server.client.post("/predictions", json={"input": {"prompt": "hi"}}).status_code == 503
+        # It stays up, so that an operator can read the reason.
+        assert server.process.poll() is None
