@@ -118,3 +118,16 @@ def test_the_last_position_of_the_cache_can_be_used() -> None:
     runner.prefill(3, ids[:-1], 0)
     expected = model(ids[None]).logits[0, -1]
     torch.testing.assert_close(runner.decode([3], ids[-1:], [129])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_step_is_as_close_to_float32_as_the_model_itself(dtype: torch.dtype) -> None:
+    ids = random_ids(60)
+    exact = make_model()(ids[None]).logits[0, -1]
+    model = make_model().to(dtype)
+    cache = KVCache(model.config, CachePlan(2, 100), dtype, torch.device("cpu"))
+    runner = Runner(model, cache)
+    runner.prefill(0, ids[:-1], 0)
+    step = runner.decode([0], ids[-1:], [59])[0]
+    own_error = (model(ids[None]).logits[0, -1].float() - exact).norm()
+    assert (step - exact).norm() < 2 * own_error
