@@ -27,7 +27,7 @@ from llama.torch_engine.scheduler import Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = {"cuda": 1024, "cpu": 128}  # prompt tokens a turn: what others wait for at most
+_CHUNK = {"cuda": 512, "cpu": 128}  # prompt tokens a turn: what others wait for at most
 _REPORT_EVERY = 60.0  # seconds
 
 
