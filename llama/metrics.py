@@ -72,10 +72,15 @@ class SetupTimes:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        """Count a block as `name`, less the parts within it."""
+        started, before = time.perf_counter(), self._total
         yield
-        self._parts[name] = time.perf_counter() - started
+        self._parts[name] = time.perf_counter() - started - (self._total - before)
+
+    @property
+    def _total(self) -> float:
+        return sum(self._parts.values())
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._parts.items())
-        return f"{sum(self._parts.values()):.1f} s ({parts})"
+        return f"{self._total:.1f} s ({parts})"

@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     """Tokens of prompt and answer together; None means all that the model and the cache allow."""
     cache_memory: ByteSize | None = None
     """Memory for keys and values, such as `8GB` or `512MiB`; None means what is free, less a reserve."""
+    prefix_reuse: bool = True
+    """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
     cache_dir: Path = Path("~/.cache/llama-cog")
     """Where the embedded model is kept once it has been converted."""
     max_concurrency: PositiveInt = Field(default=32, validation_alias="COG_MAX_CONCURRENCY")

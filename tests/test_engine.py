@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +29,38 @@ def model(llama_folder: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
+class Head(torch.nn.Module):
+    """An output layer that counts the steps, can be held before one, and can fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.steps, self.failing, self.open = torch.nn.Identity(), 0, False, threading.Event()
+        self.open.set()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.open.wait(timeout=30)
+        if self.failing:
+            raise RuntimeError("a kernel failed")
+        self.steps += 1
+        return self.inner(hidden)
+
+
 @contextmanager
-def running(model: LlamaForCausalLM, slots: int = 8, eos: tuple[int, ...] = (EOS,)) -> Iterator[TorchEngine]:
+def running(
+    model: LlamaForCausalLM,
+    rows: int = 8,
+    eos: tuple[int, ...] = (EOS,),
+    prefix_reuse: bool = True,
+    head: Head | None = None,
+) -> Iterator[TorchEngine]:
+    taken = copy.deepcopy(model)  # an engine takes its model apart
+    if head is not None:
+        head.inner, taken.lm_head = taken.lm_head, head
     engine = TorchEngine(
-        model, CachePlan(slots, LENGTH), vocabulary=model.config.vocab_size, eos_token_ids=eos
+        lambda: (taken, CachePlan(rows, LENGTH)),
+        vocabulary=model.config.vocab_size,
+        eos_token_ids=eos,
+        prefix_reuse=prefix_reuse,
     )
     try:
         yield engine
@@ -75,9 +104,9 @@ def wait_until(condition: Callable[[], bool], timeout: float = 30) -> None:
 
 
 def test_every_request_of_a_mixed_batch_is_what_generate_gives(model: LlamaForCausalLM) -> None:
-    lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more than there are slots
+    lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more than there are rows
     prompts = [prompt_of(seed, length) for seed, length in enumerate(lengths)]
-    with running(model, slots=5) as engine:
+    with running(model, rows=5) as engine:
         streams = [engine.submit(prompt, greedy(20 + 5 * i)) for i, prompt in enumerate(prompts)]
         answers = [collect(stream) for stream in streams]
     for i, prompt in enumerate(prompts):
@@ -107,7 +136,7 @@ def test_the_repetition_penalty_is_that_of_generate(model: LlamaForCausalLM, pen
 def test_a_seed_gives_the_same_tokens_alone_and_among_others(model: LlamaForCausalLM) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, seed=42, max_new_tokens=60)
     prompt = prompt_of(9, 20)
-    with running(model, slots=8) as engine:
+    with running(model, rows=8) as engine:
         alone = collect(engine.submit(prompt, params))
         noise = [
             engine.submit(
@@ -161,7 +190,7 @@ def test_a_full_house_queues_and_drains_in_order(model: LlamaForCausalLM) -> Non
         collect(stream)
         finished.append(index)
 
-    with running(model, slots=1) as engine:
+    with running(model, rows=1) as engine:
         streams = [engine.submit(prompt_of(i, 5), greedy(20)) for i in range(6)]
         threads = [threading.Thread(target=wait_for, args=pair) for pair in enumerate(streams)]
         for thread in threads:
@@ -172,7 +201,7 @@ def test_a_full_house_queues_and_drains_in_order(model: LlamaForCausalLM) -> Non
 
 
 def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model: LlamaForCausalLM) -> None:
-    with running(model, slots=2) as engine:
+    with running(model, rows=2) as engine:
         leaving = engine.submit(prompt_of(1, 5), greedy(400))
         staying = engine.submit(prompt_of(2, 5), greedy(60))
         next(iter(leaving))
@@ -185,47 +214,23 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model: LlamaF
         wait_until(lambda: engine.running == 0)
 
 
-class Counting(torch.nn.Module):
-    """An output layer that counts the steps and can be held before one."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner, self.steps, self.open = inner, 0, threading.Event()
-        self.open.set()
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.open.wait(timeout=30)
-        self.steps += 1
-        return self.inner(hidden)
-
-
-@contextmanager
-def output_layer(model: LlamaForCausalLM, layer: torch.nn.Module) -> Iterator[None]:
-    original = model.lm_head
-    model.lm_head = layer
-    try:
-        yield
-    finally:
-        model.lm_head = original
-
-
 def test_a_cancelled_request_frees_its_place_within_one_step(model: LlamaForCausalLM) -> None:
-    counting = Counting(model.lm_head)
-    with output_layer(model, counting), running(model, slots=1) as engine:
+    head = Head()
+    with running(model, rows=1, head=head) as engine:
         leaving = engine.submit(prompt_of(1, 5), greedy(400))
         waiting = engine.submit(prompt_of(2, 5), greedy(1))
         next(iter(leaving))
-        counting.open.clear()  # the engine stands before or in a step
+        head.open.clear()  # the engine stands before or in a step
         leaving.cancel()
-        steps = counting.steps
-        counting.open.set()
+        steps = head.steps
+        head.open.set()
         assert collect(waiting) == generate(model, prompt_of(2, 5), 1)
         # At most the step in flight, one that had begun to be counted, and the one that answered.
-        assert counting.steps <= steps + 3
+        assert head.steps <= steps + 3
 
 
 def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) -> None:
-    with running(model, slots=1) as engine:
+    with running(model, rows=1) as engine:
         first = engine.submit(prompt_of(1, 5), greedy(100))
         waiting = engine.submit(prompt_of(2, 5), greedy(100))
         waiting.cancel()
@@ -234,30 +239,24 @@ def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) 
         assert collect(first) == generate(model, prompt_of(1, 5), 100)
 
 
-class Failing(torch.nn.Module):
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("a kernel failed")
-
-
 def test_a_failed_step_fails_everybody_loudly_and_the_next_request_does_not_hang(
     model: LlamaForCausalLM,
 ) -> None:
-    with running(model, slots=2) as engine:
-        counting = Counting(model.lm_head)
-        with output_layer(model, counting):
-            streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(4)]
-            next(iter(streams[0]))
-        with output_layer(model, Failing()):
-            for stream in streams:
-                with pytest.raises(GenerationFailed, match=r"^E2001 GenerationFailed: .*RuntimeError"):
-                    collect(stream)
-            wait_until(lambda: not engine.healthy)
+    head = Head()
+    with running(model, rows=2, head=head) as engine:
+        streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(4)]
+        next(iter(streams[0]))
+        head.failing = True
+        for stream in streams:
+            with pytest.raises(GenerationFailed, match=r"^E2001 GenerationFailed: .*RuntimeError"):
+                collect(stream)
+        wait_until(lambda: not engine.healthy)
         with pytest.raises(EngineStopped, match="^E2002 "):
             engine.submit(prompt_of(1, 5), greedy(5))
 
 
 def test_a_closed_engine_tells_those_who_wait_and_those_who_come(model: LlamaForCausalLM) -> None:
-    with running(model, slots=1) as engine:
+    with running(model, rows=1) as engine:
         streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(3)]
         assert engine.healthy
     assert not engine.healthy
@@ -275,12 +274,12 @@ def test_a_request_whose_numbers_break_down_fails_alone_and_leaves_nothing_behin
     kept = embeddings[POISON_TOKEN].clone()
     embeddings[POISON_TOKEN] = float("nan")
     try:
-        with running(model, slots=2) as engine:
+        with running(model, rows=2) as engine:
             neighbour = engine.submit(prompt_of(2, 5), greedy(60))
             with pytest.raises(GenerationFailed, match="not finite"):
                 collect(engine.submit([1, POISON_TOKEN, 5], greedy(20)))
             assert collect(neighbour) == generate(model, prompt_of(2, 5), 60)
-            # Shorter than what the failed one had written, in the slot that it left, and in the other.
+            # Shorter than what the failed one had written, in the row that it left, and in the other.
             after = [engine.submit([1], greedy(30)) for _ in range(2)]
             assert [collect(stream) for stream in after] == [generate(model, [1], 30)] * 2
             assert engine.healthy
@@ -289,7 +288,7 @@ def test_a_request_whose_numbers_break_down_fails_alone_and_leaves_nothing_behin
 
 
 def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> None:
-    with running(model, slots=3) as engine:
+    with running(model, rows=3) as engine:
         for round_ in range(30):
             streams = [engine.submit(prompt_of(i, 3 + i), greedy(3)) for i in range(5)]
             streams[round_ % 5].cancel()
@@ -298,3 +297,52 @@ def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> N
         wait_until(lambda: engine.running == 0)
         answers = [collect(engine.submit(prompt_of(i, 4), greedy(3))) for i in range(3)]
     assert answers == [generate(model, prompt_of(i, 4), 3) for i in range(3)]
+
+
+def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM) -> None:
+    """A dialogue of five turns, a shared beginning in each other's company, and a second dialogue."""
+    system = prompt_of(1, 60)
+    answers: dict[bool, list[list[int]]] = {}
+    for reuse in (True, False):
+        given: list[list[int]] = []
+        with running(model, rows=4, prefix_reuse=reuse) as engine:
+            history = system
+            for turn in range(5):
+                history = history + prompt_of(10 + turn, 12)
+                given.append(collect(engine.submit(history, greedy(15))))
+                history = history + given[-1]
+            together = [engine.submit(system + prompt_of(30 + i, 20), greedy(10 + i)) for i in range(9)]
+            given += [collect(stream) for stream in together]
+            params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_new_tokens=30)
+            given.append(collect(engine.submit(history + prompt_of(50, 5), params)))
+        answers[reuse] = given
+    assert answers[True] == answers[False]
+    assert answers[True][0] == generate(model, system + prompt_of(10, 12), 15)
+
+
+class Reading(torch.nn.Module):
+    """Token embeddings that count the tokens that they are asked for."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.count = inner, 0
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self.count += len(token_ids)
+        return self.inner(token_ids)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_the_next_turn_of_a_dialogue_reads_only_what_is_new(model: LlamaForCausalLM, reuse: bool) -> None:
+    counted = copy.deepcopy(model)
+    counted.model.embed_tokens = Reading(counted.model.embed_tokens)
+    first = prompt_of(1, 300)
+    with running(counted, rows=2, prefix_reuse=reuse) as engine:
+        embedding = engine._runner._parts.embedding
+        answer = collect(engine.submit(first, greedy(20)))
+        following = first + answer + prompt_of(2, 30)
+        before = embedding.count
+        assert collect(engine.submit(following, greedy(20))) == generate(model, following, 20)
+        # The last token of the first answer was never read; of the second neither.
+        new = len(following) - (len(first) + len(answer) - 1 if reuse else 0)
+        assert embedding.count - before == new + 19

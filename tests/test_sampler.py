@@ -15,6 +15,7 @@ from transformers import (
 
 from llama.sampling import SamplingParams
 from llama.torch_engine.sampler import (
+    UNUSABLE,
     Sampler,
     draw,
     keep_top_k,
@@ -27,15 +28,30 @@ VOCABULARY, EOS = 50, 2
 CPU = torch.device("cpu")
 
 
-def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def sampler_with(params: list[SamplingParams], prompts: list[list[int]] | None = None) -> Sampler:
-    sampler = Sampler(len(params), VOCABULARY, [EOS], CPU)
-    for slot, p in enumerate(params):
-        sampler.add(slot, torch.tensor((prompts or [[1]] * len(params))[slot]), p)
+def sampler_with(
+    params: list[SamplingParams], prompts: list[list[int]] | None = None, vocabulary: int = VOCABULARY
+) -> Sampler:
+    sampler = Sampler(len(params), 64, vocabulary, [EOS], CPU)
+    for row, p in enumerate(params):
+        sampler.add(row, torch.tensor((prompts or [[1]] * len(params))[row]), p)
     return sampler
+
+
+def top_k_of(logits: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    """The rule applied to logits in the order of their ids, as transformers' processor is."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, keep_top_k(ordered, top_k))
+    return logits.masked_fill(~keep, float("-inf"))
+
+
+def top_p_of(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, keep_top_p(probabilities, top_p))
+    return logits.masked_fill(~keep, float("-inf"))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 2.0])
@@ -51,28 +67,28 @@ def test_top_k_is_that_of_transformers(top_k: int) -> None:
     logits = random_logits(4)
     logits[0, :5] = 1.25  # what equals the k-th stays
     expected = TopKLogitsWarper(top_k)(None, logits.clone())
-    torch.testing.assert_close(keep_top_k(logits, torch.full((4,), top_k)), expected)
+    torch.testing.assert_close(top_k_of(logits, torch.full((4,), top_k)), expected)
 
 
 @pytest.mark.parametrize("off", [0, -1])
 def test_a_top_k_below_one_is_off(off: int) -> None:
     logits = random_logits(2)
-    assert torch.equal(keep_top_k(logits, torch.tensor([off, off])), logits)
+    assert torch.equal(top_k_of(logits, torch.tensor([off, off])), logits)
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
 def test_top_p_is_that_of_transformers(top_p: float) -> None:
     logits = random_logits(4)
     expected = TopPLogitsWarper(top_p)(None, logits.clone())
-    torch.testing.assert_close(keep_top_p(logits, torch.full((4,), top_p)), expected)
+    torch.testing.assert_close(top_p_of(logits, torch.full((4,), top_p)), expected)
 
 
 def test_each_row_has_its_own_top_k_and_top_p() -> None:
     logits = random_logits(3)
-    kept = keep_top_k(logits, torch.tensor([1, 0, 7]))
+    kept = top_k_of(logits, torch.tensor([1, 0, 7]))
     assert [int(row.isfinite().sum()) for row in kept] == [1, VOCABULARY, 7]
-    alone = [keep_top_p(logits[i : i + 1], torch.tensor([p])) for i, p in enumerate((0.2, 1.0, 0.7))]
-    assert torch.equal(keep_top_p(logits, torch.tensor([0.2, 1.0, 0.7])), torch.cat(alone))
+    alone = [top_p_of(logits[i : i + 1], torch.tensor([p])) for i, p in enumerate((0.2, 1.0, 0.7))]
+    assert torch.equal(top_p_of(logits, torch.tensor([0.2, 1.0, 0.7])), torch.cat(alone))
 
 
 def test_frequency_counts_each_time_and_presence_counts_once() -> None:
@@ -83,31 +99,28 @@ def test_frequency_counts_each_time_and_presence_counts_once() -> None:
     assert (result[7], result[8], result[9]) == (-(3 * 0.5 + 0.25), -(0.5 + 0.25), 0)
 
 
-def test_draw_follows_the_distribution_and_never_takes_what_is_masked() -> None:
-    logits = torch.tensor([[0.0, float("-inf"), 1.0, float("-inf")]])
+def test_draw_follows_the_distribution_and_never_takes_what_has_no_weight() -> None:
+    weights = torch.tensor([[0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
     uniform = torch.arange(0, 1, 1 / 1000, dtype=torch.float64)
-    tokens = draw(logits.expand(1000, -1), uniform)
-    counts = torch.bincount(tokens, minlength=4)
-    assert counts[1] == counts[3] == 0
-    assert abs(int(counts[2]) / 1000 - logits.softmax(-1)[0, 2]) < 0.002
+    counts = torch.bincount(draw(weights.expand(1000, -1), uniform), minlength=4)
+    assert counts.tolist() == [250, 0, 750, 0]
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_draw_stays_inside_at_the_ends_of_the_interval(uniform: float) -> None:
-    logits = torch.full((1, 4), float("-inf"))
-    logits[0, 2] = 0.0
-    assert draw(logits, torch.tensor([uniform], dtype=torch.float64)).tolist() == [2]
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("weight", [1.0, 0.1, 1 / 3, 1e-9, 0.7 + 2**-52])
+def test_draw_stays_inside_at_the_ends_of_the_interval(uniform: float, weight: float) -> None:
+    weights = torch.tensor([[0.0, 0.0, weight, 0.0]], dtype=torch.float64)
+    assert draw(weights, torch.tensor([uniform], dtype=torch.float64)).tolist() == [2]
 
 
 def test_eos_is_masked_before_the_minimum_as_in_transformers() -> None:
-    logits = torch.zeros(2, VOCABULARY)
+    logits = torch.zeros(1, VOCABULARY)
     logits[:, EOS] = 9
     params = SamplingParams(temperature=0.0, min_new_tokens=3, max_new_tokens=9)
-    tokens = sampler_with([params, params]).sample(logits, [0, 1], [2, 3])
-    masked = MinNewTokensLengthLogitsProcessor(1, 3, EOS)(
-        torch.zeros(1, 3, dtype=torch.long), logits[:1].clone()
-    )
-    assert tokens == [int(masked.argmax()), EOS]
+    sampler = sampler_with([params])
+    steps = [sampler.sample(logits, 0).tolist() for _ in range(4)]
+    masked = MinNewTokensLengthLogitsProcessor(1, 3, EOS)(torch.zeros(1, 3, dtype=torch.long), logits.clone())
+    assert steps == [[int(masked.argmax())]] * 3 + [[EOS]]
 
 
 CHAINS = [
@@ -142,16 +155,54 @@ def reference_tokens(rows: list[torch.Tensor], prompt: list[int], p: SamplingPar
     return answer
 
 
-def test_the_whole_chain_is_the_plain_reference_for_every_request_of_a_mixed_batch() -> None:
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 3000])  # shorter than the shortlist, and longer
+def test_the_whole_chain_is_the_plain_reference_for_every_request_of_a_mixed_batch(vocabulary: int) -> None:
     params = [SamplingParams(seed=seed, max_new_tokens=12, **chain) for seed, chain in enumerate(CHAINS)]
-    prompts = [[1, 5 + slot, 9, 9] for slot in range(len(params))]
-    sampler = sampler_with(params, prompts)
-    steps = [random_logits(len(params), seed) for seed in range(12)]
-    slots = list(range(len(params)))
-    sampled = [sampler.sample(logits, slots, [step] * len(slots)) for step, logits in enumerate(steps)]
-    for slot, p in enumerate(params):
-        expected = reference_tokens([logits[slot] for logits in steps], prompts[slot], p)
-        assert [tokens[slot] for tokens in sampled] == expected
+    prompts = [[1, 5 + row, 9, 9] for row in range(len(params))]
+    sampler = sampler_with(params, prompts, vocabulary)
+    steps = [random_logits(len(params), seed, vocabulary) for seed in range(12)]
+    sampled = [sampler.sample(logits, 0).tolist() for logits in steps]
+    for row, p in enumerate(params):
+        expected = reference_tokens([logits[row] for logits in steps], prompts[row], p)
+        assert [tokens[row] for tokens in sampled] == expected
+
+
+@pytest.mark.parametrize("chain", [*CHAINS, {"temperature": 2.0, "top_k": 1000, "top_p": 0.999}])
+def test_a_request_alone_is_what_it_is_in_a_batch(chain: dict[str, float]) -> None:
+    """Alone, the batch takes other short cuts: no filter, no penalty, the shortlist."""
+    p = SamplingParams(seed=3, max_new_tokens=20, **chain)
+    steps = [random_logits(1, seed, 3000) for seed in range(20)]
+    sampler = sampler_with([p], [[1, 7]], 3000)
+    sampled = [int(sampler.sample(logits, 0)) for logits in steps]
+    assert sampled == reference_tokens([logits[0] for logits in steps], [1, 7], p)
+
+
+@pytest.mark.parametrize("flat", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    "chain", [{"top_k": 256}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 255, "top_p": 0.5}]
+)
+def test_what_the_shortlist_does_not_hold_can_still_be_drawn(chain: dict[str, float], flat: float) -> None:
+    """All logits equal, or nearly: many more are kept than the shortlist has."""
+    p = SamplingParams(temperature=1.0, seed=1, max_new_tokens=40, **chain)
+    steps = [random_logits(1, seed, 3000) * flat for seed in range(40)]
+    sampler = sampler_with([p], [[1]], 3000)
+    sampled = [int(sampler.sample(logits, 0)) for logits in steps]
+    if flat:  # else which ones top_p cuts among equals is nobody's rule
+        assert sampled == reference_tokens([logits[0] for logits in steps], [1], p)
+    elif "top_p" not in chain:
+        assert max(sampled) > 2000 > 1000 > min(sampled)
+
+
+def test_a_request_that_moves_to_another_row_goes_on_as_it_would_have() -> None:
+    params = [SamplingParams(seed=seed, max_new_tokens=12, **chain) for seed, chain in enumerate(CHAINS[:4])]
+    steps = [random_logits(4, seed) for seed in range(12)]
+    sampler = sampler_with(params, [[1, 7]] * 4)
+    tokens = [int(sampler.sample(logits, 0)[3]) for logits in steps[:6]]
+    sampler.remove(1)
+    sampler.move(3, 1)
+    sampler.remove(3)
+    tokens += [int(sampler.sample(logits[[0, 3]], 0)[1]) for logits in steps[6:]]
+    assert tokens == reference_tokens([logits[3] for logits in steps], [1, 7], params[3])
 
 
 @pytest.mark.parametrize(
@@ -167,7 +218,7 @@ def test_the_whole_chain_is_the_plain_reference_for_every_request_of_a_mixed_bat
 )
 def test_numbers_beyond_float32_and_int64_still_give_a_token(chain: dict[str, float]) -> None:
     params = SamplingParams(**{"seed": 0, "max_new_tokens": 4, **chain})
-    (token,) = sampler_with([params]).sample(random_logits(1), [0], [0])
+    token = int(sampler_with([params]).sample(random_logits(1), 0))
     assert 0 <= token < VOCABULARY
 
 
@@ -176,6 +227,6 @@ def test_a_row_that_is_not_finite_is_told_apart_and_its_neighbour_is_not_touched
     logits = random_logits(2)
     logits[0, 3] = poison
     params = SamplingParams(temperature=0.8, seed=1, max_new_tokens=4)
-    bad, good = sampler_with([params, params]).sample(logits, [0, 1], [0, 0])
-    assert bad < 0
-    assert [good] == sampler_with([params]).sample(logits[1:], [0], [0])
+    bad, good = sampler_with([params, params]).sample(logits, 0).tolist()
+    assert bad == UNUSABLE
+    assert [good] == sampler_with([params]).sample(logits[1:], 0).tolist()

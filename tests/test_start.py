@@ -40,42 +40,48 @@ def test_a_token_of_the_70b_takes_327680_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "context", "slots", "plan"),
+    ("tokens", "context", "rows", "plan"),
     [
-        (4096 * 8, 4096, 32, CachePlan(slots=8, length=4096)),
-        (4096 * 100, 4096, 32, CachePlan(slots=32, length=4096)),
-        (4096 * 9 - 1, 4096, 32, CachePlan(slots=8, length=4096)),
-        (4096 * 8, 1024, 32, CachePlan(slots=32, length=1024)),
-        (1000, 4096, 32, CachePlan(slots=1, length=1000)),
-        (64, 4096, 32, CachePlan(slots=1, length=64)),
-        (16, 16, 32, CachePlan(slots=1, length=16)),
+        (4096 * 8, 4096, 32, CachePlan(rows=8, length=4096)),
+        (4096 * 100, 4096, 32, CachePlan(rows=32, length=4096)),
+        (4096 * 9 - 1, 4096, 32, CachePlan(rows=8, length=4096)),
+        (4096 * 8, 1024, 32, CachePlan(rows=32, length=1024)),
+        (1000, 4096, 32, CachePlan(rows=1, length=1000)),
+        (64, 4096, 32, CachePlan(rows=1, length=64)),
+        (16, 16, 32, CachePlan(rows=1, length=16)),
     ],
 )
-def test_a_budget_becomes_slots_and_a_shorter_context_only_when_not_one_fits(
-    tokens: int, context: int, slots: int, plan: CachePlan
+def test_a_budget_becomes_rows_and_a_shorter_context_only_when_not_one_fits(
+    tokens: int, context: int, rows: int, plan: CachePlan
 ) -> None:
     budget = tokens * TOKEN_70B
-    assert plan_cache(LLAMA_70B, torch.bfloat16, budget=budget, context=context, slots=slots) == plan
+    assert plan_cache(LLAMA_70B, torch.bfloat16, budget=budget, context=context, rows=rows) == plan
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63])
 def test_a_budget_too_small_for_use_is_refused(tokens: int) -> None:
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*LLAMA_CACHE_MEMORY"):
-        plan_cache(LLAMA_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, slots=1)
+        plan_cache(LLAMA_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, rows=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_takes_the_bytes_that_were_planned_and_begins_with_zeros(dtype: torch.dtype) -> None:
     config = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    cache = KVCache(config, CachePlan(slots=5, length=70), dtype, CPU)
-    tensors = [*cache.keys, *cache.values]
-    assert sum(t.numel() * t.itemsize for t in tensors) == 5 * 70 * bytes_per_token(config, dtype)
-    assert not any(t.any() for t in tensors)
+    cache = KVCache(config, CachePlan(rows=5, length=70), dtype, CPU)
+    assert sum(t.numel() * t.itemsize for t in cache.layers) == 5 * 70 * bytes_per_token(config, dtype)
+    assert not any(t.any() for t in cache.layers)
 
 
-def test_a_cpu_computes_in_float32_unless_told_otherwise() -> None:
-    assert pick_dtype(Settings(), CPU) is torch.float32
-    assert pick_dtype(Settings(dtype="bfloat16"), CPU) is torch.bfloat16
+def test_a_cpu_holds_weights_in_float32_unless_told_otherwise() -> None:
+    assert pick_dtype(Settings(), CPU, LLAMA_70B) is torch.float32
+    assert pick_dtype(Settings(dtype="bfloat16"), CPU, LLAMA_70B) is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_cpu_keeps_the_weights_of_a_16_bit_checkpoint_in_16_bits(name: str) -> None:
+    dtype = getattr(torch, name)
+    assert pick_dtype(Settings(), CPU, LlamaConfig(dtype=dtype)) is dtype
+    assert pick_dtype(Settings(dtype="float32"), CPU, LlamaConfig(dtype=dtype)) is torch.float32
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])
@@ -96,8 +102,8 @@ def test_setup_says_what_is_served_and_how_long_each_part_took(
     caplog.set_level("INFO", logger="llama")
     Llama.load(Settings(weights=llama_folder, max_context=100, cache_memory="1MB")).close()
     lines = [record.getMessage() for record in caplog.records]
-    assert any("float32 on cpu" in line and "context 100 tokens" in line for line in lines)
-    assert any("requests at once" in line for line in lines)
+    assert any("parameters, float32 on cpu" in line for line in lines)
+    assert any("context 100 tokens" in line and "requests at once" in line for line in lines)
     (ready,) = (line for line in lines if line.startswith("ready after "))
     assert all(part in ready for part in ("imports", "tokenizer", "weights", "engine", "warm-up"))
 

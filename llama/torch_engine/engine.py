@@ -1,8 +1,8 @@
 """TorchEngine: one background thread that takes requests from a queue and steps the model.
 
-A turn of the loop: take in what is new, let go of who has left, admit, prefill one chunk of one
-prompt, then one decode step for all who are ready. So a long prompt holds nobody's stream for longer
-than a chunk. Knows how the parts play together; each part is a module of its own.
+A turn of the loop: take in what is new, let go of who has left, read some of the prompts that wait, then
+one decode step for all whose prompt is read. Knows how the parts play together; each part is a module of
+its own.
 """
 
 from __future__ import annotations
@@ -10,24 +10,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
 from llama.errors import EngineError, EngineStopped, GenerationFailed
 from llama.sampling import SamplingParams
 from llama.torch_engine.kv_cache import CachePlan, KVCache
+from llama.torch_engine.layers import take_apart
 from llama.torch_engine.runner import Runner
-from llama.torch_engine.sampler import Sampler
+from llama.torch_engine.sampler import UNUSABLE, Sampler
 from llama.torch_engine.scheduler import Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = {"cuda": 512, "cpu": 128}  # prompt tokens a turn: what others wait for at most
+# Prompt tokens a turn, so that nobody's stream stands still for more than about two decode steps: a
+# share for each prompt that waits, which grows with the step's own length, and a bound on the whole.
+_SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
+_MOST_A_TURN = {"cuda": 1024, "cpu": 512}
 _REPORT_EVERY = 60.0  # seconds
 
 
@@ -36,26 +42,39 @@ class TorchEngine:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
-        plan: CachePlan,
+        load: Callable[[], tuple[LlamaForCausalLM, CachePlan]],
         *,
         vocabulary: int,
         eos_token_ids: Collection[int],
+        prefix_reuse: bool,
     ) -> None:
-        """`vocabulary`: ids below this are tokens; a checkpoint may pad its table with more rows."""
-        self._plan = plan
+        """Waits until the model is loaded; raises what `load` raises. The model is taken apart: it is not
+        usable afterwards. `vocabulary`: ids below this are tokens; a checkpoint may pad its table.
+
+        `load` runs on the engine's thread. OpenMP gives every thread that computes a crew of its own, and
+        once there are more workers than cores they stop to wait for each other's turn (measured on two
+        cores: 32 ms a step, not 20). So one thread does all there is to compute.
+        """
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
-        self._cache = KVCache(model.config, plan, model.dtype, model.device)
-        self._runner = Runner(model, self._cache)
-        self._sampler = Sampler(plan.slots, vocabulary, eos_token_ids, model.device)
-        self._scheduler = Scheduler(plan.slots)
-        self._chunk = _CHUNK.get(model.device.type, _CHUNK["cpu"])
+        self._prefix_reuse = prefix_reuse
         self._arrivals: SimpleQueue[Sequence | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._stopped = False  # under the lock: nothing is queued behind the loop's last look
         self._reported, self._tokens = time.monotonic(), 0
-        self._thread = threading.Thread(target=self._run, name="llama-engine", daemon=True)
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(load, ready), name="llama-engine", daemon=True
+        )
         self._thread.start()
+        ready.result()
+
+    def _set_up(self, model: LlamaForCausalLM, plan: CachePlan) -> None:
+        parts = take_apart(model, plan.length)
+        self._plan, self._device = plan, parts.device
+        self._cache = KVCache(model.config, plan, parts.dtype, parts.device)
+        self._runner = Runner(parts, self._cache)
+        self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
+        self._scheduler = Scheduler(plan.rows, self._cache, prefix_reuse=self._prefix_reuse)
 
     @property
     def context_length(self) -> int:
@@ -63,7 +82,7 @@ class TorchEngine:
 
     @property
     def max_requests(self) -> int:
-        return self._plan.slots
+        return self._plan.rows
 
     @property
     def healthy(self) -> bool:
@@ -72,10 +91,10 @@ class TorchEngine:
     @property
     def running(self) -> int:
         """Requests that hold a place in the batch."""
-        return self._scheduler.running
+        return len(self._scheduler.running)
 
     def submit(self, token_ids: Seq[int], params: SamplingParams) -> TokenStream:
-        sequence = Sequence(list(token_ids), params, TokenStream())
+        sequence = Sequence(list(token_ids), len(token_ids), params, TokenStream())
         with self._lock:
             if self._stopped:
                 raise EngineStopped("the engine is not running; restart the server")
@@ -86,7 +105,13 @@ class TorchEngine:
         self._arrivals.put(None)
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, load: Callable[[], tuple[LlamaForCausalLM, CachePlan]], ready: Future[None]) -> None:
+        try:
+            self._set_up(*load())
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
         failure: EngineError = EngineStopped("the engine was stopped; restart the server")
         try:
             while self._take_arrivals():
@@ -123,80 +148,102 @@ class TorchEngine:
 
     def _turn(self) -> None:
         self._scheduler.drop_cancelled_waiting()
-        for slot in self._scheduler.cancelled:
-            self._release(slot)
-        for slot, sequence in self._scheduler.admit():
-            self._sampler.add(slot, self._tensor(sequence.prompt), sequence.params)
+        running = self._scheduler.running
+        # What a prompt that was not read to its end has in the cache was never seen to be finite.
+        self._release({row: s.decoding for row, s in enumerate(running) if s.stream.cancelled})
         self._prefill()
         self._decode()
         self._report()
 
     def _prefill(self) -> None:
-        if (entry := self._scheduler.prefilling) is None:
-            return
-        slot, sequence = entry
-        chunk = sequence.prompt[sequence.cached : sequence.cached + self._chunk]
-        logits = self._runner.prefill(slot, self._tensor(chunk), sequence.cached)
-        sequence.cached += len(chunk)
-        if sequence.prefilled:
-            self._emit([entry], logits)
+        """Read prompts, the oldest first, as far as a turn allows."""
+        spent = 0
+        while entry := self._scheduler.next_prefill():
+            row, sequence = entry
+            left = self._prefill_budget() - spent
+            if left <= 0:
+                return
+            chunk = sequence.tokens[sequence.cached : min(sequence.cached + left, sequence.prompt_length)]
+            logits = self._runner.prefill(row, self._tensor(chunk), sequence.cached)
+            sequence.cached += len(chunk)
+            spent += len(chunk)
+            if sequence.decoding:
+                self._sampler.add(row, self._tensor(sequence.tokens), sequence.params)
+                self._runner.place(row, sequence.cached)
+                self._emit(row, logits)
+
+    def _prefill_budget(self) -> int:
+        decoding, device = self._scheduler.decoding, self._device.type
+        if not decoding:
+            return _MOST_A_TURN[device]
+        base, a_stream = _SHARE[device]
+        return min((base + a_stream * decoding) * (1 + self._scheduler.waiting), _MOST_A_TURN[device])
 
     def _decode(self) -> None:
-        entries = self._scheduler.decoding
-        if not entries:
+        running = self._scheduler.running
+        decoding = [sequence for sequence in running if sequence.decoding]
+        if not decoding:
             return
-        slots = [slot for slot, _ in entries]
-        tokens = self._tensor([sequence.last_token for _, sequence in entries])
-        logits = self._runner.decode(slots, tokens, [sequence.cached for _, sequence in entries])
-        for _, sequence in entries:
+        logits = self._runner.decode(len(running), max(len(sequence.tokens) for sequence in decoding))
+        for sequence in decoding:
             sequence.cached += 1
-        self._emit(entries, logits)
+        self._emit(0, logits)
 
-    def _emit(self, entries: list[tuple[int, Sequence]], logits: torch.Tensor) -> None:
-        """Take each sequence's next token and hand it out, or end the sequence."""
-        slots = [slot for slot, _ in entries]
-        generated = [sequence.generated for _, sequence in entries]
-        tokens = self._sampler.sample(logits[:, : self._vocabulary], slots, generated)
-        for (slot, sequence), token in zip(entries, tokens, strict=True):
-            if token < 0:
-                self._cache.clear(slot)
-                sequence.stream.fail(
-                    GenerationFailed("the model's output is not finite; try a wider LLAMA_DTYPE")
-                )
-                self._release(slot)
-            elif token in self._eos and sequence.generated >= sequence.params.minimum:
-                sequence.stream.finish("stop")
-                self._release(slot)
-            else:
-                self._hand_out(slot, sequence, token)
+    def _emit(self, first: int, logits: Tensor) -> None:
+        """Take the next token of the sequences from row `first` on and hand it out, or end them."""
+        tokens = self._sampler.sample(logits[:, : self._vocabulary], first)
+        self._runner.feed(first, tokens)
+        ended: dict[int, bool] = {}  # row: whether what it has in the cache is good
+        for row, token in enumerate(tokens.tolist(), start=first):  # waits for the device
+            sequence = self._scheduler.running[row]
+            if sequence.decoding and self._hand_out(sequence, token):
+                ended[row] = token != UNUSABLE
+        self._release(ended)
 
-    def _hand_out(self, slot: int, sequence: Sequence, token: int) -> None:
-        sequence.last_token = token
-        sequence.generated += 1
+    def _hand_out(self, sequence: Sequence, token: int) -> bool:
+        """Give a sequence its next token; whether that ends it."""
+        stream, params = sequence.stream, sequence.params
+        if token == UNUSABLE:
+            stream.fail(GenerationFailed("the model's output is not finite; try a wider LLAMA_DTYPE"))
+            return True
+        if token in self._eos and sequence.generated >= params.minimum:
+            stream.finish("stop")
+            return True
+        sequence.tokens.append(token)
         self._tokens += 1
-        sequence.stream.put(token)
-        if sequence.generated >= sequence.params.maximum:
-            sequence.stream.finish("length")
-            self._release(slot)
+        stream.put(token)
+        if sequence.generated < params.maximum:
+            return False
+        stream.finish("length")
+        return True
 
-    def _release(self, slot: int) -> None:
-        self._sampler.remove(slot)
-        self._scheduler.release(slot)
+    def _release(self, ended: dict[int, bool]) -> None:
+        """Take sequences out of their rows. The highest first, so that few others have to move."""
+        for row, good in sorted(ended.items(), reverse=True):
+            if not good:
+                self._cache.clear(row, self._scheduler.running[row].cached)
+            moved = self._scheduler.release(row, keep=good)
+            if moved is not None:
+                self._sampler.move(moved, row)
+                self._runner.move(moved, row)
+            freed = row if moved is None else moved
+            self._sampler.remove(freed)
+            self._runner.remove(freed)
 
     def _report(self) -> None:
         """A line a minute while there is work."""
         now = time.monotonic()
         if now - self._reported < _REPORT_EVERY:
             return
-        cached = sum(sequence.cached for _, sequence in self._scheduler.decoding)
+        running = self._scheduler.running
         logger.info(
             "engine: %d running, %d waiting, %.0f%% of the cache in use, %.1f tokens/s",
-            self._scheduler.running,
+            len(running),
             self._scheduler.waiting,
-            100 * cached / (self._plan.slots * self._plan.length),
+            100 * sum(sequence.cached for sequence in running) / (self._plan.rows * self._plan.length),
             self._tokens / (now - self._reported),
         )
         self._reported, self._tokens = now, 0
 
-    def _tensor(self, token_ids: Seq[int]) -> torch.Tensor:
-        return torch.tensor(token_ids, dtype=torch.long, device=self._runner.device)
+    def _tensor(self, token_ids: Seq[int]) -> Tensor:
+        return torch.tensor(token_ids, dtype=torch.long, device=self._device)

@@ -1,6 +1,7 @@
-"""The key/value cache: one preallocated tensor pair a layer, divided into slots of one context each.
+"""The key/value cache: one preallocated tensor a layer, divided into rows of one context each.
 
-Knows shapes and bytes; knows nothing of requests (`scheduler.py` gives slots out).
+Knows shapes and bytes; knows nothing of requests (`scheduler.py` gives rows out) nor of what is worth
+keeping (`prefix_cache.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from llama.errors import DoesNotFit
@@ -19,9 +21,9 @@ SMALLEST_CONTEXT = 64
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """How a memory budget is divided: `slots` requests at once, `length` tokens each."""
+    """How a memory budget is divided: `rows` requests at once, `length` tokens each."""
 
-    slots: int
+    rows: int
     length: int
 
 
@@ -31,10 +33,8 @@ def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * heads * dtype.itemsize)
 
 
-def plan_cache(
-    config: LlamaConfig, dtype: torch.dtype, *, budget: int, context: int, slots: int
-) -> CachePlan:
-    """At most `slots` requests of `context` tokens in `budget` bytes; a shorter context when not even
+def plan_cache(config: LlamaConfig, dtype: torch.dtype, *, budget: int, context: int, rows: int) -> CachePlan:
+    """At most `rows` requests of `context` tokens in `budget` bytes; a shorter context when not even
     one fits. Raises DoesNotFit when that would be too short to be of use."""
     per_token = bytes_per_token(config, dtype)
     length = min(context, budget // per_token)
@@ -43,31 +43,45 @@ def plan_cache(
             f"the key/value cache may take {budget} bytes and one token needs {per_token}; "
             f"give it at least {per_token * SMALLEST_CONTEXT} bytes (LLAMA_CACHE_MEMORY) or a smaller model"
         )
-    return CachePlan(slots=min(slots, budget // (per_token * length)), length=length)
+    return CachePlan(rows=min(rows, budget // (per_token * length)), length=length)
 
 
 class KVCache:
-    """`keys[layer]` and `values[layer]`: [slots, KV heads, length, head_dim], zeros at first."""
+    """`layers[i]`: [2 (keys, values), rows, KV heads, length, head_dim], zeros at first.
+
+    A request's last token is never read by the model, so the last position of a row is free: steps write
+    there for rows that have nothing to say.
+    """
 
     def __init__(
         self, config: LlamaConfig, plan: CachePlan, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (plan.slots, config.num_key_value_heads, plan.length, config.head_dim)
-
-        def per_layer() -> list[torch.Tensor]:
-            return [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
-
+        shape = (2, plan.rows, config.num_key_value_heads, plan.length, config.head_dim)
         self.plan = plan
-        self.keys, self.values = per_layer(), per_layer()
+        self.dtype = dtype
+        self.layers = [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
 
-    def clear(self, slot: int) -> None:
-        """Forget a slot's contents. Not needed between healthy requests: what a mask hides has weight
-        zero. But zero times NaN is NaN, so what a failed request left must not stay."""
-        for tensor in (*self.keys, *self.values):
-            tensor[slot].zero_()
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of a row to another."""
+        for layer in self.layers:
+            layer[:, target, :, :count] = layer[:, source, :, :count]
+
+    def swap(self, a: int, b: int, count: int) -> None:
+        """Exchange the first `count` positions of two rows."""
+        for layer in self.layers:
+            kept = layer[:, a, :, :count].clone()
+            layer[:, a, :, :count] = layer[:, b, :, :count]
+            layer[:, b, :, :count] = kept
+
+    def clear(self, row: int, count: int) -> None:
+        """Forget the first `count` positions of a row, and the last. Not needed between healthy requests:
+        what a mask hides has weight zero. But zero times NaN is NaN, so what a failed one left must go."""
+        for layer in self.layers:
+            layer[:, row, :, :count] = 0
+            layer[:, row, :, -1] = 0
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a CPU memory that is not resident until it is written, as torch's own zeros is at once."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,115 +1,151 @@
-"""One step of the model: a forward of our own over the modules that transformers loaded.
+"""One step of the model: a forward of our own over the layers of `layers.py`.
 
-Layers are called as modules (`q_proj`, `mlp` and so on), so quantized and adapted ones serve as they
-come. Knows tensors, positions and slots; knows nothing of requests. Its reference in the tests is
-`model(ids).logits`.
+Keeps, on the device, the next token and position of every row of the batch, so that a decode step needs
+nothing from the host. Knows tensors, positions and rows; knows nothing of requests. Its reference in
+the tests is `model(ids).logits`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
+from llama.torch_engine.graphs import Step, StepGraphs
 from llama.torch_engine.kv_cache import KVCache
+from llama.torch_engine.layers import Layer, Parts
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer index, queries [N, heads, D], keys and values [N, KV heads, D] to outputs [N, heads x D]."""
+logger = logging.getLogger(__name__)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A layer's cache, queries [N, heads, D], keys and values [N, 2, KV heads, D] to [N, heads x D]."""
 
 _ROUND_UP = 64  # cached positions are read in multiples, so that few shapes occur
 
 
 class Runner:
-    """N is the number of tokens in a step, B of requests, V the vocabulary, D the head dimension."""
+    """N is the number of tokens in a step, B of rows, V the vocabulary, D the head dimension."""
 
-    def __init__(self, model: LlamaForCausalLM, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
-        self.device = model.device
-        self._scale = model.model.layers[0].self_attn.scaling
-        positions = torch.arange(cache.plan.length, device=self.device)
-        with torch.inference_mode():
-            # Any rope scaling is in these tables: they come from the model's own rotary module.
-            cos, sin = model.model.rotary_emb(model.get_input_embeddings().weight, positions[None])
-        self._cos, self._sin = cos[0, :, None], sin[0, :, None]  # [length, 1, D]
+    def __init__(self, parts: Parts, cache: KVCache) -> None:
+        self._parts, self._cache = parts, cache
+        self._nowhere = cache.plan.length - 1  # the position of rows that have nothing to say
+        rows = cache.plan.rows
+        self._tokens = torch.zeros(rows, dtype=torch.long, device=parts.device)
+        self._positions = torch.full_like(self._tokens, self._nowhere)
+        _, _, self._kv_heads, length, self._head_dim = cache.layers[0].shape
+        starts = torch.arange(2 * rows * self._kv_heads, device=parts.device) * length
+        self._starts = starts.view(2, rows, self._kv_heads).transpose(0, 1)
+        self._all_positions = torch.arange(cache.plan.length, device=parts.device)
+        self._replay = self._capture() if parts.device.type == "cuda" else self._step
 
     @torch.inference_mode()
-    def prefill(self, slot: int, token_ids: Tensor, start: int) -> Tensor:
-        """Put `token_ids` [N] into a slot at `start`, after what is there. Logits of the last: [1, V]."""
+    def prefill(self, row: int, token_ids: Tensor, start: int) -> Tensor:
+        """Put `token_ids` [N] into a row at `start`, after what is there. Logits of the last: [1, V]."""
         end = start + len(token_ids)
-        positions = torch.arange(start, end, device=self.device)
-        visible = torch.arange(end, device=self.device) <= positions[:, None]  # [N, end]
+        positions = self._all_positions[start:end]
+        visible = self._all_positions[:end] <= positions[:, None]  # [N, end]
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            cached_keys, cached_values = self._cache.keys[layer][slot], self._cache.values[layer][slot]
-            cached_keys[:, start:end] = keys.transpose(0, 1)
-            cached_values[:, start:end] = values.transpose(0, 1)
+        def attend(cached: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
+            cached[:, row, :, start:end] = keys_values.permute(1, 2, 0, 3)
+            keys, values = cached[:, row, :, :end]
+            # Query heads that share a KV head become more queries of it, so that nothing is repeated.
+            count, kv_heads = len(queries), len(keys)
+            grouped = queries.view(count, kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
+            groups = grouped.shape[1]
             attended = F.scaled_dot_product_attention(
-                queries.transpose(0, 1)[None],
-                cached_keys[None, :, :end],
-                cached_values[None, :, :end],
-                attn_mask=visible,
-                scale=self._scale,
-                enable_gqa=True,
+                grouped.flatten(1, 2)[None],
+                keys[None],
+                values[None],
+                attn_mask=visible.repeat(groups, 1),
+                scale=self._parts.scale,
             )
-            return attended[0].transpose(0, 1).flatten(1)
+            return attended.view(kv_heads, groups, count, -1).permute(2, 0, 1, 3).flatten(1)
 
         return self._logits(self._hidden(token_ids, positions, attend)[-1:])
 
     @torch.inference_mode()
-    def decode(self, slots: list[int], token_ids: Tensor, positions: list[int]) -> Tensor:
-        """One token for each of B requests: `token_ids` [B] at `positions` of `slots`. Logits [B, V]."""
-        rows, at = self._index(slots), self._index(positions)
-        # The lowest slots are taken first, so a view of the first `height` holds few that are not asked for.
-        height = max(slots) + 1
-        length = min(-(-(max(positions) + 1) // _ROUND_UP) * _ROUND_UP, self._cache.plan.length)
-        last = torch.zeros(height, dtype=torch.long, device=self.device).index_copy_(0, rows, at)
-        hidden_positions = torch.arange(length, device=self.device) > last[:, None]
-        bias = torch.zeros(height, 1, 1, length, device=self.device)
-        bias.masked_fill_(hidden_positions[:, None, None], float("-inf"))
+    def decode(self, height: int, longest: int) -> Tensor:
+        """One token for each of the first `height` rows, of which none is longer than `longest` with it.
+        Logits [height, V]; those of rows that hold no request mean nothing."""
+        length = min(-(-longest // _ROUND_UP) * _ROUND_UP, self._cache.plan.length)
+        logits = self._replay(height, length)
+        self._positions[:height].add_(1).clamp_(max=self._nowhere)
+        return logits
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            cached_keys, cached_values = self._cache.keys[layer], self._cache.values[layer]
-            cached_keys[rows, :, at] = keys
-            cached_values[rows, :, at] = values
-            groups = queries.shape[1] // keys.shape[1]  # query heads that share a KV head
-            grouped = queries.new_zeros(height, keys.shape[1], groups, keys.shape[2])
-            grouped[rows] = queries.view(-1, *grouped.shape[1:])
+    @torch.inference_mode()
+    def feed(self, first: int, tokens: Tensor) -> None:
+        """The tokens [B] that the rows from `first` on are to read next."""
+        self._tokens[first : first + len(tokens)] = tokens.clamp(min=0)
+
+    def place(self, row: int, position: int) -> None:
+        """Let a row take part in decoding from `position` on."""
+        self._positions[row] = position
+
+    def move(self, source: int, target: int) -> None:
+        """Let a row's request go on in another."""
+        for tensor in (self._tokens, self._positions):
+            tensor[target] = tensor[source]
+
+    def remove(self, row: int) -> None:
+        """A row has no request any more."""
+        self._positions[row] = self._nowhere
+
+    @torch.inference_mode()
+    def _capture(self) -> Step:
+        try:
+            return StepGraphs(self._step, self._cache.plan.rows, self._cache.plan.length)
+        except RuntimeError as error:  # a layer that asks the host, such as int8 with outliers
+            logger.warning("decoding without CUDA graphs, which is slower: %s", error)
+            return self._step
+
+    def _step(self, height: int, length: int) -> Tensor:
+        positions = self._positions[:height]
+        hidden = self._all_positions[:length] > positions[:, None]
+        bias = torch.zeros_like(hidden, dtype=self._parts.dtype).masked_fill_(hidden, float("-inf"))
+        bias = bias.repeat_interleave(self._kv_heads, dim=0)[:, None]  # [height x KV heads, 1, length]
+        places = self._places(positions)
+
+        def attend(cached: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
+            cached.view(-1, self._head_dim).index_copy_(0, places, keys_values.view(-1, self._head_dim))
+            keys, values = cached[:, :height, :, :length].flatten(1, 2)  # [height x KV heads, length, D]
+            grouped = queries.reshape(len(keys), -1, self._head_dim)
             # Two plain products: on a CPU several times quicker than the fused kernel for one query.
-            scores = grouped @ cached_keys[:height, :, :length].transpose(2, 3) * self._scale
-            weights = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).to(values.dtype)
-            return (weights @ cached_values[:height, :, :length])[rows].flatten(1)
+            scores = torch.baddbmm(bias, grouped, keys.transpose(1, 2), alpha=self._parts.scale)
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+            return torch.bmm(weights, values).view(height, -1)
 
-        return self._logits(self._hidden(token_ids, at, attend))
+        return self._logits(self._hidden(self._tokens[:height], positions, attend))
+
+    def _places(self, positions: Tensor) -> Tensor:
+        """Where the keys and values of the first rows go in a layer's cache seen as one list of heads, in
+        the order [B, 2, KV heads] of what is to be written."""
+        return (self._starts[: len(positions)] + positions[:, None, None]).flatten()
 
     def _hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the last layer, not yet normalised: [N, hidden]."""
-        cos, sin = self._cos[positions], self._sin[positions]
-        x: Tensor = self._model.get_input_embeddings()(token_ids)
-        for index, layer in enumerate(self._model.model.layers):
-            attention = layer.self_attn
-            h = _normalised(layer.input_layernorm, x)
-            heads = (len(token_ids), -1, attention.head_dim)
-            queries = _rotated(attention.q_proj(h).view(heads), cos, sin)
-            keys = _rotated(attention.k_proj(h).view(heads), cos, sin)
-            x = x + attention.o_proj(attend(index, queries, keys, attention.v_proj(h).view(heads)))
-            x = x + layer.mlp(_normalised(layer.post_attention_layernorm, x))
+        parts = self._parts
+        cos, sin = parts.cos[positions], parts.sin[positions]
+        x: Tensor = parts.embedding(token_ids).to(parts.dtype)
+        for layer, cached in zip(parts.layers, self._cache.layers, strict=True):
+            queries, keys_values = self._projected(layer, x, cos, sin)
+            x = x + layer.output(attend(cached, queries, keys_values))
+            x = x + layer.mlp(x)
         return x
 
+    def _projected(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [N, heads, D], keys and values [N, 2, KV heads, D], rotated by their positions."""
+        kv_heads = self._kv_heads
+        heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self._head_dim)
+        turned = _rotated(heads[:, :-kv_heads], cos, sin)
+        queries, keys = turned[:, :-kv_heads], turned[:, -kv_heads:]
+        return queries, torch.stack((keys, heads[:, -kv_heads:]), dim=1)
+
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._model.lm_head(_normalised(self._model.model.norm, hidden))
+        logits: Tensor = self._parts.head(self._parts.norm(hidden))
         return logits.float()
-
-    def _index(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.long, device=self.device)
-
-
-def _normalised(norm: Any, x: Tensor) -> Tensor:
-    """A LlamaRMSNorm, by torch's own kernel."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

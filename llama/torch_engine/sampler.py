@@ -1,13 +1,14 @@
-"""From logits to tokens, for a whole batch, with every parameter per request.
+"""From logits to tokens, for a whole batch, with every parameter per request, on the model's device.
 
-The rules are functions over [B, V] logits with one parameter a row, applied in the order of the API:
-repetition, frequency, presence, minimum tokens, temperature, top_k, top_p. `Sampler` keeps their
-parameters by slot. A seeded request's noise depends on its seed and its own position alone.
+The rules are functions with one parameter a row, applied in the order of the API: repetition,
+frequency, presence, minimum tokens, temperature, top_k, top_p. `Sampler` keeps their parameters by row
+of the batch, as tensors, so that a step needs nothing from the host. A seeded request's noise depends
+on its seed and its own position alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from llama.sampling import SamplingParams
 
-_UNUSABLE = -1  # in place of a token, where a row of logits is not finite
+UNUSABLE = -1
+"""In place of a token, where a row of logits is not finite."""
+
+# On a CPU the best few are looked at first: sorting 32,000 logits takes longer than all the rest.
+_SHORTLIST = 256
 # float32 cannot hold every number that a caller may send; beyond these a rule has done all it can
 _COLDEST = 1e-6
 _PENALTY_RANGE = (1e-6, 1e6)
@@ -34,112 +39,156 @@ def penalize_counts(logits: Tensor, counts: Tensor, frequency: Tensor, presence:
     return logits - counts * frequency[:, None] - (counts > 0) * presence[:, None]
 
 
-def keep_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
-    """Mask all but the k best (and what equals the k-th); below 1 is off."""
-    ordered = logits.sort(dim=-1, descending=True).values
-    size = logits.shape[-1]
+def keep_top_k(ordered: Tensor, top_k: Tensor) -> Tensor:
+    """Which of the logits, best first, are among the k best or equal the k-th: [B, S] bool. Below 1: all."""
+    size = ordered.shape[-1]
     k = torch.where(top_k < 1, size, top_k.clamp(max=size))
-    return logits.masked_fill(logits < ordered.gather(-1, k[:, None] - 1), float("-inf"))
+    return ordered >= ordered.gather(-1, k[:, None] - 1)
 
 
-def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Mask the tail that holds at most 1 - p of the probability; the best token always stays."""
-    ordered, order = logits.sort(dim=-1, descending=False)
-    drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p[:, None]
-    drop[:, -1] = False
-    return logits.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), float("-inf"))
+def keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Which tokens, likeliest first, have less than p of the probability before them: [B, S] bool. The
+    first always stays, and from 1 on all do."""
+    before = probabilities.cumsum(dim=-1) - probabilities
+    keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep[:, 0] = True
+    return keep
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative distribution passes `uniform` [B], each in [0, 1).
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The index at which the cumulative sum of `weights` [B, S] passes the share `uniform` [B] of it.
 
-    In float64: a sum over tens of thousands of float32 terms would move with the order of adding.
+    Both in float64: a sum over tens of thousands of float32 terms would move with the order of adding.
     """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # the product may round up to the total
+    index = torch.searchsorted(cumulative, torch.minimum(uniform[:, None] * total, below), right=True)
+    return index[:, 0].clamp(max=weights.shape[-1] - 1)  # weights that are not finite lead outside
 
 
 class Sampler:
-    """Sampling parameters and token counts of the requests in `slots` slots."""
+    """Sampling parameters, token counts and noise of the requests in a batch, by row."""
 
     def __init__(
-        self, slots: int, vocabulary: int, eos_token_ids: Collection[int], device: torch.device
+        self,
+        rows: int,
+        context: int,
+        vocabulary: int,
+        eos_token_ids: Collection[int],
+        device: torch.device,
     ) -> None:
-        self._device = device
-        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
-        self._seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        self._counts = torch.zeros(slots, vocabulary, dtype=torch.int32, device=device)
-        self._params: dict[int, SamplingParams] = {}
-        self._uniforms: dict[int, np.ndarray] = {}
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
-    def add(self, slot: int, prompt: Tensor, params: SamplingParams) -> None:
-        """Start a request in a slot: `prompt` [N] counts for the repetition penalty."""
-        self._params[slot] = params
-        self._seen[slot].zero_().index_fill_(0, prompt, True)
-        self._counts[slot].zero_()
+        self._shortlist = _SHORTLIST if device.type == "cpu" else vocabulary
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
+        self._params: list[SamplingParams | None] = [None] * rows
+        self._greedy = zeros(dtype=torch.bool)
+        self._repetition, self._frequency, self._presence = zeros(), zeros(), zeros()
+        self._minimum, self._generated = zeros(dtype=torch.long), zeros(dtype=torch.long)
+        self._temperature, self._top_p, self._top_k = zeros(), zeros(), zeros(dtype=torch.long)
+        self._temperature.fill_(1.0)
+        self._repetition.fill_(1.0)
+        self._uniforms = zeros(context, dtype=torch.float64)
+        self._seen = zeros(vocabulary, dtype=torch.bool)
+        self._counts = zeros(vocabulary, dtype=torch.int32)
+        self._state = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        self._state = [tensor for tensor in self._state if tensor is not self._eos]
+
+    @torch.inference_mode()
+    def add(self, row: int, prompt: Tensor, params: SamplingParams) -> None:
+        """Start a request in a row, whose prompt [N] is read and whose first token comes next."""
+        self._params[row] = params
+        self._greedy[row] = params.greedy
+        self._repetition[row] = min(
+            max(params.repetition_penalty or 1.0, _PENALTY_RANGE[0]), _PENALTY_RANGE[1]
+        )
+        self._frequency[row], self._presence[row] = params.frequency_penalty, params.presence_penalty
+        self._minimum[row], self._generated[row] = params.minimum, 0
+        self._temperature[row] = max(params.temperature, _COLDEST)
+        self._top_p[row] = params.top_p
+        self._top_k[row] = min(params.top_k, self._seen.shape[1])
+        self._seen[row].zero_().index_fill_(0, prompt, True)
+        self._counts[row].zero_()
         if not params.greedy:
             assert params.seed is not None  # drawn where the request was read
             # One number a position from a counter-based generator, keyed by the seed alone.
             generator = np.random.Generator(np.random.Philox(key=params.seed % 2**128))
-            self._uniforms[slot] = generator.random(params.maximum)
+            self._uniforms[row, : params.maximum] = torch.from_numpy(generator.random(params.maximum))
 
-    def remove(self, slot: int) -> None:
+    def move(self, source: int, target: int) -> None:
+        """Let a request go on in another row."""
+        self._params[target] = self._params[source]
+        for tensor in self._state:
+            tensor[target] = tensor[source]
+
+    def remove(self, row: int) -> None:
         """Forget a request."""
-        del self._params[slot]
-        self._uniforms.pop(slot, None)
+        self._params[row] = None
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: list[int], generated: list[int]) -> list[int]:
-        """The next token of each request, or a negative number where its logits are not finite.
+    def sample(self, logits: Tensor, first: int) -> Tensor:
+        """The next tokens [B] of the rows from `first` on, UNUSABLE where logits are not finite.
 
-        `logits` [B, V] float32; `generated` is how many tokens each answer has so far.
+        `logits` [B, V] float32. On a GPU this waits for nothing. Rows that hold no request get some token.
         """
-        params = [self._params[slot] for slot in slots]
-        rows = torch.tensor(slots, dtype=torch.long, device=self._device)
-        usable = logits.isfinite().all(dim=-1)
-        logits = self._penalized(logits, rows, params)
-        logits = self._without_early_eos(logits, params, generated)
-
+        rows = slice(first, first + len(logits))
+        params = [p for p in self._params[rows] if p is not None]
+        usable = logits.sum(dim=-1).isfinite()
+        logits = self._without_early_eos(self._penalized(logits, rows, params), rows, params)
         tokens = logits.argmax(dim=-1)
-        if drawn := [row for row, p in enumerate(params) if not p.greedy]:
-            index = torch.tensor(drawn, dtype=torch.long, device=self._device)
-            tokens[index] = self._drawn(
-                logits[index],
-                [params[row] for row in drawn],
-                [self._uniforms[slots[row]][generated[row]] for row in drawn],
-            )
-        self._seen[rows, tokens] = True
-        self._counts[rows, tokens] += 1
-        return torch.where(usable, tokens, _UNUSABLE).tolist()
+        drawn = [p for p in params if not p.greedy]
+        if drawn:
+            filtered = any(p.top_k > 0 or p.top_p < 1 for p in drawn)
+            tokens = torch.where(self._greedy[rows], tokens, self._drawn(logits, rows, filtered))
+        self._seen[rows].scatter_(1, tokens[:, None], True)
+        self._counts[rows].scatter_add_(
+            1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32)
+        )
+        self._generated[rows] += 1
+        return torch.where(usable, tokens, UNUSABLE)
 
-    def _penalized(self, logits: Tensor, rows: Tensor, params: list[SamplingParams]) -> Tensor:
+    def _penalized(self, logits: Tensor, rows: slice, params: list[SamplingParams]) -> Tensor:
         if any(p.repetition_penalty not in (0, 1) for p in params):
-            penalty = self._column([p.repetition_penalty or 1.0 for p in params]).clamp_(*_PENALTY_RANGE)
-            logits = penalize_repetition(logits, self._seen[rows], penalty)
+            logits = penalize_repetition(logits, self._seen[rows], self._repetition[rows])
         if any(p.frequency_penalty or p.presence_penalty for p in params):
-            frequency = self._column([p.frequency_penalty for p in params])
-            presence = self._column([p.presence_penalty for p in params])
-            logits = penalize_counts(logits, self._counts[rows], frequency, presence)
+            counts, frequency, presence = self._counts[rows], self._frequency[rows], self._presence[rows]
+            logits = penalize_counts(logits, counts, frequency, presence)
         return logits
 
-    def _without_early_eos(
-        self, logits: Tensor, params: list[SamplingParams], generated: list[int]
-    ) -> Tensor:
-        early = [row for row, (p, n) in enumerate(zip(params, generated, strict=True)) if n < p.minimum]
-        if not early:
+    def _without_early_eos(self, logits: Tensor, rows: slice, params: list[SamplingParams]) -> Tensor:
+        if not any(p.minimum for p in params):
             return logits
-        index = torch.tensor(early, dtype=torch.long, device=self._device)
-        return logits.index_put((index[:, None], self._eos[None]), logits.new_tensor(float("-inf")))
+        early = self._generated[rows] < self._minimum[rows]
+        masked = logits[:, self._eos].masked_fill(early[:, None], float("-inf"))
+        return logits.index_copy(1, self._eos, masked)
 
-    def _drawn(self, logits: Tensor, params: list[SamplingParams], uniform: list[float]) -> Tensor:
-        logits = logits / self._column([max(p.temperature, _COLDEST) for p in params])[:, None]
-        if any(p.top_k > 0 for p in params):
-            top_k = [min(p.top_k, logits.shape[-1]) for p in params]
-            logits = keep_top_k(logits, self._column(top_k, torch.long))
-        if any(p.top_p < 1 for p in params):
-            logits = keep_top_p(logits, self._column([p.top_p for p in params]))
-        return draw(logits, self._column(uniform, torch.float64))
+    def _drawn(self, logits: Tensor, rows: slice, filtered: bool) -> Tensor:
+        position = self._generated[rows].clamp(max=self._uniforms.shape[1] - 1)
+        uniform = self._uniforms[rows].gather(1, position[:, None])[:, 0]
+        scaled = logits / self._temperature[rows, None]
+        if not filtered:
+            return draw(scaled.double().softmax(dim=-1), uniform)
+        size = min(self._shortlist, scaled.shape[-1])
+        values, ids = scaled.topk(size)
+        weights, settled = self._kept(values, scaled, rows)
+        # Only a CPU asks, and seldom in vain: a GPU would have to wait, and sorts them all at once.
+        if size < scaled.shape[-1] and not (settled | self._greedy[rows]).all():
+            values, ids = scaled.sort(dim=-1, descending=True)
+            weights, _ = self._kept(values, scaled, rows)
+        # In the order of their ids: an order by weight would change where two are as good as equal.
+        ids, order = ids.sort(dim=-1)
+        index = draw(weights.gather(-1, order), uniform)
+        return ids.gather(-1, index[:, None])[:, 0]
 
-    def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+    def _kept(self, values: Tensor, scaled: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """What top_k and top_p leave of the best logits of each row, best first: their weights [B, S]
+        float64, zero where not kept, and whether nothing beyond the S can be kept either [B]."""
+        top_k = self._top_k[rows]
+        among_k = keep_top_k(values, top_k)
+        weights = (values - values[:, :1]).double().exp() * among_k
+        everything = (scaled - values[:, :1]).exp().sum(dim=-1, dtype=torch.float64)
+        weights /= torch.where(top_k < 1, everything, weights.sum(dim=-1))[:, None]
+        among_p = keep_top_p(weights, self._top_p[rows].double())
+        return weights * among_p, ~torch.where(top_k < 1, among_p[:, -1], among_k[:, -1])

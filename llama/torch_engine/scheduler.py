@@ -1,82 +1,109 @@
-"""Who runs: requests wait in order, take a slot when one is free, and leave between steps.
+"""Who runs: requests wait in order, take a row of the cache when one is free, and leave between steps.
 
-Knows requests and slots; knows nothing of tensors, threads or sampling.
+Running requests always have the lowest rows, without a gap, so that a step works on the first rows of
+every tensor. Knows requests and rows; knows nothing of tensors, threads or sampling: whoever holds
+tensors by row (`Rows`) is told what to copy and to move.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from llama.engine import TokenStream
 from llama.sampling import SamplingParams
+from llama.torch_engine.prefix_cache import PrefixCache
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request on its way through the engine."""
 
-    prompt: list[int]
+    tokens: list[int]
+    """Prompt and answer so far."""
+    prompt_length: int
     params: SamplingParams
     stream: TokenStream
     cached: int = 0
-    """Tokens of prompt and answer whose keys and values are in the cache."""
-    generated: int = 0
-    last_token: int = 0
+    """Tokens whose keys and values are in the cache."""
 
     @property
-    def prefilled(self) -> bool:
-        return self.cached >= len(self.prompt)
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def decoding(self) -> bool:
+        """Whether it takes one token a step, its prompt being read."""
+        return self.cached >= self.prompt_length
+
+
+class Rows(Protocol):
+    """Keys and values by row."""
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` positions of a row to another."""
+
+    def swap(self, a: int, b: int, count: int) -> None:
+        """Exchange the first `count` positions of two rows."""
 
 
 class Scheduler:
-    """Strictly first come, first served. A sequence is waiting or in exactly one slot."""
+    """Strictly first come, first served. A sequence is waiting or in exactly one row."""
 
-    def __init__(self, slots: int) -> None:
-        self._free = list(range(slots))
+    def __init__(self, rows: int, cache: Rows, *, prefix_reuse: bool) -> None:
+        self.running: list[Sequence] = []
+        """By row."""
+        self._limit = rows
         self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}  # in order of admission
+        self._cache = cache
+        self._prefixes = PrefixCache(rows)
+        self._prefix_reuse = prefix_reuse
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others."""
         self._waiting.append(sequence)
 
-    def admit(self) -> Iterator[tuple[int, Sequence]]:
-        """Give the lowest free slots to those who have waited longest."""
-        while self._waiting and self._free:
-            slot = heapq.heappop(self._free)
-            self._running[slot] = self._waiting.popleft()
-            yield slot, self._running[slot]
+    def next_prefill(self) -> tuple[int, Sequence] | None:
+        """The sequence whose prompt is to be read now, and its row: the one begun, else the one that
+        has waited longest, where a row is free."""
+        for row, sequence in enumerate(self.running):
+            if not sequence.decoding:
+                return row, sequence
+        if not self._waiting or len(self.running) == self._limit:
+            return None
+        row, sequence = len(self.running), self._waiting.popleft()
+        if self._prefix_reuse:
+            held = [other.tokens[: other.cached] for other in self.running]
+            copies, sequence.cached = self._prefixes.place(row, sequence.tokens, held)
+            for copy in copies:
+                self._cache.copy(*copy)
+        self.running.append(sequence)
+        return row, sequence
 
-    def release(self, slot: int) -> None:
-        """Take a sequence out of its slot, which is free at once."""
-        del self._running[slot]
-        heapq.heappush(self._free, slot)
+    def release(self, row: int, *, keep: bool = True) -> int | None:
+        """Take a sequence out. The last running one moves into its row: the row that it left, if any.
+        What the sequence had in the cache stays for others to begin with, unless `keep` is false."""
+        sequence, last = self.running[row], self.running.pop()
+        end = len(self.running)
+        keep = keep and self._prefix_reuse
+        if row != end:
+            self.running[row] = last
+            if keep:
+                self._cache.swap(row, end, max(sequence.cached, last.cached))
+            else:
+                self._cache.copy(end, row, last.cached)
+        self._prefixes.keep(end, sequence.tokens[: sequence.cached] if keep else [])
+        return end if row != end else None
 
     def drop_cancelled_waiting(self) -> None:
-        """Forget those who gave up before they had a slot."""
+        """Forget those who gave up before they had a row."""
         self._waiting = deque(s for s in self._waiting if not s.stream.cancelled)
 
     @property
-    def cancelled(self) -> list[int]:
-        """Slots of sequences whose callers have left."""
-        return [slot for slot, sequence in self._running.items() if sequence.stream.cancelled]
-
-    @property
-    def prefilling(self) -> tuple[int, Sequence] | None:
-        """The first admitted sequence whose prompt is not in the cache yet."""
-        return next(((s, q) for s, q in self._running.items() if not q.prefilled), None)
-
-    @property
-    def decoding(self) -> list[tuple[int, Sequence]]:
-        """Sequences that take one token a step, by slot."""
-        return sorted((s, q) for s, q in self._running.items() if q.prefilled)
-
-    @property
-    def running(self) -> int:
-        return len(self._running)
+    def decoding(self) -> int:
+        """How many take one token a step."""
+        return sum(sequence.decoding for sequence in self.running)
 
     @property
     def waiting(self) -> int:
@@ -84,12 +111,11 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._running and not self._waiting
+        return not self.running and not self._waiting
 
     def drain(self) -> list[Sequence]:
-        """Take everybody out, running and waiting."""
-        everybody = [*self._running.values(), *self._waiting]
+        """Take everybody out, running and waiting; the engine that asks is at its end."""
+        everybody = [*self.running, *self._waiting]
+        self.running.clear()
         self._waiting.clear()
-        for slot in list(self._running):
-            self.release(slot)
         return everybody

@@ -20,6 +20,7 @@ from llama.settings import Settings
 from llama.tokenizer import Tokenizer
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CachePlan, plan_cache
+from llama.torch_engine.layers import arithmetic_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -33,28 +34,30 @@ def start_engine(
     check_tokenizer(config, tokenizer.size, folder)
     ends = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
     device = pick_device(settings)
-    dtype = pick_dtype(settings, device)
-    with times.part("weights"):
-        model = load_model(folder, dtype, device)
+    dtype = pick_dtype(settings, device, config)
+
+    def load() -> tuple[LlamaForCausalLM, CachePlan]:
+        with times.part("weights"):
+            model = load_model(folder, dtype, device)
+        logger.info(
+            "loaded %s: %.2f billion parameters, %s on %s",
+            folder.name,
+            model.num_parameters() / 1e9,
+            str(dtype).removeprefix("torch."),
+            device,
+        )
+        return model, plan_for(model, settings)
+
     with times.part("engine"):
-        plan = plan_for(model, settings)
         engine = TorchEngine(
-            model,
-            plan,
+            load,
             vocabulary=tokenizer.size,
             eos_token_ids={i for i in ends if i < tokenizer.size},
+            prefix_reuse=settings.prefix_reuse,
         )
     with times.part("warm-up"):
         _warm_up(engine, tokenizer.eos_token_id, folder)
-    logger.info(
-        "serving %s (%.2f billion parameters, %s on %s): context %d tokens, %d requests at once",
-        folder.name,
-        model.num_parameters() / 1e9,
-        str(dtype).removeprefix("torch."),
-        device,
-        plan.length,
-        plan.slots,
-    )
+    logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
     return engine
 
 
@@ -79,10 +82,10 @@ def plan_for(model: LlamaForCausalLM, settings: Settings) -> CachePlan:
     budget = _free_memory(model.device) if settings.cache_memory is None else settings.cache_memory
     return plan_cache(
         model.config,
-        model.dtype,
+        arithmetic_dtype(model),
         budget=int(budget),
         context=min(settings.max_context or most, most),
-        slots=settings.max_concurrency,
+        rows=settings.max_concurrency,
     )
 
 

@@ -1,0 +1,104 @@
+"""The parts of a transformers LlamaForCausalLM that a step calls, taken out of the model.
+
+Projections of the same input are joined and, on a CPU, packed (`linears.py`). The model gives its
+layers away, so that no weight is held twice. Knows transformers' names; knows nothing of attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from llama.torch_engine.linears import joined, packed
+
+
+class Norm:
+    """A LlamaRMSNorm, by torch's own kernel."""
+
+    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+        self._weight, self._epsilon = norm.weight.detach().to(dtype), norm.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer; each call takes [N, its input width] and gives [N, its output width]."""
+
+    attention_norm: Norm
+    qkv: nn.Module
+    """To queries, keys and values side by side: (heads + 2 x KV heads) x head_dim."""
+    output: nn.Module
+    mlp_norm: Norm
+    gate_up: nn.Module
+    activation: nn.Module
+    down: nn.Module
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        result: Tensor = self.down(self.activation(gate) * up)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A whole model. Arithmetic is in `dtype`, whatever the weights are held in."""
+
+    embedding: nn.Module
+    cos: Tensor
+    """[length, 1, head_dim], any rope scaling included; so is `sin`."""
+    sin: Tensor
+    layers: list[Layer]
+    norm: Norm
+    head: nn.Module
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    """Of attention scores."""
+
+
+def arithmetic_dtype(model: LlamaForCausalLM) -> torch.dtype:
+    """The weights' own on a GPU. float32 on a CPU: few have 16-bit arithmetic that is not slower."""
+    return torch.float32 if model.device.type == "cpu" else model.dtype
+
+
+@torch.inference_mode()
+def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
+    """The parts of `model`, for positions up to `length`. The model is not usable afterwards."""
+    dtype, device = arithmetic_dtype(model), model.device
+    positions = torch.arange(length, device=device)
+    cos, sin = model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None])
+    scale = model.model.layers[0].self_attn.scaling
+    return Parts(
+        embedding=model.get_input_embeddings(),
+        cos=cos[0, :, None],
+        sin=sin[0, :, None],
+        layers=[_take_layer(model.model.layers, index, dtype) for index in range(len(model.model.layers))],
+        norm=Norm(model.model.norm, dtype),
+        head=packed(model.lm_head),
+        dtype=dtype,
+        device=device,
+        scale=scale,
+    )
+
+
+def _take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype) -> Layer:
+    layer: Any = layers[index]
+    attention, mlp = layer.self_attn, layer.mlp
+    taken = Layer(
+        attention_norm=Norm(layer.input_layernorm, dtype),
+        qkv=packed(joined([attention.q_proj, attention.k_proj, attention.v_proj])),
+        output=packed(attention.o_proj),
+        mlp_norm=Norm(layer.post_attention_layernorm, dtype),
+        gate_up=packed(joined([mlp.gate_proj, mlp.up_proj])),
+        activation=mlp.act_fn,
+        down=packed(mlp.down_proj),
+    )
+    layers[index] = nn.Identity()  # lets go of the weights that were copied
+    return taken

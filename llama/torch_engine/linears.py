@@ -1,0 +1,97 @@
+"""The linear layers of a step: joined where they are plain, packed for the CPU where that is quicker.
+
+Takes modules of a loaded model and gives back modules that compute the same. Quantized and adapted
+layers are left as they come. Knows weights and kernels; knows nothing of attention or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+_FLOAT16_MAX = torch.finfo(torch.float16).max
+_BATCH_HINT = 32  # rows that oneDNN lays a packed weight out for; any number is computed right
+
+
+def joined(modules: Sequence[nn.Module]) -> nn.Module:
+    """One module for several over the same input: outputs side by side, [N, sum of their widths].
+
+    The weights of plain layers are copied into one; the caller lets go of the originals.
+    """
+    plain = [module for module in modules if _is_plain(module)]
+    if len(plain) < len(modules):
+        return _SideBySide(modules)
+    biases = [module.bias.detach() for module in plain if module.bias is not None]
+    assert len(biases) in (0, len(plain))  # one flag of the configuration is for all
+    weight = torch.cat([module.weight.detach() for module in plain])
+    return _linear(weight, torch.cat(biases) if biases else None)
+
+
+def packed(module: nn.Module) -> nn.Module:
+    """A plain layer on a CPU in the form of its quickest kernel, for float32 inputs; else as it is."""
+    if not _is_plain(module) or module.weight.device.type != "cpu":
+        return module
+    weight = module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach().float()
+    if weight.dtype is not torch.float32 and _has_half_kernel() and weight.abs().max() <= _FLOAT16_MAX:
+        return _HalfLinear(weight.float(), bias)
+    if torch._C._has_mkldnn:
+        return _OneDNNLinear(weight.float(), bias)
+    return _linear(weight.float(), bias)
+
+
+class _HalfLinear(nn.Module):
+    """FBGEMM: weights in float16, half the bytes to read; inputs, sums and outputs in float32. Every
+    float16 weight is kept as it is, and every bfloat16 one down to float16's smallest."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        return result
+
+
+class _OneDNNLinear(nn.Module):
+    """oneDNN: float32 throughout, weights laid out once for its kernels."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT)
+        self._bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return result
+
+
+class _SideBySide(nn.Module):
+    """Layers that cannot be one, called one after the other."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._parts = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self._parts], dim=-1)
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear
+
+
+def _has_half_kernel() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module

@@ -1,0 +1,204 @@
+"""Who has which row, and what the rows hold: random joining, stepping, leaving and cancelling."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llama.engine import TokenStream
+from llama.sampling import SamplingParams
+from llama.torch_engine.prefix_cache import Copy, PrefixCache
+from llama.torch_engine.scheduler import Scheduler, Sequence
+
+LENGTH = 64
+SYSTEM = list(range(100, 120))
+
+
+class SymbolicRows:
+    """Rows that hold the token ids whose keys and values they would hold; None for what was never written."""
+
+    def __init__(self, rows: int) -> None:
+        self.held: list[list[int | None]] = [[None] * LENGTH for _ in range(rows)]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        self.held[target][:count] = self.held[source][:count]
+
+    def swap(self, a: int, b: int, count: int) -> None:
+        self.held[a][:count], self.held[b][:count] = self.held[b][:count], self.held[a][:count]
+
+
+def request(prompt: list[int], maximum: int = 8) -> Sequence:
+    return Sequence(prompt, len(prompt), SamplingParams(max_new_tokens=maximum), TokenStream())
+
+
+prompts = st.builds(
+    lambda system, rest: (SYSTEM if system else [1]) + rest,
+    st.booleans(),
+    st.lists(st.integers(0, 1), min_size=1, max_size=30),
+)
+
+
+class Serving(RuleBasedStateMachine):
+    """What the engine does with a scheduler, with any requests in any order."""
+
+    @initialize(rows=st.integers(1, 5), reuse=st.booleans())
+    def start(self, rows: int, reuse: bool) -> None:
+        self.rows = SymbolicRows(rows)
+        self.limit = rows
+        self.scheduler = Scheduler(rows, self.rows, prefix_reuse=reuse)
+        self.arrived: list[Sequence] = []
+        self.admitted: list[Sequence] = []
+        self.finished: list[list[int]] = []
+        self.left = 0
+
+    def write(self, row: int, sequence: Sequence, count: int) -> None:
+        end = sequence.cached + count
+        self.rows.held[row][sequence.cached : end] = sequence.tokens[sequence.cached : end]
+        sequence.cached = end
+
+    @rule(prompt=prompts)
+    def a_request_arrives(self, prompt: list[int]) -> None:
+        sequence = request(prompt)
+        self.arrived.append(sequence)
+        self.scheduler.add(sequence)
+
+    @precondition(lambda self: self.finished)
+    @rule(more=st.lists(st.integers(0, 1), min_size=1, max_size=4), data=st.data())
+    def the_next_turn_of_a_dialogue_arrives(self, more: list[int], data: st.DataObject) -> None:
+        history = data.draw(st.sampled_from(self.finished))
+        self.a_request_arrives((history + more)[: LENGTH - 10])
+
+    @rule(chunk=st.integers(1, 40))
+    def a_prompt_is_read(self, chunk: int) -> None:
+        entry = self.scheduler.next_prefill()
+        if entry is None:
+            return
+        row, sequence = entry
+        if sequence not in self.admitted:
+            self.admitted.append(sequence)
+            assert sequence.cached < sequence.prompt_length
+            assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
+        self.write(row, sequence, min(chunk, sequence.prompt_length - sequence.cached))
+        if sequence.decoding:
+            sequence.tokens.append(7)
+
+    @rule()
+    def a_step_is_taken(self) -> None:
+        for row, sequence in enumerate(self.scheduler.running):
+            if sequence.decoding:
+                self.write(row, sequence, 1)
+                sequence.tokens.append(7)
+        running = enumerate(self.scheduler.running)
+        done = [row for row, s in running if s.decoding and s.generated >= s.params.maximum]
+        for row in sorted(done, reverse=True):
+            self.finished.append(self.scheduler.running[row].tokens)
+            self.release(row, keep=True)
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data(), keep=st.booleans())
+    def a_running_one_leaves(self, data: st.DataObject, keep: bool) -> None:
+        row = data.draw(st.integers(0, len(self.scheduler.running) - 1))
+        self.release(row, keep=keep)
+
+    @precondition(lambda self: self.scheduler.waiting)
+    @rule(data=st.data())
+    def one_that_waits_gives_up(self, data: st.DataObject) -> None:
+        waiting = [s for s in self.arrived if s not in self.admitted and not s.stream.cancelled]
+        data.draw(st.sampled_from(waiting)).stream.cancel()
+        self.scheduler.drop_cancelled_waiting()
+        self.left += 1
+
+    def release(self, row: int, keep: bool) -> None:
+        before = list(self.scheduler.running)
+        moved = self.scheduler.release(row, keep=keep)
+        expected = [s for s in before if s is not before[row]]
+        assert sorted(map(id, self.scheduler.running)) == sorted(map(id, expected))
+        if moved is not None:
+            assert self.scheduler.running[row] is before[moved]
+        self.left += 1
+
+    @invariant()
+    def every_running_request_has_its_own_tokens_in_its_row(self) -> None:
+        for row, sequence in enumerate(self.scheduler.running):
+            assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
+
+    @invariant()
+    def every_free_row_holds_what_is_said_of_it(self) -> None:
+        for row in range(len(self.scheduler.running), self.limit):
+            kept = self.scheduler._prefixes[row]
+            assert self.rows.held[row][: len(kept)] == kept
+
+    @invariant()
+    def nobody_is_lost_and_no_row_is_given_twice(self) -> None:
+        running = self.scheduler.running
+        assert len(running) <= self.limit
+        assert len(set(map(id, running))) == len(running)
+        assert len(self.arrived) == len(running) + self.scheduler.waiting + self.left
+
+    @invariant()
+    def the_first_to_come_is_the_first_to_be_served(self) -> None:
+        places = [self.arrived.index(sequence) for sequence in self.admitted]
+        assert places == sorted(places)
+        overtaken = [s for s in self.arrived[: max(places, default=0)] if s not in self.admitted]
+        assert all(sequence.stream.cancelled for sequence in overtaken)
+
+
+TestServing = Serving.TestCase
+TestServing.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@given(st.lists(prompts, min_size=1, max_size=12), st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_whatever_arrives_at_a_full_house_is_served_in_the_end(queue: list[list[int]], rows: int) -> None:
+    scheduler = Scheduler(rows, SymbolicRows(rows), prefix_reuse=True)
+    for prompt in queue:
+        scheduler.add(request(prompt))
+    served = 0
+    while not scheduler.idle:
+        while entry := scheduler.next_prefill():
+            entry[1].cached = entry[1].prompt_length
+        scheduler.release(0)
+        served += 1
+    assert served == len(queue)
+
+
+def test_a_dialogue_goes_on_in_its_own_row_without_a_copy() -> None:
+    prefixes = PrefixCache(4)
+    history = list(range(40))
+    prefixes.keep(0, history)
+    assert prefixes.place(0, [*history, 1, 2], []) == ([], 40)
+
+
+def test_the_last_token_of_a_prompt_is_always_read() -> None:
+    prefixes = PrefixCache(2)
+    prefixes.keep(0, list(range(40)))
+    assert prefixes.place(0, list(range(40)), [])[1] == 39
+
+
+def test_a_shared_beginning_is_copied_from_a_running_request() -> None:
+    prefixes = PrefixCache(4)
+    assert prefixes.place(1, [*SYSTEM, 5, 6], [[*SYSTEM, 9, 9]]) == ([Copy(0, 1, len(SYSTEM))], len(SYSTEM))
+
+
+def test_what_a_new_request_would_overwrite_moves_over_what_was_used_least() -> None:
+    prefixes = PrefixCache(3)
+    first, second, third = ([number] * 30 for number in (1, 2, 3))
+    for row, tokens in ((1, first), (2, second), (0, third)):
+        prefixes.keep(row, tokens)
+    assert prefixes.place(0, [*second, 8], []) == ([Copy(0, 1, 30), Copy(2, 0, 30)], 30)
+    assert (prefixes[1], prefixes[2]) == (third, second)
+
+
+def test_a_row_that_was_used_least_itself_is_simply_overwritten() -> None:
+    prefixes = PrefixCache(2)
+    prefixes.keep(0, [1] * 30)
+    prefixes.keep(1, [2] * 30)
+    assert prefixes.place(0, [3] * 30, []) == ([], 0)
+    assert prefixes[1] == [2] * 30
+
+
+def test_a_beginning_of_a_few_tokens_is_not_worth_a_copy() -> None:
+    prefixes = PrefixCache(2)
+    prefixes.keep(1, list(range(15)))
+    assert prefixes.place(0, list(range(30)), []) == ([], 0)
