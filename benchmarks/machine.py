@@ -1,0 +1,30 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+
+
+def describe() -> dict[str, object]:
+    """Processor, cores that may be used, memory in GB, and which wide instructions there are."""
+    info = Path("/proc/cpuinfo")
+    lines = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in (info.read_text() if info.is_file() else "").split("\n\n")[0].splitlines()
+        if ":" in line
+    )
+    flags = lines.get("flags", "").split()
+    return {
+        "processor": lines.get("model name", platform.processor()),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "instructions": [flag for flag in _FLAGS if flag in flags],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,45 @@
+"""Our engine, as the server starts it, without the server. `LLAMA_*` variables say how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.protocol import Clock, Request, Times, in_threads, serve
+from llama.loader import load_config
+from llama.metrics import SetupTimes
+from llama.sampling import SamplingParams
+from llama.settings import Settings
+from llama.tokenizer import load_tokenizer
+from llama.torch_engine.start import start_engine
+
+
+class Ours:
+    def __init__(self, model: str) -> None:
+        self.versions = {name: version(name) for name in ("torch", "transformers")}
+        folder = Path(model)
+        self._engine = start_engine(
+            folder, load_config(folder), load_tokenizer(folder), Settings.from_environment(), SetupTimes()
+        )
+
+    def run(self, requests: Sequence[Request]) -> Times:
+        return in_threads(self._answer, requests)
+
+    def _answer(self, request: Request, clock: Clock) -> list[float]:
+        count = request.new_tokens
+        params = SamplingParams(temperature=0.0, max_new_tokens=count, min_new_tokens=count)
+        times = list[float]()
+        stream = self._engine.submit(request.prompt, params)
+        for token_ids in stream:
+            times += [clock()] * len(token_ids)
+            if request.leave_after is not None and len(times) >= request.leave_after:
+                stream.cancel()
+        return times
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+if __name__ == "__main__":
+    serve(Ours)

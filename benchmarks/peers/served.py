@@ -1,0 +1,51 @@
+"""Our engine behind Cog's own server: every request a stream over HTTP. `LLAMA_*` variables say how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+
+from benchmarks.protocol import Clock, Request, Times, in_threads, serve
+from benchmarks.workload import as_text
+from llama.schema import write_schema
+from llama.server import ROOT, CogServer
+from predict import Predictor
+
+
+class Served:
+    def __init__(self, model: str) -> None:
+        self.versions = {name: version(name) for name in ("cog", "coglet")}
+        write_schema(Predictor.run, ROOT)
+        self._running = ExitStack()
+        self._server = self._running.enter_context(CogServer({"LLAMA_WEIGHTS": model}))
+        self._server.wait_until_ready()
+
+    def run(self, requests: Sequence[Request]) -> Times:
+        return in_threads(self._answer, requests)
+
+    def _answer(self, request: Request, clock: Clock) -> list[float]:
+        """A piece of text may hold several tokens, which then have come together."""
+        inputs = {
+            "prompt": as_text(request.prompt),
+            "prompt_template": "{prompt}",
+            "temperature": 0,
+            "max_new_tokens": request.new_tokens,
+            "min_new_tokens": request.new_tokens,
+        }
+        times = list[float]()
+        for name, data in self._server.stream(inputs):
+            if name == "output":
+                times.append(clock())
+            elif name == "completed":
+                assert data["status"] == "succeeded", data
+                assert data["metrics"]["input_token_count"] == len(request.prompt), data
+                assert data["metrics"]["output_token_count"] == request.new_tokens, data
+        return times
+
+    def close(self) -> None:
+        self._running.close()
+
+
+if __name__ == "__main__":
+    serve(Served)

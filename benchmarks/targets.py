@@ -1,0 +1,85 @@
+"""What the project wants to reach, held against what a run measured. Knows figures only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Results = dict[str, Any]
+
+OURS = "ours, bfloat16"
+SERVED = "ours over HTTP, bfloat16"
+
+
+def evaluate(results: Results) -> list[dict[str, Any]]:
+    """One row a target: what, wanted, got (None where it was not measured), and whether it is met."""
+    return [
+        {
+            "target": text,
+            "wanted": f"{'at most' if upper else 'at least'} {wanted:g}",
+            "got": None if got is None else round(got, 3),
+            "met": None if got is None else bool(got <= wanted if upper else got >= wanted),
+        }
+        for text, wanted, got, upper in _rows(results)
+    ]
+
+
+def _rows(results: Results) -> Iterator[tuple[str, float, float | None, bool]]:
+    for peer, wanted in {
+        "transformers generate, bfloat16": (1.5, 1.3, 1.3),
+        "transformers generate, float32": (1.5, 1.3, 1.3),
+        "vLLM (CPU, eager), bfloat16": (1.0, 1.1, 1.1),
+        "llama.cpp, bf16": (1.0, 0.9, 1.0),
+    }.items():
+        for batch, share in zip((1, 8, 32), wanted, strict=True):
+            if not (peer.startswith("llama.cpp") and batch == 1):
+                yield f"speed over {peer}, {batch} at once", share, _ratio(results, batch, peer), False
+    yield "goal: over llama.cpp, bf16, 1 at once", 1.0, _ratio(results, 1, "llama.cpp, bf16"), False
+    for batch in (8, 32):
+        yield (
+            f"goal: over llama.cpp, q4_0, {batch} at once",
+            1.0,
+            _ratio(results, batch, "llama.cpp, q4_0"),
+            False,
+        )
+    arriving = results["arriving"]
+    for dtype in ("bfloat16", "float32"):
+        peer = f"transformers continuous batching, {dtype}"
+        yield f"arriving one by one: over {peer}", 2.0, _over(arriving, OURS, peer), False
+    beside = results["long_prompt_beside"]
+    yield (
+        "99th percentile time between tokens while a 2,000-token prompt is read, over the median before",
+        3.0,
+        beside["p99_during"] / beside["median_before"],
+        True,
+    )
+    turn = results["next_turn"][OURS]
+    yield (
+        "time to first token of a dialogue's next turn over the cold one",
+        0.2,
+        turn["next_turn"] / turn["cold"],
+        True,
+    )
+    yield (
+        "32 streams over HTTP over the engine alone",
+        0.9,
+        _over(results["throughput"]["32"], SERVED, OURS),
+        False,
+    )
+    soak = results["soak"]
+    yield (
+        "memory after 2,000 requests over that after 200",
+        1.05,
+        soak["memory_after_last"] / soak["memory_after_first_200"],
+        True,
+    )
+
+
+def _ratio(results: Results, batch: int, peer: str) -> float | None:
+    return _over(results["throughput"][str(batch)], OURS, peer)
+
+
+def _over(rows: dict[str, Any], ours: str, peer: str) -> float | None:
+    if peer not in rows or ours not in rows:
+        return None
+    return float(rows[ours]["tokens_per_second"] / rows[peer]["tokens_per_second"])

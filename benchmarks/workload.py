@@ -1,0 +1,78 @@
+"""The model and the prompts that every peer is given.
+
+A random Llama of 134 million parameters: speed depends on shapes, not on what the weights say. Knows
+files and token ids; knows nothing of peers.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+VOCABULARY = 32000
+CONTEXT = 4096
+PROMPT_TOKENS = 128
+NEW_TOKENS = 64
+
+_FIRST_WORD = 3 + 256  # control tokens and bytes come before
+
+
+def prompt(tokens: int, seed: int) -> list[int]:
+    """Random token ids; no two seeds share a beginning."""
+    rng = random.Random(seed)
+    return [1, *(rng.randrange(_FIRST_WORD, VOCABULARY) for _ in range(tokens - 1))]
+
+
+def as_text(token_ids: list[int]) -> str:
+    """The text that the workload's tokenizer turns into these ids, the first of them BOS."""
+    return " ".join(_word(token_id) for token_id in token_ids[1:])
+
+
+def write_model(folder: Path) -> None:
+    """The model in bfloat16, in Hugging Face format, beside its place and then moved there."""
+    if folder.is_dir():
+        return
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    part = folder.with_suffix(".part")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(part)
+    (part / "tokenizer.model").write_bytes(_tokenizer_model())
+    part.rename(folder)
+
+
+def _word(token_id: int) -> str:
+    return f"t{token_id:05}"
+
+
+def _tokenizer_model() -> bytes:
+    """A SentencePiece model of Llama 2's layout, in which every token but control and bytes is a word."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto()
+    kind = ModelProto.SentencePiece
+    for piece, piece_type in (("<unk>", kind.UNKNOWN), ("<s>", kind.CONTROL), ("</s>", kind.CONTROL)):
+        proto.pieces.add(piece=piece, type=piece_type)
+    for byte in range(256):
+        proto.pieces.add(piece=f"<0x{byte:02X}>", type=kind.BYTE)
+    for token_id in range(_FIRST_WORD, VOCABULARY):
+        proto.pieces.add(piece=f"▁{_word(token_id)}", type=kind.USER_DEFINED)
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.trainer_spec.vocab_size = VOCABULARY
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return bytes(proto.SerializeToString())
