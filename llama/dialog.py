@@ -63,7 +63,7 @@ def read_messages(messages: Sequence[Any], system_prompt: str) -> Dialog:
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
             raise BadMessages(
-                f"message {index} is a {role} message where {expected} is expected; send an optional "
+                f"message {index} has the role {role} where {expected} is expected; send an optional "
                 "system message first, then user and assistant in turn"
             )
         turns.append(content)
@@ -78,7 +78,9 @@ def _role_and_content(index: int, message: Any) -> tuple[str, str]:
     advice = 'send {"role": "system", "user" or "assistant", "content": a string}'
     if not isinstance(message, dict):
         raise BadMessages(f"message {index} is of type {type(message).__name__}; {advice}")
-    if message.keys() != {"role", "content"}:
+    if missing := {"role", "content"} - message.keys():
+        raise BadMessages(f"message {index} has no {min(missing)}; {advice}")
+    if len(message) > 2:
         raise BadMessages(f"message {index} has other keys than role and content; {advice}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in ("system", "user", "assistant"):

