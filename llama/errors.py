@@ -18,7 +18,11 @@
         ├── BadConfig            E3002
         ├── BadCheckpoint        E3003
         ├── BadTokenizer         E3004
-        └── DoesNotFit           E3005
+        ├── DoesNotFit           E3005
+        ├── BadManifest          E3006
+        ├── DownloadFailed       E3007
+        ├── DiskFull             E3008
+        └── DamagedWeights       E3009
 
 A message says what was got and what to do, on one line. It never quotes the caller's text: Cog
 reports an error that happens to contain the word "cancelled" as a cancelled prediction.
@@ -138,3 +142,27 @@ class DoesNotFit(WeightsError):
     """The memory does not hold the model and a cache for one request."""
 
     code = "E3005"
+
+
+class BadManifest(WeightsError):
+    """The manifest of weights has a line that cannot be used, or is not to be read or written."""
+
+    code = "E3006"
+
+
+class DownloadFailed(WeightsError):
+    """A file of weights cannot be had from its server, or cannot be put in its place."""
+
+    code = "E3007"
+
+
+class DiskFull(WeightsError):
+    """The disk does not hold the weights."""
+
+    code = "E3008"
+
+
+class DamagedWeights(WeightsError):
+    """A file of weights is not the one that the manifest or the server says."""
+
+    code = "E3009"

@@ -8,10 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field, PositiveInt, ValidationError
+from pydantic import ByteSize, Field, PositiveInt, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from llama.errors import BadSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
 
 
 class Settings(BaseSettings):
@@ -23,7 +26,7 @@ class Settings(BaseSettings):
     """Folder in Hugging Face format; None means the embedded model."""
     engine: Literal["torch"] = "torch"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["auto", "none"] = "auto"
+    quantization: Literal["auto", "none", "fp8", "int8", "nf4"] = "auto"
     device: str = "auto"
     """A torch device such as `cuda:0` or `cpu`; `auto` takes the first GPU, else the CPU."""
     max_context: Annotated[int, Field(ge=64)] | None = None
@@ -34,6 +37,12 @@ class Settings(BaseSettings):
     """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
     cache_dir: Path = Path("~/.cache/llama-cog")
     """Where the embedded model is kept once it has been converted."""
+    weights_manifest: Path = ROOT / "weights.txt"
+    """What `weights pull`, `verify` and `lock` go by."""
+    weights_base_url: str | None = None
+    """Where a copy of the manifest's files lies, each under its destination."""
+    hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
+    """The hub's own variable: sent to the hosts that the manifest names, over HTTPS, and to no other."""
     max_concurrency: PositiveInt = Field(default=32, validation_alias="COG_MAX_CONCURRENCY")
     """Requests in one batch. Cog's own variable: its server lets no more in than this."""
 

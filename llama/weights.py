@@ -1,12 +1,31 @@
-"""Which folder of weights is served: the one that the settings name, else the embedded model's."""
+"""Which folder of weights is served, and how it is filled and checked by the manifest.
+
+Knows folders, the manifest and the settings; knows nothing of HTTP (`download.py`) or of tensors.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from llama.embedded import embedded_folder
-from llama.errors import WeightsNotFound
-from llama.settings import Settings
+from llama.errors import BadManifest, BadSettings, DamagedWeights, WeightsNotFound
+from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
+from llama.settings import ROOT, Settings
+
+if TYPE_CHECKING:
+    from llama.download import Source
+    from llama.patience import Patience
+
+_INDEX = "model.safetensors.index.json"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_READERS = 4
 
 
 def weights_folder(settings: Settings) -> Path:
@@ -20,3 +39,159 @@ def weights_folder(settings: Settings) -> Path:
             "(config.json, safetensors, tokenizer)"
         )
     return folder
+
+
+def folder_to_fill(settings: Settings) -> Path:
+    """Where the weights go when nobody says: where `cog.yaml` looks for them."""
+    return (settings.weights or ROOT / "weights" / "llama-2-70b-chat").expanduser()
+
+
+def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> int:
+    """Bring the manifest's files that are not there whole; the number of files brought.
+
+    One process at a time works in a folder, a second one waits. Raises BadManifest, DownloadFailed, DiskFull
+    or DamagedWeights; what has come is kept, and another call goes on from there.
+    """
+    from llama.download import download
+    from llama.part import alone
+    from llama.patience import Patience
+
+    sources = _sources(folder, settings)
+    with alone(folder):
+        return download(sources, folder, patience or Patience())
+
+
+def _sources(folder: Path, settings: Settings) -> list[Source]:
+    from llama.download import Source
+
+    entries = read_manifest(settings.weights_manifest)
+    base, token = settings.weights_base_url, _token(settings)
+    wanted = rebase(entries, base) if base else entries
+    return [
+        Source(
+            e.url, place(folder, e.destination), e.sha256, token if _may_have_token(e.url, home.url) else None
+        )
+        for e, home in zip(wanted, entries, strict=True)
+    ]
+
+
+def _token(settings: Settings) -> str | None:
+    if settings.hf_token is None:
+        return None
+    token = settings.hf_token.get_secret_value().strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise BadSettings("HF_TOKEN has characters that no token has; set it to the token alone")
+    return token or None
+
+
+def _may_have_token(url: str, home: str) -> bool:
+    """Only a host that the manifest itself names, and not where others can listen."""
+    parts = urlsplit(url)
+    return parts[:2] == urlsplit(home)[:2] and (parts.scheme == "https" or parts.hostname in _LOOPBACK)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `verify` found."""
+
+    faults: list[DamagedWeights]
+    """In the manifest's order."""
+    hashes: dict[str, str]
+    """By destination, of the files that were hashed."""
+    files: int
+
+
+def verify(folder: Path, entries: Sequence[Entry], *, hash_all: bool = False) -> Inspection:
+    """Look at every file: is it there, is its form sound, is its sha256 the manifest's where that has one.
+
+    Raises WeightsNotFound when there is no folder; all other faults are returned.
+    """
+    if not folder.is_dir():
+        raise WeightsNotFound(f"{folder} is not a folder; `python -m llama weights pull` makes it")
+    hashes: dict[str, str] = {}
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(lambda e: _fault(folder, e, hashes, hash_all), entries))
+    faults = [f"{e.destination}: {fault}" for e, fault in zip(entries, found, strict=True) if fault]
+    listed = {entry.destination for entry in entries}
+    faults += [
+        f"{name}: missing, and {_INDEX} names it; pull with a manifest that lists it"
+        for name in _indexed(folder)
+        if name not in listed and not (folder / name).is_file()
+    ]
+    return Inspection([DamagedWeights(fault) for fault in faults], hashes, len(entries))
+
+
+def lock(folder: Path, manifest: Path) -> Inspection:
+    """Write the sha256 of every file into the manifest, when nothing is wrong with any.
+
+    A hash that is there already must be the file's.
+    """
+    entries = read_manifest(manifest)
+    inspection = verify(folder, entries, hash_all=True)
+    if not inspection.faults:
+        write_hashes(manifest, entries, inspection.hashes)
+    return inspection
+
+
+def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -> str | None:
+    from llama.part import file_sha256
+
+    try:
+        path = place(folder, entry.destination)
+        if not path.is_file():
+            return "missing; pull again"
+        fault = _form_fault(path)
+        if fault is None and (entry.sha256 or hash_all):
+            hashes[entry.destination] = sha256 = file_sha256(path)
+            if entry.sha256 not in (None, sha256):
+                fault = f"its sha256 is {sha256} and not {entry.sha256}"
+    except BadManifest:
+        return "a symbolic link leads out of the folder; remove the link and pull again"
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); let this user read it, or delete it and pull again"
+    return fault and f"{fault}; delete it and pull again"
+
+
+def _form_fault(path: Path) -> str | None:
+    """What can be wrong with a file whose hash nobody knows."""
+    if path.suffix == ".safetensors":
+        return _safetensors_fault(path)
+    if path.stat().st_size == 0:
+        return "empty"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return "not JSON"
+    return None
+
+
+def _safetensors_fault(path: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return None
+    except SafetensorError as error:
+        size, wanted = path.stat().st_size, _safetensors_size(path)
+        if wanted is not None and size != wanted:
+            return f"{size} bytes, and its header says {wanted}"
+        return f"no sound safetensors header ({error})"
+
+
+def _safetensors_size(path: Path) -> int | None:
+    """What the header promises: 8 bytes of its own length, itself, and the tensors."""
+    with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, AttributeError):
+        length = int.from_bytes(file.read(8), "little")
+        if length < path.stat().st_size:
+            header = json.loads(file.read(length))
+            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+            return 8 + length + max(int(tensor["data_offsets"][1]) for tensor in tensors)
+    return None
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The shards that the index names; none without a readable one, which is a fault of its own."""
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    return []

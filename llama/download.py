@@ -1,0 +1,233 @@
+"""Files from HTTP servers: several at once, resumed, checked, and in their place only when whole.
+
+Bytes gather in a `.part` file beside their place, named after what the server says of the file, so that
+another version is never glued to them. Knows which file goes when, and what to do about a failure; knows
+nothing of models. HTTP is in `transport.py`, the disk in `part.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llama.errors import DamagedWeights, DiskFull, LlamaError
+from llama.part import Part, disk_errors, file_sha256
+from llama.patience import Patience, Stopped
+from llama.progress import progress
+from llama.transport import Answer, Transport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file that is wanted."""
+
+    url: str
+    path: Path
+    sha256: str | None
+    token: str | None = field(repr=False)
+    """Sent to the host of `url`, and never further."""
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A file on its way. The size is None where a server does not tell it."""
+
+    source: Source
+    size: int | None
+    sha256: str | None
+    validator: str | None
+    """What `If-Range` takes: a strong ETag, or a date."""
+    received: int = 0
+
+    @property
+    def part(self) -> Path:
+        known = self.sha256 or f"{self.validator}/{self.size}"
+        version = hashlib.sha256(known.encode()).hexdigest()[:12]
+        return self.source.path.with_name(f"{self.source.path.name}.{version}.part")
+
+    @property
+    def resumable(self) -> bool:
+        return self.size is not None and (self.sha256 or self.validator) is not None
+
+    @property
+    def missing(self) -> int:
+        return max(0, (self.size or 0) - self.received)
+
+
+def download(sources: Sequence[Source], folder: Path, patience: Patience) -> int:
+    """Bring what is not there yet, whole or not at all; the number of files brought.
+
+    Raises DiskFull, DamagedWeights or DownloadFailed: the first fault, after the other files have been
+    tried, each further fault in the log. Parts are kept, and another call goes on from them.
+    """
+    with Transport(patience.timeout) as transport:
+        return _Download(transport, patience).run(sources, folder)
+
+
+class _Download:
+    def __init__(self, transport: Transport, patience: Patience) -> None:
+        self._transport, self._patience = transport, patience
+        self._stop = threading.Event()
+
+    def run(self, sources: Sequence[Source], folder: Path) -> int:
+        pool = ThreadPoolExecutor(self._patience.workers, thread_name_prefix="download")
+        try:
+            # Nothing is written before every server has been asked: what is refused is known at once.
+            found = [t for t in pool.map(self._probe, sources) if t is not None]
+            if found:
+                for transfer in found:
+                    _make_room(transfer)
+                _check_disk(found, folder)
+                self._fetch_all(pool, found)
+            return len(found)
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _probe(self, source: Source) -> _Transfer | None:
+        """What the server says of a file; None when it is in its place already."""
+        with disk_errors(source.path):
+            if source.sha256 and source.path.is_file() and file_sha256(source.path) == source.sha256:
+                return None
+            transfer = self._patience.call(
+                lambda: self._ask(source), lambda: 0, name=source.path.name, stop=self._stop
+            )
+            if not source.sha256 and source.path.is_file() and source.path.stat().st_size == transfer.size:
+                return None
+            with suppress(FileNotFoundError):
+                transfer.received = transfer.part.stat().st_size if transfer.resumable else 0
+        return transfer
+
+    def _ask(self, source: Source) -> _Transfer:
+        # One byte of the file and not a HEAD, which signed URLs refuse.
+        with self._transport.get(source.url, source.token, {"Range": "bytes=0-0"}) as answer:
+            answer.check(source.path.name)
+            if source.sha256 and answer.linked_sha256 not in (None, source.sha256):
+                raise DamagedWeights(
+                    f"{source.path.name}: the server has another file (sha256 {answer.linked_sha256}) "
+                    f"than the manifest wants ({source.sha256}); point its URL at the version that was locked"
+                )
+            return _Transfer(source, answer.total, source.sha256 or answer.sha256, answer.validator)
+
+    def _fetch_all(self, pool: ThreadPoolExecutor, transfers: Sequence[_Transfer]) -> None:
+        total = sum(t.size or 0 for t in transfers)
+        logger.info("%d files to bring, %.1f GB", len(transfers), sum(t.missing for t in transfers) / 1e9)
+        pending = {pool.submit(self._fetch, transfer) for transfer in transfers}
+        faults = list[BaseException]()
+        with progress(total, sum(t.received for t in transfers)) as show:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                faults += self._faults(done)
+                show(sum(t.received for t in transfers))
+        for fault in faults[1:]:
+            logger.error("%s", fault)
+        if faults:
+            raise faults[0]
+
+    def _faults(self, done: set[Future[None]]) -> list[BaseException]:
+        faults = [fault for f in done if (fault := f.exception()) and not isinstance(fault, Stopped)]
+        # A bug or a full disk ends all; a file that is not to be had leaves the others their time.
+        if any(isinstance(fault, DiskFull) or not isinstance(fault, LlamaError) for fault in faults):
+            self._stop.set()
+        return faults
+
+    def _fetch(self, transfer: _Transfer) -> None:
+        place = transfer.source.path
+        if self._stop.is_set():
+            raise Stopped
+        with disk_errors(place), Part(transfer.part, keep=transfer.resumable) as part:
+            begun = part.size > 0
+            self._receive_whole(transfer, part)
+            if begun and _fault(transfer, part):
+                logger.warning("%s: what was there is damaged; from the beginning", place.name)
+                part.restart()
+                self._receive_whole(transfer, part)
+            if fault := _fault(transfer, part):
+                part.path.unlink()
+                raise DamagedWeights(
+                    f"{place.name} {fault}; pull again, and if it stays so, mend the server's copy"
+                )
+            part.move_to(place)
+        logger.info("%s is there%s", place.name, ", its sha256 is right" if transfer.sha256 else "")
+
+    def _receive_whole(self, transfer: _Transfer, part: Part) -> None:
+        self._patience.call(
+            lambda: self._receive(transfer, part),
+            lambda: part.size,
+            name=transfer.source.path.name,
+            stop=self._stop,
+        )
+
+    def _receive(self, transfer: _Transfer, part: Part) -> None:
+        if not transfer.resumable or part.size > (transfer.size or 0):
+            part.restart()
+        transfer.received = part.size
+        if part.size == transfer.size:
+            return
+        source, headers = transfer.source, _range(transfer, part.size)
+        with self._transport.get(source.url, source.token, headers) as answer:
+            answer.check(source.path.name)
+            if not _continues(answer, transfer, part.size):
+                part.restart()
+                # Nothing but a whole answer may follow.
+                answer.check_whole()
+            for chunk in answer.chunks():
+                part.write(chunk)
+                transfer.received = part.size
+                if self._stop.is_set():
+                    raise Stopped
+                if transfer.size is not None and part.size > transfer.size:
+                    return
+
+
+def _range(transfer: _Transfer, start: int) -> dict[str, str]:
+    if start == 0:
+        return {}
+    headers = {"Range": f"bytes={start}-"}
+    # Where a hash decides in the end, a copy on another node, with another ETag, may go on.
+    if transfer.sha256 is None and transfer.validator is not None:
+        headers["If-Range"] = transfer.validator
+    return headers
+
+
+def _continues(answer: Answer, transfer: _Transfer, start: int) -> bool:
+    return answer.start == start and answer.total == transfer.size
+
+
+def _fault(transfer: _Transfer, part: Part) -> str | None:
+    if transfer.size is not None and part.size != transfer.size:
+        return f"came with {part.size} bytes instead of {transfer.size}"
+    if transfer.sha256 and part.sha256 != transfer.sha256:
+        return f"came with sha256 {part.sha256} instead of {transfer.sha256}"
+    return None
+
+
+def _make_room(transfer: _Transfer) -> None:
+    """Remove what is of no use: a wrong file under the right name, parts of other versions."""
+    place = transfer.source.path
+    with disk_errors(place):
+        if place.exists():
+            logger.warning("%s is not the file that the manifest names: it is brought again", place)
+            place.unlink()
+        for part in place.parent.glob(f"{place.name}.*.part"):
+            if part != transfer.part or not transfer.resumable:
+                part.unlink()
+
+
+def _check_disk(transfers: Sequence[_Transfer], folder: Path) -> None:
+    missing = sum(transfer.missing for transfer in transfers)
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise DiskFull(
+            f"{missing / 1e9:.1f} GB are to come and the disk of {folder} has {free / 1e9:.1f} GB free; free "
+            f"{(missing - free) / 1e9:.1f} GB more or pull to another disk"
+        )
