@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import InvalidInput, LlamaError
+from llama.operations import add_plan, add_weights
 
 if TYPE_CHECKING:
     from llama.generation import Llama
@@ -28,13 +29,12 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama").setLevel(logging.INFO)
     try:
-        arguments.command(arguments)
+        return int(arguments.command(arguments) or 0)
     except LlamaError as error:
         print(error, file=sys.stderr)
         return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = add("serve", _serve, "run Cog's server until it is stopped")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=5000)
+    add_plan(add("plan", None, "what fits which GPUs; exit code 1 when nothing does"))
+    add_weights(add("weights", None, "pull, verify, lock and pack the weights"))
     return parser
 
 
@@ -90,11 +92,11 @@ def _read_inputs(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or name not in properties:
-            raise InvalidInput(f"-i takes NAME=VALUE with a name among {', '.join(properties)}")
+            raise InvalidInput(f"-i {pair}: write NAME=VALUE with a name among {', '.join(properties)}")
         try:
             inputs[name] = value if properties[name]["type"] == "string" else json.loads(value)
         except json.JSONDecodeError as error:
-            raise InvalidInput(f"{name} takes a {properties[name]['type']}; write it as JSON") from error
+            raise InvalidInput(f"-i {name} takes JSON of type {properties[name]['type']}") from error
     return inputs
 
 
@@ -114,10 +116,11 @@ def _answer(llama: Llama, inputs: dict[str, Any]) -> Iterator[str]:
     return llama.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
 
 
-def _print_stream(pieces: Iterator[str]) -> Iterator[str]:
+def _print_stream(pieces: Iterator[str], said: list[str]) -> None:
+    """Print an answer as it comes; `said` has all of it that anyone has seen, however it ends."""
     for piece in pieces:
+        said.append(piece)
         print(piece, end="", flush=True)
-        yield piece
     print()
 
 
@@ -126,8 +129,7 @@ def _complete(arguments: argparse.Namespace) -> None:
     inputs["prompt"] = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     llama = _load()
     try:
-        for _ in _print_stream(_answer(llama, inputs)):
-            pass
+        _print_stream(_answer(llama, inputs), [])
     finally:
         llama.close()
 
@@ -161,18 +163,18 @@ def _ask() -> str | None:
 
 def _turn(llama: Llama, inputs: dict[str, Any]) -> str:
     """Stream an answer; Ctrl-C ends it, and what was said stays said."""
-    pieces = list[str]()
+    said = list[str]()
     try:
-        for piece in _print_stream(_answer(llama, inputs)):
-            pieces.append(piece)
+        _print_stream(_answer(llama, inputs), said)
     except KeyboardInterrupt:
         print()
     except LlamaError as error:
         print(error, file=sys.stderr)
-    return "".join(pieces)
+    return "".join(said)
 
 
-def _tokenize(_: argparse.Namespace) -> None:
+def _tokenize(_: argparse.Namespace) -> int:
+    """Exit code 1 when any line was refused; the others are answered all the same."""
     from llama.request import PromptLimits
     from llama.schema import input_defaults
     from llama.settings import Settings
@@ -184,9 +186,12 @@ def _tokenize(_: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder)
     limits = PromptLimits(_context(folder, settings.max_context), tokenizer.longest_piece)
     defaults = input_defaults(_run_method())
-    for line in sys.stdin:
-        if line.strip():
-            print(json.dumps(_tokenize_line(line, defaults, tokenizer, limits)), flush=True)
+    refused = False
+    for line in filter(str.strip, sys.stdin):
+        result = _tokenize_line(line, defaults, tokenizer, limits)
+        refused |= "error" in result
+        print(json.dumps(result), flush=True)
+    return int(refused)
 
 
 def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: Any) -> dict[str, Any]:

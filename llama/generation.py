@@ -56,8 +56,9 @@ class Llama:
             from llama.tokenizer import load_tokenizer
             from llama.torch_engine.start import start_engine
             from llama.weights import weights_folder
-        with times.part("tokenizer"):
+        with times.part("folder"):
             folder = weights_folder(settings)
+        with times.part("tokenizer"):
             config = load_config(folder)
             tokenizer = load_tokenizer(folder)
         engine = start_engine(folder, config, tokenizer, settings, times)

@@ -1,37 +1,60 @@
 """From a folder to a model in memory.
 
-Knows checkpoints, precision and devices; knows nothing of requests. Safetensors only, and no code
-from a checkpoint is ever run.
+Knows what a configuration implies, precision and devices; knows nothing of requests. No code from a
+checkpoint is ever run. transformers' own loader maps all files at once, and cannot make FP8 layers
+without a hub.
 """
 
 from __future__ import annotations
 
-import json
+import copy
+import logging
+import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, WeightsError
+from llama.checkpoint import Checkpoint, read_object
+from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, DoesNotFit
+from llama.plan import Gpu, pick
+from llama.quantization import (
+    STORED_SCALE,
+    Quantization,
+    configured,
+    from_stored,
+    linear,
+    quantize,
+    stored_names,
+    stored_shape,
+)
 from llama.settings import Settings
 
+logger = logging.getLogger(__name__)
+
+_SAY_EVERY = 10.0  # seconds
+# Rotary tables of old checkpoints, and the layout of int8 weights, of which there is one.
+_SAYS_NOTHING = (".rotary_emb.inv_freq", ".weight_format")
 _PADDING_ROWS = 1024  # a checkpoint may pad its token table by up to this many
 
 
 def load_config(folder: Path) -> LlamaConfig:
     """The checked `config.json` of a folder. Raises BadConfig."""
     path = folder / "config.json"
-    raw = _read_object(path)
+    raw = read_object(path)
     architectures = raw.get("architectures") or ["LlamaForCausalLM"]
     if raw.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
         raise BadConfig(
             f"{path} describes {raw.get('model_type')!r} and {architectures!r}; use a LlamaForCausalLM"
         )
-    if "quantization_config" in raw:
-        raise BadConfig(f"{path} says that the weights are quantized, which is not served; use plain weights")
+    quantization = raw.get("quantization_config")
+    if quantization is not None and (not isinstance(quantization, dict) or configured(quantization) is None):
+        raise BadConfig(
+            f"{path} says that the weights are quantized in a way that is not served; use plain weights, or "
+            "bitsandbytes' int8 or NF4, or FP8 by rows (fbgemm_fp8)"
+        )
     try:
         config = LlamaConfig.from_dict(raw)
     # a field of the wrong type surfaces as whatever the configuration class meets first
@@ -45,7 +68,7 @@ def load_config(folder: Path) -> LlamaConfig:
 def eos_token_ids(folder: Path, config: LlamaConfig) -> set[int]:
     """The ids that end an answer, from `generation_config.json` or else `config.json`."""
     path = folder / "generation_config.json"
-    named = _read_object(path).get("eos_token_id") if path.is_file() else None
+    named = read_object(path).get("eos_token_id") if path.is_file() else None
     named = config.eos_token_id if named is None else named
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
@@ -88,54 +111,213 @@ def pick_dtype(settings: Settings, device: torch.device, config: LlamaConfig) ->
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """The model on its device, in evaluation mode. Raises BadCheckpoint naming the file at fault."""
-    _check_files(folder)
-    disable_progress_bar()
-    try:
-        model, info = LlamaForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be told which, below
+def context_wanted(settings: Settings, config: LlamaConfig) -> int:
+    """Tokens of prompt and answer together: the model's own most, or fewer."""
+    most = int(config.max_position_embeddings)
+    return min(settings.max_context or most, most)
+
+
+def stored_quantization(config: LlamaConfig) -> Quantization:
+    """What the checkpoint's linear layers are stored in. `load_config` has refused what is not known here."""
+    raw = getattr(config, "quantization_config", None)
+    return (configured(raw) if raw else None) or "none"
+
+
+def pick_quantization(settings: Settings, device: torch.device, config: LlamaConfig) -> Quantization:
+    """What the linear layers are to be held in. `auto`: as they are stored on a CPU, and on a GPU what
+    leaves room for several requests. Raises BadSettings or DoesNotFit."""
+    stored, wanted = stored_quantization(config), settings.quantization
+    if stored != "none" and wanted not in ("auto", stored):
+        raise BadSettings(
+            f"LLAMA_QUANTIZATION is {wanted} and the checkpoint is stored in {stored}; unset it"
         )
-    except KeyError as error:  # an activation or a rope scaling that transformers does not know
-        raise BadConfig(f"{folder / 'config.json'} names an unknown {error}; copy it again") from error
-    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        raise BadCheckpoint(
-            f"{folder} does not load ({type(error).__name__}: {error}); copy it again"
-        ) from error
-    # Rotary tables of old checkpoints are the only tensors that may be left over.
-    unexpected = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
-    for problem, names in (
-        ("lacks {} tensors that config.json implies", info["missing_keys"]),
-        ("has {} tensors of another shape than config.json implies", [k[0] for k in info["mismatched_keys"]]),
-        ("has {} tensors that config.json does not imply", unexpected),
-    ):
-        if names:
-            raise BadCheckpoint(
-                f"the checkpoint in {folder} {problem.format(len(names))}, {min(names)} among them; "
-                "copy the files that belong together"
-            )
-    model.requires_grad_(False)
-    return model.eval()
+    if device.type == "cpu":
+        return stored if wanted == "auto" else wanted
+    context = context_wanted(settings, config)
+    return pick(config, gpu_of(device), wanted, context=context, stored=stored)
 
 
-def _read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
-    """A JSON object. Raises `kind`."""
+def gpu_of(device: torch.device) -> Gpu:
+    """The card and what is free on it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Gpu(torch.cuda.get_device_name(device), free, (major, minor))
+
+
+def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """That of the weights on a GPU. float32 on a CPU: few have 16-bit arithmetic that is not slower."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def empty_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
+    """The modules of a model, their parameters without memory; what is computed from `config` alone is
+    there, on `device`. Raises BadConfig for an activation or rope scaling that transformers has not."""
+    plain = copy.copy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise kind(f"{path} is not there; copy the whole folder of the model") from error
-    except (OSError, ValueError) as error:
-        raise kind(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
-    if not isinstance(raw, dict):
-        raise kind(f"{path} holds no JSON object; copy it again")
-    return raw
+        with torch.device("meta"):
+            model = LlamaForCausalLM(plain)
+        with device:
+            model.model.rotary_emb = LlamaRotaryEmbedding(plain)
+    except KeyError as error:
+        raise BadConfig(f"config.json names an unknown {error}; copy it again") from error
+    return model.requires_grad_(False).eval()
+
+
+def load_model(
+    folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device, quantization: Quantization
+) -> LlamaForCausalLM:
+    """The model on its device, layer by layer: what is not yet there is never in memory twice.
+
+    Linear layers of the decoder are held in `quantization`, all else in `dtype`. Raises BadCheckpoint
+    naming the file or tensor at fault.
+    """
+    checkpoint = Checkpoint(folder)
+    model = empty_model(config, device)
+    filling = _Filling(model, checkpoint.names, dtype, device, quantization)
+    progress = _Progress(checkpoint.size)
+    name = ""
+    try:
+        for path in checkpoint.files:
+            for name, tensor in checkpoint.tensors(path):
+                filling.add(name, tensor)
+                progress.add(tensor.nbytes)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(
+            f"{folder} does not fit {device} in {quantization} ({error}); "
+            "`python -m llama plan` shows what would"
+        ) from error
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # bitsandbytes' own checks
+        raise BadCheckpoint(f"{name} in {folder} cannot be used ({error}); copy it again") from error
+    filling.check_complete(folder)
+    model.tie_weights()
+    return model
+
+
+class _Filling:
+    """A model without memory that is given its tensors one by one, in any order."""
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        names: frozenset[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization,
+    ) -> None:
+        self._model, self._names = model, names
+        self._dtype, self._device, self._quantization = dtype, device, quantization
+        # Every module that has parameters of its own.
+        self._missing = {
+            name: module for name, module in model.named_modules() if module._parameters and name != "lm_head"
+        }
+        if not model.config.tie_word_embeddings:
+            self._missing["lm_head"] = model.lm_head
+        self._known = frozenset(self._missing)
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self._unexpected = list[str]()
+        self._of_another_shape = list[str]()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        owner, part = self._split(name)
+        if owner not in self._missing:
+            if not name.endswith(_SAYS_NOTHING) and owner != "lm_head":  # or a tied output layer
+                self._unexpected.append(name)
+            return
+        parts = self._parts.setdefault(owner, {})
+        # What is quantized becomes memory of its own; all else is copied out of the file's.
+        parts[part] = tensor.to(self._device, copy=not self._is_quantized_here(owner))
+        if self._wanted(owner) <= parts.keys():
+            self._place(owner, self._missing.pop(owner), self._parts.pop(owner))
+
+    def check_complete(self, folder: Path) -> None:
+        missing = [
+            f"{owner}.{part}"
+            for owner in self._missing
+            for part in self._wanted(owner) - self._parts.get(owner, {}).keys()
+        ]
+        for problem, names in (
+            ("lacks {} tensors that config.json implies", missing),
+            ("has {} tensors of another shape than config.json implies", self._of_another_shape),
+            ("has {} tensors that config.json does not imply", self._unexpected),
+        ):
+            if names:
+                raise BadCheckpoint(
+                    f"the checkpoint in {folder} {problem.format(len(names))}, {min(names)} among them; "
+                    "copy the files that belong together"
+                )
+
+    def _split(self, name: str) -> tuple[str, str]:
+        """The module that a tensor belongs to, and its name there, in which there may be dots."""
+        owner, _, part = name.rpartition(".")
+        while owner and owner not in self._known:
+            owner, _, more = owner.rpartition(".")
+            part = f"{more}.{part}"
+        return owner, part
+
+    def _stored(self, owner: str) -> Quantization:
+        """What a layer is stored in: every checkpoint leaves some in 16 bits."""
+        for quantization, scale in STORED_SCALE.items():
+            if f"{owner}.{scale}" in self._names:
+                return quantization
+        return "none"
+
+    def _wanted(self, owner: str) -> frozenset[str]:
+        return stored_names(
+            self._stored(owner),
+            bias=getattr(self._missing[owner], "bias", None) is not None,
+            nested=f"{owner}.weight.nested_absmax" in self._names,
+        )
+
+    def _place(self, owner: str, module: nn.Module, parts: dict[str, Tensor]) -> None:
+        assert isinstance(module.weight, Tensor)
+        expected = tuple(module.weight.shape)
+        if not isinstance(module, nn.Linear):
+            if parts["weight"].shape != expected:
+                self._of_another_shape.append(f"{owner}.weight")
+            else:
+                module.weight = nn.Parameter(parts["weight"].to(self._dtype), requires_grad=False)
+            return
+        layer = self._layer(owner, parts)
+        bias = parts.get("bias")
+        if stored_shape(layer) != expected or (bias is not None and bias.shape != expected[:1]):
+            self._of_another_shape.append(f"{owner}.weight")
+        else:
+            self._model.set_submodule(owner, layer)
+
+    def _layer(self, owner: str, parts: dict[str, Tensor]) -> nn.Module:
+        arithmetic = arithmetic_dtype(self._dtype, self._device)
+        if "bias" in parts:
+            parts["bias"] = parts["bias"].to(self._dtype)
+        if self._is_quantized_here(owner):
+            return quantize(parts["weight"], parts.get("bias"), self._quantization, arithmetic)
+        if (stored := self._stored(owner)) != "none":
+            return from_stored(parts, stored, arithmetic)
+        return linear(parts["weight"].to(self._dtype), parts.get("bias"))
+
+    def _is_quantized_here(self, owner: str) -> bool:
+        """Linear layers of the decoder that are stored plain."""
+        layer = owner.startswith("model.layers.") and isinstance(self._model.get_submodule(owner), nn.Linear)
+        return layer and self._quantization != "none" and self._stored(owner) == "none"
+
+
+class _Progress:
+    """A line every ten seconds."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._started = self._said = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._said > _SAY_EVERY:
+            self._said = now
+            rate = self._done / (now - self._started)
+            logger.info(
+                "weights: %.1f of %.1f GB, %.2f GB/s", self._done / 1e9, self._total / 1e9, rate / 1e9
+            )
 
 
 def _check_shape(config: LlamaConfig, path: Path) -> None:
@@ -146,25 +328,3 @@ def _check_shape(config: LlamaConfig, path: Path) -> None:
             raise BadConfig(f"{path} has {size!r} as {name}; copy it again")
     if config.num_attention_heads % config.num_key_value_heads:
         raise BadConfig(f"{path} has {config.num_key_value_heads} KV heads for {config.num_attention_heads}")
-
-
-def _check_files(folder: Path) -> None:
-    """Every safetensors file that the folder names is there and whole."""
-    index = folder / "model.safetensors.index.json"
-    weight_map = (
-        _read_object(index, BadCheckpoint).get("weight_map") if index.is_file() else {"": "model.safetensors"}
-    )
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadCheckpoint(f"{index} names no files; copy it again")
-    for name in sorted(set(weight_map.values())):
-        path = folder / name
-        if not path.is_file():
-            raise BadCheckpoint(
-                f"{path} is not there; copy the model's safetensors files (no other kind is read)"
-            )
-        try:
-            # Reads the header alone; it says how long the file must be.
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise BadCheckpoint(f"{path} is damaged or cut short ({error}); copy it again") from error

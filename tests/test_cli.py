@@ -61,6 +61,7 @@ def test_tokenize_answers_every_line_with_ids_or_an_error(llama_folder: Path) ->
     result = run("tokenize", weights=llama_folder, text="\n".join(lines))
     printed = [json.loads(line) for line in result.stdout.splitlines()]
     codes = [p["error"].split()[0] if "error" in p else "ids" for p in printed]
+    assert result.returncode == 1  # some lines were refused
     assert codes == ["ids", "E1001", "E1000", "E1000", "E1000", "E1000", "E1101", "ids", "E1002"]
     assert printed[0]["text"] == "<s>[INST] Hi! [/INST]"
     assert printed[0]["token_ids"][0] == 1
@@ -78,8 +79,11 @@ def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["complete", "Hi!", "-i", "temprature=0"], "E1000 InvalidInput: -i takes NAME=VALUE"),
-        (["complete", "Hi!", "-i", "temperature=warm"], "E1000 InvalidInput: temperature takes a number"),
+        (["complete", "Hi!", "-i", "temprature=0"], "E1000 InvalidInput: -i temprature=0: write NAME=VALUE"),
+        (
+            ["complete", "Hi!", "-i", "temperature=warm"],
+            "E1000 InvalidInput: -i temperature takes JSON of type number",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line_on_stderr(llama_folder: Path, arguments: list[str], line: str) -> None:

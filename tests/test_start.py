@@ -14,8 +14,9 @@ from llama.embedded import embedded_folder as find_embedded_folder
 from llama.errors import BadSettings, DoesNotFit
 from llama.generation import Llama
 from llama.loader import eos_token_ids, pick_device, pick_dtype
+from llama.plan import bytes_per_token
 from llama.settings import Settings
-from llama.torch_engine.kv_cache import CachePlan, KVCache, bytes_per_token, plan_cache
+from llama.torch_engine.kv_cache import CachePlan, KVCache, plan_cache
 
 CPU = torch.device("cpu")
 LLAMA_70B = LlamaConfig(
@@ -102,7 +103,7 @@ def test_setup_says_what_is_served_and_how_long_each_part_took(
     caplog.set_level("INFO", logger="llama")
     Llama.load(Settings(weights=llama_folder, max_context=100, cache_memory="1MB")).close()
     lines = [record.getMessage() for record in caplog.records]
-    assert any("parameters, float32 on cpu" in line for line in lines)
+    assert any(": float32 on cpu" in line for line in lines)
     assert any("context 100 tokens" in line and "requests at once" in line for line in lines)
     (ready,) = (line for line in lines if line.startswith("ready after "))
     assert all(part in ready for part in ("imports", "tokenizer", "weights", "engine", "warm-up"))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llama.errors import DoesNotFit
+from llama.plan import bytes_per_token
 
 SMALLEST_CONTEXT = 64
 
@@ -25,12 +26,6 @@ class CachePlan:
 
     rows: int
     length: int
-
-
-def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers: 2 x layers x KV heads x head_dim x element size."""
-    heads = config.num_key_value_heads * config.head_dim
-    return int(2 * config.num_hidden_layers * heads * dtype.itemsize)
 
 
 def plan_cache(config: LlamaConfig, dtype: torch.dtype, *, budget: int, context: int, rows: int) -> CachePlan:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from llama.loader import arithmetic_dtype
 from llama.torch_engine.linears import joined, packed
 
 
@@ -63,15 +64,10 @@ class Parts:
     """Of attention scores."""
 
 
-def arithmetic_dtype(model: LlamaForCausalLM) -> torch.dtype:
-    """The weights' own on a GPU. float32 on a CPU: few have 16-bit arithmetic that is not slower."""
-    return torch.float32 if model.device.type == "cpu" else model.dtype
-
-
 @torch.inference_mode()
 def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
     """The parts of `model`, for positions up to `length`. The model is not usable afterwards."""
-    dtype, device = arithmetic_dtype(model), model.device
+    dtype, device = arithmetic_dtype(model.dtype, model.device), model.device
     positions = torch.arange(length, device=device)
     cos, sin = model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None])
     scale = model.model.layers[0].self_attn.scaling

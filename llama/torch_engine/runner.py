@@ -41,6 +41,11 @@ class Runner:
         self._all_positions = torch.arange(cache.plan.length, device=parts.device)
         self._replay = self._capture() if parts.device.type == "cuda" else self._step
 
+    @property
+    def captured(self) -> bool:
+        """Whether decode steps are replayed from CUDA graphs."""
+        return isinstance(self._replay, StepGraphs)
+
     @torch.inference_mode()
     def prefill(self, row: int, token_ids: Tensor, start: int) -> Tensor:
         """Put `token_ids` [N] into a row at `start`, after what is there. Logits of the last: [1, V]."""

@@ -13,18 +13,25 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.errors import BadCheckpoint, EngineError
-from llama.loader import check_tokenizer, eos_token_ids, load_model, pick_device, pick_dtype
+from llama.loader import (
+    arithmetic_dtype,
+    check_tokenizer,
+    context_wanted,
+    eos_token_ids,
+    load_model,
+    pick_device,
+    pick_dtype,
+    pick_quantization,
+)
 from llama.metrics import SetupTimes
+from llama.plan import RESERVE
 from llama.sampling import SamplingParams
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CachePlan, plan_cache
-from llama.torch_engine.layers import arithmetic_dtype
 
 logger = logging.getLogger(__name__)
-
-_GPU_RESERVE = 2**30  # bytes left for the activations of a step
 
 
 def start_engine(
@@ -34,18 +41,13 @@ def start_engine(
     check_tokenizer(config, tokenizer.size, folder)
     ends = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
     device = pick_device(settings)
-    dtype = pick_dtype(settings, device, config)
+    dtype, quantization = pick_dtype(settings, device, config), pick_quantization(settings, device, config)
+    precision = str(dtype).removeprefix("torch.") if quantization == "none" else quantization
 
     def load() -> tuple[LlamaForCausalLM, CachePlan]:
         with times.part("weights"):
-            model = load_model(folder, dtype, device)
-        logger.info(
-            "loaded %s: %.2f billion parameters, %s on %s",
-            folder.name,
-            model.num_parameters() / 1e9,
-            str(dtype).removeprefix("torch."),
-            device,
-        )
+            model = load_model(folder, config, dtype, device, quantization)
+        logger.info("loaded %s: %s on %s", folder.name, precision, device)
         return model, plan_for(model, settings)
 
     with times.part("engine"):
@@ -78,13 +80,12 @@ def _warm_up(engine: TorchEngine, token_id: int, folder: Path) -> None:
 
 def plan_for(model: LlamaForCausalLM, settings: Settings) -> CachePlan:
     """The cache that fits beside a loaded model. Raises DoesNotFit."""
-    most = model.config.max_position_embeddings
     budget = _free_memory(model.device) if settings.cache_memory is None else settings.cache_memory
     return plan_cache(
         model.config,
-        arithmetic_dtype(model),
+        arithmetic_dtype(model.dtype, model.device),
         budget=int(budget),
-        context=min(settings.max_context or most, most),
+        context=context_wanted(settings, model.config),
         rows=settings.max_concurrency,
     )
 
@@ -94,5 +95,5 @@ def _free_memory(device: torch.device) -> int:
     too, half of what is available."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return max(int(free) - _GPU_RESERVE, 0)
+        return max(int(free) - RESERVE, 0)
     return int(psutil.virtual_memory().available) // 2

@@ -1,0 +1,147 @@
+"""`python -m llama plan` and `python -m llama weights`: what an operator does before anything is served.
+
+Translates arguments and prints; knows settings and folders, and nothing of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llama.errors import BadSettings
+from llama.settings import Settings
+from llama.weights import Inspection, folder_to_fill, lock, pull, verify, weights_folder
+
+if TYPE_CHECKING:
+    from llama.plan import Gpu
+
+# What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
+_ASSUMED_CAPABILITY = (9, 0)
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus",
+        metavar="GB[,GB...]",
+        type=_gigabytes,
+        help="free memory of each GPU in GB (1e9 bytes); this machine's when left out",
+    )
+    parser.add_argument(
+        "--capability",
+        metavar="X.Y",
+        type=_capability,
+        default=_ASSUMED_CAPABILITY,
+        help="CUDA compute capability of the GPUs of --gpus, such as 8.0 for an A100; 9.0 when left out",
+    )
+    parser.set_defaults(command=_plan)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(command=command)
+        return sub
+
+    for name, command, summary in (
+        ("pull", _pull, "bring what is missing, going on where an earlier pull was cut"),
+        ("verify", _verify, "look for missing, short and damaged files; exit code 1 when there are any"),
+        ("lock", _lock, "write the sha256 of the folder's files into the manifest"),
+    ):
+        add(name, command, summary).add_argument(
+            "folder", nargs="?", type=Path, help="LLAMA_WEIGHTS, or weights/llama-2-70b-chat, when left out"
+        )
+    pack = add("pack", _pack, "quantize LLAMA_WEIGHTS once, so that later starts read less")
+    pack.add_argument("target", type=Path, help="a new folder")
+    pack.add_argument("--quantization", choices=("nf4", "int8", "fp8"), default="nf4")
+
+
+def _gigabytes(text: str) -> list[float]:
+    sizes = [float(size) for size in text.split(",")]
+    if not all(0 < size < float("inf") for size in sizes):
+        raise ValueError
+    return sizes
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from llama.loader import context_wanted, load_config, stored_quantization
+    from llama.plan import LLAMA_2_70B, plan, table
+
+    settings = Settings.from_environment()
+    config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
+    gpus = _gpus(arguments)
+    context = context_wanted(settings, config)
+    found = plan(config, gpus, context=context, stored=stored_quantization(config))
+    print(table(found, context))
+    return int(found.auto is None)
+
+
+def _gpus(arguments: argparse.Namespace) -> Sequence[Gpu]:
+    import torch
+
+    from llama.loader import gpu_of
+    from llama.plan import Gpu
+
+    if arguments.gpus is not None:
+        return [Gpu(f"{size:g} GB", int(size * 1e9), arguments.capability) for size in arguments.gpus]
+    if not torch.cuda.is_available():
+        raise BadSettings(
+            "there is no GPU here that torch can use; name some with --gpus, such as --gpus 80,80"
+        )
+    return [gpu_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    settings = Settings.from_environment()
+    folder = arguments.folder or folder_to_fill(settings)
+    brought = pull(folder, settings)
+    print(f"{folder} is whole, {brought} files brought")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from llama.manifest import read_manifest
+
+    settings = Settings.from_environment()
+    folder = arguments.folder or folder_to_fill(settings)
+    return _print_inspection(folder, verify(folder, read_manifest(settings.weights_manifest)))
+
+
+def _lock(arguments: argparse.Namespace) -> int:
+    settings = Settings.from_environment()
+    folder = arguments.folder or folder_to_fill(settings)
+    failed = _print_inspection(folder, lock(folder, settings.weights_manifest))
+    if failed:
+        print(f"{settings.weights_manifest} is as it was", file=sys.stderr)
+    return failed
+
+
+def _print_inspection(folder: Path, inspection: Inspection) -> int:
+    for fault in inspection.faults:
+        print(fault, file=sys.stderr)
+    if not inspection.faults:
+        files, hashed = inspection.files, len(inspection.hashes)
+        rest = "" if hashed == files else ", the others by their form (`weights lock` writes the hashes)"
+        print(f"{folder} is well: {files} files, {hashed} by their sha256{rest}")
+    return int(bool(inspection.faults))
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from llama.loader import pick_device
+    from llama.pack import pack
+
+    settings = Settings.from_environment()
+    if settings.weights is None:
+        raise BadSettings("LLAMA_WEIGHTS is not set; set it to the folder that is to be packed")
+    pack(weights_folder(settings), arguments.target, arguments.quantization, pick_device(settings))
+    print(f"{arguments.target} is whole; serve it with LLAMA_WEIGHTS={arguments.target}")
+    return 0

@@ -1,0 +1,108 @@
+"""Quantize a checkpoint once, so that later starts read a half or a quarter of it.
+
+What is written is in the form that transformers and vLLM read too. One file of the source is in memory
+at a time. Knows checkpoints and layers; knows nothing of serving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama.checkpoint import INDEX, SINGLE, Checkpoint, read_object
+from llama.errors import BadSettings, DiskFull
+from llama.loader import load_config, stored_quantization
+from llama.manifest import is_read
+from llama.part import LOCK, alone, disk_errors
+from llama.quantization import Quantization, configuration, quantize, to_stored
+
+logger = logging.getLogger(__name__)
+
+_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
+
+
+def pack(source: Path, target: Path, quantization: Quantization, device: torch.device) -> None:
+    """Write the model of `source` in `quantization` to a new folder, complete or not at all.
+
+    Raises BadSettings when `target` is there already, DiskFull, and what reading `source` raises.
+    """
+    _check_new(target)
+    if stored_quantization(load_config(source)) != "none":
+        raise BadSettings(f"{source} is quantized already; set LLAMA_WEIGHTS to plain weights")
+    checkpoint = Checkpoint(source)
+    part = target.with_name(f"{target.name}.part")
+    with alone(part), disk_errors(part):
+        _check_new(target)  # another process may have written it while this one waited
+        for left in part.iterdir():
+            if left.name != LOCK:
+                left.unlink()
+        _write(checkpoint, source, part, quantization, device)
+        part.rename(target)
+        (target / LOCK).unlink()
+
+
+def _check_new(target: Path) -> None:
+    if target.exists():
+        raise BadSettings(f"{target} is there already; set another folder to pack into")
+
+
+def _write(
+    checkpoint: Checkpoint, source: Path, part: Path, quantization: Quantization, device: torch.device
+) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, path in enumerate(checkpoint.files, start=1):
+        tensors = _packed(checkpoint, path, quantization, device)
+        _save(tensors, part / path.name)
+        weight_map |= dict.fromkeys(tensors, path.name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        logger.info("packed %s, %d of %d", path.name, number, len(checkpoint.files))
+    if [path.name for path in checkpoint.files] != [SINGLE]:
+        _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _copy_the_rest(source, part, quantization)
+
+
+@torch.inference_mode()
+def _packed(
+    checkpoint: Checkpoint, path: Path, quantization: Quantization, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of a file, its linear layers quantized, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in checkpoint.tensors(path):
+        if not _LINEAR.fullmatch(name):
+            tensors[name] = tensor.clone()
+            continue
+        layer = quantize(tensor.to(device), None, quantization, tensor.dtype)
+        owner = name.removesuffix(".weight")
+        tensors |= {f"{owner}.{part}": stored.cpu() for part, stored in to_stored(layer).items()}
+    return tensors
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which tells a full disk by its text alone
+        raise DiskFull(f"{path} cannot be written ({error}); free some room and pack again") from error
+
+
+def _copy_the_rest(source: Path, target: Path, quantization: Quantization) -> None:
+    """Tokenizer, licence and configurations; the weights, and what they were stored as, stay behind."""
+    for path in source.iterdir():
+        if path.is_file() and is_read(path.name) and path.suffix != ".safetensors" and path.name != INDEX:
+            shutil.copy2(path, target)
+    config = read_object(source / "config.json")
+    config["quantization_config"] = configuration(quantization)
+    _write_json(target / "config.json", config)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,245 @@
+"""Linear layers in fewer bits, made from plain weights or from what a checkpoint stores of them.
+
+NF4 and int8 are bitsandbytes', FP8 is a layer of our own over torch's scaled product; each is stored as
+transformers stores it. Knows one layer at a time; knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+Quantization = Literal["none", "fp8", "int8", "nf4"]
+
+STORED_SCALE: Mapping[Quantization, str] = {"fp8": "weight_scale", "int8": "SCB", "nf4": "weight.absmax"}
+"""The tensor by which a stored layer is known."""
+
+_NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+_NF4_BLOCK = 64
+# Weights quantized at a time: what is computed on the way is then small beside a layer.
+_AT_A_TIME = {"cpu": 2**18, "cuda": 2**24}
+_E4M3 = torch.float8_e4m3fn
+_E4M3_MAX = torch.finfo(_E4M3).max
+_TINIEST = 1e-12  # a row of zeros has some scale
+
+
+def bytes_of_weight(outputs: int, inputs: int, quantization: Quantization) -> int:
+    """Of one layer, scales included; 16-bit weights for `none`."""
+    match quantization:
+        case "nf4":  # half a byte, and a float32 for each block
+            return outputs * inputs // 2 + 4 * (outputs * inputs // _NF4_BLOCK)
+        case "int8" | "fp8":  # a byte, and a float32 for each output
+            return outputs * inputs + 4 * outputs
+        case "none":
+            return 2 * outputs * inputs
+
+
+class Fp8Linear(nn.Module):
+    """Weights in e4m3 with one scale an output; each input row is rounded to e4m3 with a scale of its own.
+
+    transformers' own layer fetches a kernel from a hub at run time, which a sealed container cannot.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """`weight` [out, in] e4m3, `scale` [out, 1] float32, `bias` [out] or None."""
+        super().__init__()
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def quantize(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """From weights [out, in] of any floating type."""
+        rounded, scale = torch.empty_like(weight, dtype=_E4M3), weight.new_empty(len(weight), 1).float()
+        for rows in _blocks(weight):
+            rounded[rows], scale[rows] = _rounded(weight[rows])
+        return cls(rounded, scale, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded, scale = _rounded(x.reshape(-1, self.in_features))
+        # With a scale a row the kernel gives bfloat16 only.
+        product = torch._scaled_mm(
+            rounded, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), out_dtype=torch.bfloat16
+        ).to(x.dtype)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*x.shape[:-1], self.out_features)
+
+
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [N, K] in e4m3 and the scale of each [N, 1]: what is read back is their product."""
+    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=_TINIEST) / _E4M3_MAX
+    return (rows / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(_E4M3), scale
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows of a weight, some at a time."""
+    step = max(_AT_A_TIME[weight.device.type] // weight.shape[1], 1)
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
+
+
+def quantize(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization, arithmetic: torch.dtype
+) -> nn.Module:
+    """A layer from weights [out, in] of any floating type, on their device, for inputs of `arithmetic`."""
+    match quantization:
+        case "none":
+            return linear(weight, bias)
+        case "fp8":
+            return Fp8Linear.quantize(weight, bias)
+        case "int8":
+            import bitsandbytes as bnb
+
+            rounded, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight)).float()
+            for rows in _blocks(weight):
+                rounded[rows], scale[rows], _ = bnb.functional.int8_vectorwise_quant(weight[rows].half())
+            return _int8(rounded, scale, bias)
+        case "nf4":
+            return _nf4(_rounded_to_nf4(weight), bias, arithmetic)
+
+
+def _rounded_to_nf4(weight: Tensor) -> Tensor:
+    """A bitsandbytes parameter."""
+    import bitsandbytes as bnb
+
+    count, step = weight.numel(), _AT_A_TIME[weight.device.type]
+    packed = weight.new_empty(-(-count // 2), 1, dtype=torch.uint8)
+    absmax = weight.new_empty(-(-count // _NF4_BLOCK), dtype=torch.float32)
+    for index, part in enumerate(torch.split(weight.contiguous().view(-1), step)):
+        rounded, state = bnb.functional.quantize_4bit(
+            part, blocksize=_NF4_BLOCK, compress_statistics=False, quant_type="nf4"
+        )
+        packed[index * step // 2 :][: len(rounded)] = rounded
+        absmax[index * step // _NF4_BLOCK :][: len(state.absmax)] = state.absmax
+    state.absmax, state.shape = absmax, weight.shape
+    parameter: Tensor = bnb.nn.Params4bit(
+        packed, quant_state=state, quant_type="nf4", compress_statistics=False, bnb_quantized=True
+    )
+    return parameter
+
+
+def stored_names(quantization: Quantization, *, bias: bool, nested: bool) -> frozenset[str]:
+    """What a checkpoint must hold of a layer. `nested`: NF4 whose scales are quantized themselves."""
+    names = {"weight", *(["bias"] if bias else [])}
+    if quantization != "none":
+        names.add(STORED_SCALE[quantization])
+    if quantization == "nf4":
+        names |= {"weight.quant_map", _NF4_STATE}
+        names |= {"weight.nested_absmax", "weight.nested_quant_map"} if nested else set()
+    return frozenset(names)
+
+
+def from_stored(
+    tensors: Mapping[str, Tensor], quantization: Quantization, arithmetic: torch.dtype
+) -> nn.Module:
+    """A layer from its stored tensors, on their device, for inputs of `arithmetic`."""
+    weight, bias = tensors["weight"], tensors.get("bias")
+    match quantization:
+        case "none":
+            return linear(weight, bias)
+        case "fp8":
+            return Fp8Linear(weight, tensors["weight_scale"].float(), bias)
+        case "int8":
+            return _int8(weight, tensors["SCB"].float(), bias)
+        case "nf4":
+            import bitsandbytes as bnb
+
+            state = {
+                name: tensor.cpu() if name == _NF4_STATE else tensor
+                for name, tensor in tensors.items()
+                if name not in ("weight", "bias")
+            }
+            parameter = bnb.nn.Params4bit.from_prequantized(weight, state, device=weight.device)
+            return _nf4(parameter, bias, arithmetic)
+
+
+def to_stored(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a quantized layer, by the names under which a checkpoint has them."""
+    return {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
+
+
+def stored_shape(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of what a layer really holds."""
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    outputs, inputs = weight.shape if state is None else state.shape
+    return int(outputs), int(inputs)
+
+
+def configuration(quantization: Quantization) -> dict[str, object]:
+    """`quantization_config` of a `config.json`, for transformers and vLLM to read."""
+    match quantization:
+        case "none":
+            return {}
+        case "fp8":
+            return {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}
+        case "int8":
+            return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
+        case "nf4":
+            return {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def configured(config: Mapping[str, object]) -> Quantization | None:
+    """Which of them a `quantization_config` describes; None when it is another."""
+    method = config.get("quant_method")
+    if method == "fbgemm_fp8":
+        return "fp8"
+    if method == "bitsandbytes" and config.get("load_in_8bit"):
+        return "int8"
+    if method == "bitsandbytes" and config.get("load_in_4bit"):
+        return "nf4" if config.get("bnb_4bit_quant_type") == "nf4" else None
+    return None
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain layer around tensors that are there."""
+    with torch.device("meta"):
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module
+
+
+def _int8(weight: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Module:
+    import bitsandbytes as bnb
+
+    # It says in every layer of every step that inputs are rounded by way of float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        # A threshold above 0 asks the host in every layer, which no captured graph can.
+        module = bnb.nn.Linear8bitLt(
+            weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=0.0
+        )
+    module.weight = bnb.nn.Int8Params(weight, requires_grad=False, CB=weight, SCB=scale)
+    return _with_bias(module, bias)
+
+
+def _nf4(parameter: Tensor, bias: Tensor | None, arithmetic: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    state = parameter.quant_state  # type: ignore[attr-defined]
+    outputs, inputs = state.shape
+    with torch.device("meta"):
+        module = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=arithmetic, quant_type="nf4")
+    # The layout that bitsandbytes turns to on CPUs with AVX512-BF16 has outputs by 32 and whole blocks.
+    module.support_avx512bf16_for_cpu &= outputs % 32 == 0 and inputs % _NF4_BLOCK == 0
+    module.weight, module.quant_state = parameter, state
+    parameter.module = module  # type: ignore[attr-defined]
+    return _with_bias(module, bias)
+
+
+def _with_bias(module: nn.Module, bias: Tensor | None) -> nn.Module:
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module.eval()

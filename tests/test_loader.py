@@ -1,0 +1,310 @@
+"""Loading: every precision against transformers with the same weights, stored plain or packed.
+
+The model has the 70B's shape ratios, eight query heads for a key/value head.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, VOCABULARY, write_model
+from safetensors.torch import load_file, save_file
+from serving import text
+from torch import Tensor
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from llama.errors import BadSettings, WeightsError
+from llama.generation import Llama
+from llama.loader import load_config, load_model
+from llama.pack import pack
+from llama.sampling import SamplingParams
+from llama.schema import write_schema
+from llama.server import CogServer
+from llama.settings import Settings
+from llama.torch_engine.kv_cache import CachePlan, KVCache
+from llama.torch_engine.layers import take_apart
+from llama.torch_engine.runner import Runner
+from predict import Predictor
+
+CPU = torch.device("cpu")
+LIKE_THE_70B = {
+    "hidden_size": 256,
+    "intermediate_size": 896,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 4,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,
+}
+BY_TRANSFORMERS = {
+    "none": None,
+    "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
+    "nf4": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    ),
+}
+QUANTIZATIONS = ["fp8", "int8", "nf4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
+    """A sharded checkpoint."""
+    folder = tmp_path_factory.mktemp("weights") / "like-the-70b"
+    write_model(folder, **LIKE_THE_70B)
+    shard(folder, "1MB")
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str, Path]:
+    """The same, quantized once, by precision."""
+    folders = {name: tmp_path_factory.mktemp("packed") / name for name in QUANTIZATIONS}
+    for name, target in folders.items():
+        pack(folder, target, name, CPU)
+    return folders
+
+
+def shard(folder: Path, size: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=size)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+
+
+def loaded(folder: Path, quantization: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    return load_model(folder, load_config(folder), dtype, CPU, quantization)
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, VOCABULARY, (40,), generator=torch.Generator().manual_seed(3))
+
+
+@torch.inference_mode()
+def logits(model: LlamaForCausalLM) -> Tensor:
+    """By transformers' own forward."""
+    return model(tokens()[None]).logits[0]
+
+
+@torch.inference_mode()
+def logits_of_a_step(model: LlamaForCausalLM) -> Tensor:
+    """By ours, of the last token."""
+    parts = take_apart(model, 128)
+    runner = Runner(parts, KVCache(model.config, CachePlan(2, 128), parts.dtype, CPU))
+    return runner.prefill(0, tokens(), 0)[0]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_a_model_is_the_one_that_transformers_loads(folder: Path, quantization: str) -> None:
+    reference = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=BY_TRANSFORMERS[quantization], device_map={"": "cpu"}
+    )
+    assert torch.equal(logits(loaded(folder, quantization)), logits(reference))
+
+
+@pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
+def test_a_step_over_quantized_layers_is_transformers_own(folder: Path, quantization: str) -> None:
+    wanted = logits(loaded(folder, quantization))[-1]
+    torch.testing.assert_close(
+        logits_of_a_step(loaded(folder, quantization)), wanted, rtol=0, atol=0.02 * float(wanted.abs().max())
+    )
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_packed_checkpoint_is_the_one_quantized_at_load(
+    folder: Path, packed: dict[str, Path], quantization: str
+) -> None:
+    assert torch.equal(
+        logits(loaded(packed[quantization], quantization)), logits(loaded(folder, quantization))
+    )
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_transformers_reads_a_packed_checkpoint(packed: dict[str, Path], quantization: str) -> None:
+    reference = LlamaForCausalLM.from_pretrained(
+        packed[quantization], dtype=torch.float32, device_map={"": "cpu"}
+    )
+    got, wanted = logits(loaded(packed[quantization], quantization)), logits(reference)
+    # transformers computes NF4 in the precision that its own configuration names, or float32
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_checkpoint_that_transformers_quantized_and_saved_is_read(
+    folder: Path, tmp_path: Path, bits: str, double: bool
+) -> None:
+    options: dict[str, Any] = {bits: True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+    reference = LlamaForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(llm_int8_threshold=0.0, **options),
+        device_map={"": "cpu"},
+    )
+    # Before a step: bitsandbytes cannot undo the layout that NF4 then takes on CPUs with AVX512-BF16.
+    reference.save_pretrained(tmp_path, max_shard_size="500KB")
+    wanted = logits(reference)
+    torch.testing.assert_close(logits(loaded(tmp_path, "none")), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_packing_leaves_a_folder_that_is_smaller_and_whole(
+    folder: Path, packed: dict[str, Path], quantization: str
+) -> None:
+    def size(of: Path) -> int:
+        return sum(path.stat().st_size for path in of.glob("*.safetensors"))
+
+    assert size(packed[quantization]) < 0.5 * size(folder)
+    assert (packed[quantization] / "tokenizer.model").is_file()
+    index = json.loads((packed[quantization] / "model.safetensors.index.json").read_text("utf-8"))
+    assert {packed[quantization] / name for name in index["weight_map"].values()} == set(
+        packed[quantization].glob("*.safetensors")
+    )
+    assert not packed[quantization].with_name(f"{quantization}.part").exists()
+
+
+def test_packing_does_not_write_over_what_is_there_nor_twice(
+    folder: Path, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(BadSettings, match="is there already; set another folder"):
+        pack(folder, packed["nf4"], "nf4", CPU)
+    with pytest.raises(BadSettings, match="quantized already; set LLAMA_WEIGHTS to plain weights"):
+        pack(packed["nf4"], tmp_path / "again", "int8", CPU)
+
+
+def test_packing_that_breaks_off_leaves_no_folder_and_can_be_done_again(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    last = sorted(broken.glob("model-*.safetensors"))[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError):
+        pack(broken, tmp_path / "packed", "nf4", CPU)
+    assert not (tmp_path / "packed").exists()
+    last.write_bytes(whole)
+    pack(broken, tmp_path / "packed", "nf4", CPU)
+    assert torch.isfinite(logits(loaded(tmp_path / "packed", "nf4"))).all()
+
+
+def test_a_precision_other_than_the_stored_one_is_refused(packed: dict[str, Path]) -> None:
+    with pytest.raises(
+        BadSettings, match="LLAMA_QUANTIZATION is int8 and the checkpoint is stored in nf4; unset"
+    ):
+        Llama.load(Settings(weights=packed["nf4"], quantization="int8"))
+
+
+@pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
+def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(folder: Path, quantization: str) -> None:
+    llama = Llama.load(Settings(weights=folder, quantization=quantization, cache_memory="200MB"))
+    try:
+        assert llama._engine.context_length == 4096
+        prompt = torch.randint(3, VOCABULARY, (4000,), generator=torch.Generator().manual_seed(1)).tolist()
+        params = SamplingParams(temperature=0.0, max_new_tokens=96, min_new_tokens=96)
+        answer = [token for tokens in llama._engine.submit(prompt, params) for token in tokens]
+        assert len(answer) == 96
+    finally:
+        llama.close()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_the_server_answers_as_transformers_does_with_the_same_quantization(
+    folder: Path, packed: dict[str, Path], quantization: str
+) -> None:
+    reference = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=BY_TRANSFORMERS[quantization], device_map={"": "cpu"}
+    )
+    from llama.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    inputs = {"prompt": "Hi there", "prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 12}
+    ids = torch.tensor([[1, *tokenizer._encode_text("Hi there")]])
+    wanted = reference.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    write_schema(Predictor.run, ROOT)
+    for weights, setting in ((folder, quantization), (packed[quantization], "auto")):
+        environment = {"LLAMA_WEIGHTS": str(weights), "LLAMA_QUANTIZATION": setting}
+        with CogServer(environment) as server:
+            server.wait_until_ready()
+            assert text(server, inputs) == detokenized(tokenizer, wanted.tolist())
+
+
+def detokenized(tokenizer: Any, token_ids: list[int]) -> str:
+    from llama.detokenizer import Detokenizer
+
+    ids = token_ids[: token_ids.index(2)] if 2 in token_ids else token_ids
+    detokenizer = Detokenizer(tokenizer.vocabulary, continues=False)
+    return detokenizer.update(ids) + detokenizer.flush()
+
+
+PEAK = """
+import resource, sys, torch
+from pathlib import Path
+from llama.loader import load_config, load_model
+from llama.quantization import quantize
+folder = Path(sys.argv[1])
+def resident(name):
+    line = next(l for l in open("/proc/self/status") if l.startswith(name))
+    return int(line.split()[1]) * 1024
+config = load_config(folder)
+for _ in range(2):  # what libraries take at their first use is not the weights'
+    quantize(torch.randn(64, 64), None, sys.argv[2], torch.float32)(torch.randn(1, 64))
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = resident("VmRSS")
+model = load_model(folder, config, torch.bfloat16, torch.device("cpu"), sys.argv[2])
+stays = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+print(resident("VmHWM") - before, stays)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file a layer, in which one matrix is a quarter, as in the 70B's files it is a twentieth."""
+    folder = tmp_path_factory.mktemp("large")
+    config = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+    }
+    write_model(folder, num_hidden_layers=1, **config)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    layer = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.0.")}
+    files = {"rest.safetensors": {name: tensors[name] for name in tensors.keys() - layer.keys()}}
+    for index in range(6):
+        files[f"layer-{index}.safetensors"] = {
+            name.replace("layers.0", f"layers.{index}"): tensor for name, tensor in layer.items()
+        }
+    for name, content in files.items():
+        save_file(content, folder / name, metadata={"format": "pt"})
+    index = {"weight_map": {tensor: name for name, content in files.items() for tensor in content}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**written, "num_hidden_layers": 6}))
+    return folder
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="the system does not count peak memory here"
+)
+@pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
+def test_loading_peaks_under_two_files_plus_what_stays(large_folder: Path, quantization: str) -> None:
+    largest = max(path.stat().st_size for path in large_folder.glob("*.safetensors"))
+
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(large_folder), quantization],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    peak, stays = map(int, done.stdout.split())
+    assert stays > largest  # so that a second copy of it would be seen
+    assert peak < 2 * largest + stays
