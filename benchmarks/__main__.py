@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scenarios, workload
+from benchmarks import cold_start, scenarios, workload
 from benchmarks.machine import describe
 from benchmarks.process import PeerProcess, Spec
 from benchmarks.report import write_report
@@ -45,10 +45,14 @@ def main() -> None:
         "linears": _linears(),
     }
     with ExitStack() as stack:
-        peers = [_start(stack, spec) for spec in _specs(model, arguments)]
+        specs = [*_specs(model, arguments)]
+        if arguments.llama_cpp:
+            specs += _specs_of_llama_cpp(model, arguments.llama_cpp)
+        peers = [_start(stack, spec) for spec in specs]
         results["versions"] = {peer.spec.name: peer.versions for peer in peers}
         results["seconds_to_load"] = {peer.spec.name: peer.seconds_to_load for peer in peers}
         results |= _measure(peers)
+    results |= _starts(arguments)
     results["minutes"] = (time.monotonic() - started) / 60
     results["targets"] = evaluate(results)
     write_report(results, arguments.results)
@@ -75,16 +79,17 @@ def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
         )
         if arguments.vllm:
             yield Spec(f"vLLM (CPU, eager), {dtype}", "vllm_cpu", str(model), variables, arguments.vllm)
-    if arguments.llama_cpp:
-        from gguf import GGMLQuantizationType as Kind
 
-        from benchmarks.to_gguf import write_gguf
 
-        for kind in (Kind.BF16, Kind.Q4_0):
-            path = _OUT / f"llama-134m.{kind.name.lower()}.gguf"
-            write_gguf(model, path, kind)
-            name = f"llama.cpp, {kind.name.lower()}"
-            yield Spec(name, "llama_cpp_batch", str(path), python=arguments.llama_cpp)
+def _specs_of_llama_cpp(model: Path, python: str) -> Iterator[Spec]:
+    from gguf import GGMLQuantizationType as Kind
+
+    from benchmarks.to_gguf import write_gguf
+
+    for kind in (Kind.BF16, Kind.Q4_0):
+        path = model.with_suffix(f".{kind.name.lower()}.gguf")
+        write_gguf(model, path, kind)
+        yield Spec(f"llama.cpp, {kind.name.lower()}", "llama_cpp_batch", str(path), python=python)
 
 
 def _start(stack: ExitStack, spec: Spec) -> PeerProcess:
@@ -104,6 +109,30 @@ def _measure(peers: Sequence[PeerProcess]) -> dict[str, Any]:
         "long_prompt_beside": scenarios.long_prompt_beside(ours, streams=8),
         "next_turn": {peer.spec.name: scenarios.next_turn(peer) for peer in with_reuse},
         "soak": scenarios.soak(ours),
+    }
+
+
+def _starts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """When all peers are gone: cold starts, and loading."""
+    one, four = _OUT / "llama-1gb", _OUT / "llama-4gb"
+    workload.write_large(one, layers=8)
+    workload.write_large(four, layers=40)
+    rows = {
+        "ours, behind Cog's server, the embedded model": cold_start.cold_start(None),
+        "ours, behind Cog's server, 1 GB": cold_start.cold_start(one),
+    }
+    peers = [
+        spec
+        for spec in _specs(one, arguments)
+        if spec.module in ("transformers_generate", "vllm_cpu") and spec.name.endswith("bfloat16")
+    ]
+    for spec in peers:
+        rows[f"{spec.name}, no server, 1 GB"] = cold_start.cold_start_of_peer(spec, _OUT / "peers.log")
+    return {
+        "cold_start": rows,
+        "load": {
+            quantization: cold_start.load(four, quantization) for quantization in ("none", "int8", "nf4")
+        },
     }
 
 

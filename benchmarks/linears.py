@@ -95,10 +95,8 @@ def _int8(weight: Tensor) -> Kernel:
 
 
 def _bitsandbytes(weight: Tensor) -> dict[str, Kernel]:
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        return {}
+    import bitsandbytes as bnb
+
     nf4 = bnb.nn.Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
     )

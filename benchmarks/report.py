@@ -66,6 +66,22 @@ def markdown(results: Results, name: str) -> str:
         f"{soak['requests']:,} short requests, a tenth of whose callers leave early: "
         f"{soak['memory_after_first_200'] / 1e6:.0f} MB resident after the first 200, "
         f"{soak['memory_after_last'] / 1e6:.0f} MB after the last.",
+        "## Cold start",
+        _table(
+            ("seconds from the start of the process", "ready", "first token"),
+            (
+                (name, f"{r['ready']:.1f}", f"{r['first_token']:.1f}")
+                for name, r in results["cold_start"].items()
+            ),
+        ),
+        "## Loading, imports left out",
+        _table(
+            ("a checkpoint in bfloat16, loaded as", "GB", "reading its files, s", "loading it, s"),
+            (
+                (name, f"{r['bytes'] / 1e9:.1f}", f"{r['reading']:.1f}", f"{r['loading']:.1f}")
+                for name, r in results["load"].items()
+            ),
+        ),
         "## One linear layer, 768 to 9,216, microseconds by rows",
         _table(
             ("", *next(iter(results["linears"].values()))),

@@ -73,6 +73,13 @@ def _rows(results: Results) -> Iterator[tuple[str, float, float | None, bool]]:
         soak["memory_after_last"] / soak["memory_after_first_200"],
         True,
     )
+    load = results["load"]["none"]
+    yield (
+        "loading a 4 GB checkpoint, as a share of the speed of reading it",
+        0.7,
+        load["reading"] / load["loading"],
+        False,
+    )
 
 
 def _ratio(results: Results, batch: int, peer: str) -> float | None:

@@ -54,6 +54,42 @@ def write_model(folder: Path) -> None:
     part.rename(folder)
 
 
+def write_large(folder: Path, layers: int) -> None:
+    """A checkpoint of some 0.1 GB a layer in several files, to be loaded; the layers are all alike."""
+    if folder.is_dir():
+        return
+    import torch
+    from huggingface_hub import save_torch_state_dict
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    tensors = LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
+    first = "model.layers.0."
+    for index in range(1, layers):
+        for name in [name for name in tensors if name.startswith(first)]:
+            tensors[name.replace(first, f"model.layers.{index}.")] = tensors[name].clone()
+    config.num_hidden_layers = layers
+    config.architectures = ["LlamaForCausalLM"]
+    part = folder.with_suffix(".part")
+    part.mkdir(exist_ok=True)
+    save_torch_state_dict(tensors, part, max_shard_size="1GB")
+    config.save_pretrained(part)
+    (part / "tokenizer.model").write_bytes(_tokenizer_model())
+    part.rename(folder)
+
+
 def _word(token_id: int) -> str:
     return f"t{token_id:05}"
 

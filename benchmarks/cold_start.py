@@ -1,0 +1,95 @@
+"""From nothing to an answer, and how quickly weights are read.
+
+Knows processes, files and clocks; knows nothing of throughput. Run as a program it loads one folder and
+prints how long that took, imports left out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.process import PeerProcess, Spec
+from benchmarks.protocol import Request
+from benchmarks.workload import prompt
+from llama.schema import write_schema
+from llama.server import ROOT, CogServer
+from predict import Predictor
+
+_ROUNDS = 3
+
+
+def cold_start(model: Path | None) -> dict[str, float]:
+    """Seconds from the start of Cog's server to READY and to the first token. None: the embedded model."""
+    write_schema(Predictor.run, ROOT)
+    ready, first = list[float](), list[float]()
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        with CogServer({"LLAMA_WEIGHTS": str(model or "")}) as server:
+            server.wait_until_ready()
+            ready.append(time.perf_counter() - started)
+            for name, _ in server.stream({"prompt": "Hi", "temperature": 0, "max_new_tokens": 4}):
+                if name == "output":
+                    first.append(time.perf_counter() - started)
+                    break
+    return {"ready": median(ready), "first_token": median(first)}
+
+
+def cold_start_of_peer(spec: Spec, log: Path) -> dict[str, float]:
+    """The same of a peer without a server."""
+    ready, first = list[float](), list[float]()
+    for seed in range(_ROUNDS):
+        started = time.perf_counter()
+        with PeerProcess(spec, log) as peer:
+            ready.append(time.perf_counter() - started)
+            peer.run([Request(prompt(16, -1 - seed), new_tokens=1)])
+            first.append(time.perf_counter() - started)
+    return {"ready": median(ready), "first_token": median(first)}
+
+
+def load(folder: Path, quantization: str) -> dict[str, Any]:
+    """Bytes a second of reading the files of a checkpoint, and of loading it, in turns."""
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    reading, loading = list[float](), list[float]()
+    _read(files)  # both find the files in the system's cache
+    for _ in range(_ROUNDS):
+        reading.append(_seconds(lambda: _read(files)))
+        command = [sys.executable, "-m", "benchmarks.cold_start", str(folder), quantization]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        loading.append(json.loads(done.stdout))
+    return {"bytes": size, "reading": median(reading), "loading": median(loading), "rounds": _ROUNDS}
+
+
+def _read(files: list[Path]) -> None:
+    buffer = bytearray(2**24)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _load_here(folder: Path, quantization: str) -> float:
+    import bitsandbytes  # noqa: F401
+    import torch
+
+    from llama.loader import load_config, load_model
+
+    config = load_config(folder)
+    return _seconds(lambda: load_model(folder, config, torch.bfloat16, torch.device("cpu"), quantization))
+
+
+if __name__ == "__main__":
+    print(json.dumps(_load_here(Path(sys.argv[1]), sys.argv[2])))
