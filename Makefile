@@ -9,7 +9,7 @@ export PREDICT_PROMPT := $(value PROMPT)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install predict serve test check bench clean
+.PHONY: help install predict serve test check bench bench-gpu clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: $(VENV)/.bench ## measure beside peers: LLAMA_CPP=python and VLLM=python 
 $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
 	$(BIN)/pip install --quiet -r requirements-bench.txt
 	@touch $@
+
+bench-gpu: install ## check and measure a random 70B on this machine's GPU
+	$(BIN)/python -m benchmarks.gpu
 
 clean: ## remove what was made
 	rm -rf $(VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis

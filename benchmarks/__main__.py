@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import cold_start, scenarios, workload
 from benchmarks.machine import describe
-from benchmarks.process import PeerProcess, Spec
+from benchmarks.process import CannotDo, PeerProcess, Spec
 from benchmarks.report import write_report
 from benchmarks.targets import OURS, SERVED, evaluate
 from llama.server import ROOT
@@ -48,7 +48,8 @@ def main() -> None:
         specs = [*_specs(model, arguments)]
         if arguments.llama_cpp:
             specs += _specs_of_llama_cpp(model, arguments.llama_cpp)
-        peers = [_start(stack, spec) for spec in specs]
+        peers = [peer for spec in specs if (peer := _start(stack, spec)) is not None]
+        results["not_measured"] = sorted({s.name for s in specs} - {peer.spec.name for peer in peers})
         results["versions"] = {peer.spec.name: peer.versions for peer in peers}
         results["seconds_to_load"] = {peer.spec.name: peer.seconds_to_load for peer in peers}
         results |= _measure(peers)
@@ -92,9 +93,14 @@ def _specs_of_llama_cpp(model: Path, python: str) -> Iterator[Spec]:
         yield Spec(f"llama.cpp, {kind.name.lower()}", "llama_cpp_batch", str(path), python=python)
 
 
-def _start(stack: ExitStack, spec: Spec) -> PeerProcess:
-    peer = stack.enter_context(PeerProcess(spec, _OUT / "peers.log"))
-    scenarios.warm_up(peer)
+def _start(stack: ExitStack, spec: Spec) -> PeerProcess | None:
+    """None where a peer cannot run here: the others are measured all the same."""
+    try:
+        peer = stack.enter_context(PeerProcess(spec, _OUT / "peers.log"))
+        scenarios.warm_up(peer)
+    except CannotDo as reason:
+        scenarios.log(f"{spec.name}: left out ({reason})")
+        return None
     scenarios.log(f"{spec.name}: loaded in {peer.seconds_to_load:.1f} s")
     return peer
 

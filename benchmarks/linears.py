@@ -33,8 +33,9 @@ def kernels() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {
         "float32, plain": lambda x: F.linear(x, weight),
         "bfloat16, plain": lambda x: F.linear(x.bfloat16(), half),
-        "float32, oneDNN packed": packed(_module(weight)),
-        "16 bits, FBGEMM": packed(_module(half)),
+        "float32, oneDNN packed": packed(_module(weight), torch.float32),
+        "bfloat16, oneDNN packed": _bfloat16(half),
+        "16 bits, FBGEMM": packed(_module(half), torch.float32),
         "float32, torch.compile, frozen": _compiled(weight),
         "int8 weights, _weight_int8pack_mm": _int8(weight),
         "int8, FBGEMM, dynamic": torch.ao.nn.quantized.dynamic.Linear.from_float(_observed(weight)),
@@ -72,6 +73,11 @@ def _module(weight: Tensor) -> nn.Linear:
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module
+
+
+def _bfloat16(weight: Tensor) -> Kernel:
+    kernel = packed(_module(weight), torch.bfloat16)
+    return lambda x: kernel(x.bfloat16())
 
 
 def _observed(weight: Tensor) -> nn.Linear:

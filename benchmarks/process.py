@@ -32,7 +32,7 @@ class Spec:
 
 
 class CannotDo(Exception):
-    """The peer has no such thing; the text says why."""
+    """The peer has no such thing, or has died; the text says why."""
 
 
 class PeerProcess:
@@ -82,5 +82,5 @@ class PeerProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.spec.name} has died; what it said is in {self._log}")
+            raise CannotDo(f"it has died; what it said is in {self._log}")
         return json.loads(line)

@@ -42,6 +42,7 @@ def markdown(results: Results, name: str) -> str:
         f"![speed, time to first token, time between tokens]({name}.svg)",
         "## Tokens per second, by requests at once",
         throughput_table(results),
+        *(f"Not measured, since it did not run here: {name}." for name in results["not_measured"]),
         "## Targets",
         targets_table(results),
         "## Arriving one every 50 ms, 32 requests",

@@ -7,7 +7,7 @@ answer to a caller's. Neither knows text, stop sequences or metrics.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Literal, Protocol
 
@@ -28,6 +28,7 @@ class TokenStream:
         self._events: SimpleQueue[int | FinishReason | EngineError] = SimpleQueue()
         self._cancelled = threading.Event()
         self._ended = threading.Event()
+        self._tell_engine: Callable[[], object] | None = None
         self.finish_reason: FinishReason | None = None
         """Why the answer ended; None until iteration has ended."""
 
@@ -58,10 +59,16 @@ class TokenStream:
         Any thread may call this, at any time, more than once."""
         self._cancelled.set()
         self._end("cancelled")
+        if self._tell_engine is not None:
+            self._tell_engine()
 
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
+
+    def on_cancel(self, tell: Callable[[], object]) -> None:
+        """For an engine that does not look at `cancelled` before each step: call `tell` when it is set."""
+        self._tell_engine = tell
 
     def put(self, token_id: int) -> None:
         """For the engine: the next token."""
@@ -94,6 +101,9 @@ class Engine(Protocol):
     @property
     def healthy(self) -> bool:
         """False once requests can no longer be served."""
+
+    def check(self, params: SamplingParams) -> None:
+        """Raises NotSupported for what this engine cannot do."""
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
         """Queue a request. `token_ids` and `params.maximum` fit the context together.

@@ -8,7 +8,8 @@
     │   ├── BadPromptTemplate    E1003
     │   ├── BadMessages          E1005
     │   ├── UnsupportedWeights   E1006
-    │   └── MinimumAboveMaximum  E1101
+    │   ├── MinimumAboveMaximum  E1101
+    │   └── NotSupported         E1103
     ├── EngineError              ours, E2xxx
     │   ├── GenerationFailed     E2001
     │   └── EngineStopped        E2002
@@ -22,7 +23,8 @@
         ├── BadManifest          E3006
         ├── DownloadFailed       E3007
         ├── DiskFull             E3008
-        └── DamagedWeights       E3009
+        ├── DamagedWeights       E3009
+        └── EngineNotStarted     E3010
 
 A message says what was got and what to do, on one line. It never quotes the caller's text: Cog
 reports an error that happens to contain the word "cancelled" as a cancelled prediction.
@@ -86,6 +88,12 @@ class MinimumAboveMaximum(UserError):
     """More tokens are demanded than are allowed."""
 
     code = "E1101"
+
+
+class NotSupported(UserError):
+    """The engine that serves here has no such thing; another one has."""
+
+    code = "E1103"
 
 
 class EngineError(LlamaError):
@@ -166,3 +174,9 @@ class DamagedWeights(WeightsError):
     """A file of weights is not the one that the manifest or the server says."""
 
     code = "E3009"
+
+
+class EngineNotStarted(WeightsError):
+    """An engine that is not ours did not start with these weights and settings."""
+
+    code = "E3010"

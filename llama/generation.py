@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llama.cancellation import Cancellation
 from llama.detokenizer import Detokenizer, StopFilter
 from llama.engine import Engine, TokenStream
+from llama.errors import BadCheckpoint, BadSettings, EngineError
 from llama.metrics import Metrics, Scope, SetupTimes
 from llama.request import PromptLimits, Request
 from llama.sampling import SamplingParams
@@ -52,16 +54,29 @@ class Llama:
         """
         times = SetupTimes()
         with times.part("imports"):
-            from llama.loader import load_config
+            from llama.loader import check_tokenizer, eos_token_ids, load_config
             from llama.tokenizer import load_tokenizer
-            from llama.torch_engine.start import start_engine
             from llama.weights import weights_folder
+
+            start_engine = _starter(settings)
         with times.part("folder"):
             folder = weights_folder(settings)
         with times.part("tokenizer"):
             config = load_config(folder)
             tokenizer = load_tokenizer(folder)
-        engine = start_engine(folder, config, tokenizer, settings, times)
+            check_tokenizer(config, tokenizer.size, folder)
+        ends = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
+        engine = start_engine(
+            folder,
+            config,
+            settings,
+            times,
+            vocabulary=tokenizer.size,
+            eos_token_ids={i for i in ends if i < tokenizer.size},
+        )
+        with times.part("warm-up"):
+            _warm_up(engine, tokenizer.eos_token_id, folder)
+        logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
         logger.info("ready after %s", times)
         return cls(tokenizer, engine)
 
@@ -81,6 +96,7 @@ class Llama:
         """
         metrics = Metrics()
         request = Request.from_inputs(inputs, self._limits)
+        self._engine.check(request.params)
         token_ids = self._tokenizer.encode(request.prompt)
         self._limits.check_tokens(len(token_ids))
         metrics.input_token_count = len(token_ids)
@@ -150,6 +166,37 @@ class Llama:
         if request.debug:
             yield f"formatted prompt: {self._tokenizer.render(request.prompt)!r}"
             yield f"settings: {params.model_dump_json(exclude_none=True)}"
+
+
+def _starter(settings: Settings) -> Callable[..., Engine]:
+    """What starts the engine that the settings name. Raises BadSettings where it is not installed."""
+    if settings.engine == "torch":
+        from llama.torch_engine.start import start_engine
+
+        return start_engine
+    try:
+        from llama.vllm_start import start_vllm_engine
+    except ImportError as error:
+        raise BadSettings(
+            f"LLAMA_ENGINE is vllm, which cannot be imported ({error}); "
+            "`pip install -r requirements-vllm.txt`, or unset it"
+        ) from error
+    return start_vllm_engine
+
+
+def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
+    """Prefill and decode once, so that the first caller does not pay for first-time work, nor meet
+    weights that cannot be computed with. Nobody is billed for it."""
+    params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
+    try:
+        for _ in engine.submit([token_id], params):
+            pass
+    except EngineError as error:
+        engine.close()
+        raise BadCheckpoint(
+            f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
+            "other values of LLAMA_DTYPE and LLAMA_DEVICE"
+        ) from error
 
 
 def _report(prediction: Prediction) -> Iterator[str]:

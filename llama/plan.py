@@ -90,15 +90,23 @@ class Plan:
     auto: Choice | None
 
 
-def plan(config: LlamaConfig, gpus: Sequence[Gpu], *, context: int, stored: Quantization = "none") -> Plan:
+def plan(
+    config: LlamaConfig,
+    gpus: Sequence[Gpu],
+    *,
+    context: int,
+    stored: Quantization = "none",
+    engine: Literal["torch", "vllm"] | None = None,
+) -> Plan:
     """All precisions on these GPUs together, for requests of `context` tokens. A checkpoint that is
-    `stored` in fewer bits stays so.
+    `stored` in fewer bits stays so. `engine`: by default ours on one GPU, and vLLM on more.
 
     `auto` is the first of 16 bits, FP8, int8 and NF4 that leaves room for ENOUGH_REQUESTS; else the one
     with most room, if it has room for one.
     """
     offered = _ORDER if stored == "none" else (stored,)
-    choices = tuple(_choice(config, gpus, quantization, context) for quantization in offered)
+    engine = engine or ("torch" if len(gpus) == 1 else "vllm")
+    choices = tuple(_choice(config, gpus, quantization, context, engine) for quantization in offered)
     fitting = [choice for choice in choices if not choice.refusal]
     enough = [choice for choice in fitting if choice.requests >= ENOUGH_REQUESTS]
     auto = enough[0] if enough else max(fitting, key=lambda choice: choice.requests, default=None)
@@ -107,27 +115,29 @@ def plan(config: LlamaConfig, gpus: Sequence[Gpu], *, context: int, stored: Quan
 
 def pick(
     config: LlamaConfig,
-    gpu: Gpu,
+    gpus: Sequence[Gpu],
     wanted: Quantization | Literal["auto"],
     *,
     context: int,
     stored: Quantization,
+    engine: Literal["torch", "vllm"] = "torch",
 ) -> Quantization:
-    """What one GPU serves. Raises DoesNotFit, saying what would fit."""
-    table = plan(config, [gpu], context=context, stored=stored)
+    """What these GPUs serve with an engine. Raises DoesNotFit, saying what would fit."""
+    found = plan(config, gpus, context=context, stored=stored, engine=engine)
+    cards = " and ".join(sorted({gpu.name for gpu in gpus}))
     if wanted == "auto":
-        if table.auto is None:
-            raise DoesNotFit(f"{_listed(table)} on {gpu.name}; {_advice(config, context, stored)}")
-        return table.auto.quantization
-    (choice,) = (choice for choice in table.choices if choice.quantization == wanted)
+        if found.auto is None:
+            raise DoesNotFit(f"{_listed(found)} on {cards}; {_advice(config, context, stored)}")
+        return found.auto.quantization
+    (choice,) = (choice for choice in found.choices if choice.quantization == wanted)
     if choice.refusal:
-        fitting = [c.quantization for c in table.choices if not c.refusal]
+        fitting = [c.quantization for c in found.choices if not c.refusal]
         advice = (
             f"set LLAMA_QUANTIZATION to {' or '.join(fitting)}"
             if fitting
             else _advice(config, context, stored)
         )
-        raise DoesNotFit(f"{wanted} on {gpu.name}: {choice.refusal}; {advice}")
+        raise DoesNotFit(f"{wanted} on {cards}: {choice.refusal}; {advice}")
     return wanted
 
 
@@ -149,7 +159,13 @@ def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * heads * dtype.itemsize)
 
 
-def _choice(config: LlamaConfig, gpus: Sequence[Gpu], quantization: Quantization, context: int) -> Choice:
+def _choice(
+    config: LlamaConfig,
+    gpus: Sequence[Gpu],
+    quantization: Quantization,
+    context: int,
+    engine: Literal["torch", "vllm"],
+) -> Choice:
     weights = bytes_of_weights(config, quantization)
     # Layers are divided evenly: the smallest card bounds them all.
     room = len(gpus) * max(min(gpu.free for gpu in gpus) - RESERVE, 0)
@@ -160,13 +176,19 @@ def _choice(config: LlamaConfig, gpus: Sequence[Gpu], quantization: Quantization
         weights,
         cache,
         requests,
-        "torch" if len(gpus) == 1 else "vllm",
-        " and ".join(_refusals(gpus, quantization, weights, room, requests, context)),
+        engine,
+        " and ".join(_refusals(gpus, quantization, weights, room, requests, context, engine)),
     )
 
 
 def _refusals(
-    gpus: Sequence[Gpu], quantization: Quantization, weights: int, room: int, requests: int, context: int
+    gpus: Sequence[Gpu],
+    quantization: Quantization,
+    weights: int,
+    room: int,
+    requests: int,
+    context: int,
+    engine: Literal["torch", "vllm"],
 ) -> Iterator[str]:
     if weights > room:
         yield f"needs {weights / 1e9:.1f} GB for weights and has {room / 1e9:.1f}"
@@ -176,8 +198,8 @@ def _refusals(
     if oldest < _CAPABILITY[quantization]:
         wanted = ".".join(map(str, _CAPABILITY[quantization]))
         yield f"needs compute capability {wanted} and has {oldest[0]}.{oldest[1]}"
-    if quantization == "int8" and len(gpus) > 1:
-        yield "is for one GPU"
+    if quantization == "int8" and engine == "vllm":
+        yield "is not for vLLM"
 
 
 def _listed(table: Plan) -> str:

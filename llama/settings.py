@@ -24,7 +24,8 @@ class Settings(BaseSettings):
 
     weights: Path | None = None
     """Folder in Hugging Face format; None means the embedded model."""
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "vllm"] = "torch"
+    """Our own, for one device, or vLLM for several GPUs and machines."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["auto", "none", "fp8", "int8", "nf4"] = "auto"
     device: str = "auto"
@@ -35,6 +36,14 @@ class Settings(BaseSettings):
     """Memory for keys and values, such as `8GB` or `512MiB`; None means what is free, less a reserve."""
     prefix_reuse: bool = True
     """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
+    tensor_parallel: PositiveInt | None = None
+    """GPUs that share every layer; None means all of this machine that divide the heads evenly."""
+    pipeline_parallel: PositiveInt | None = None
+    """Stages of layers, each on GPUs of its own; None means what `tensor_parallel` leaves over."""
+    distributed: Literal["auto", "mp", "ray"] = "auto"
+    """How vLLM's workers are started: processes of this machine, or Ray over several."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of each GPU's memory that vLLM takes for weights, cache and all else."""
     cache_dir: Path = Path("~/.cache/llama-cog")
     """Where the embedded model is kept once it has been converted."""
     weights_manifest: Path = ROOT / "weights.txt"

@@ -12,7 +12,7 @@ import pytest
 
 from llama.cancellation import Cancellation
 from llama.engine import FinishReason, TokenStream
-from llama.errors import EngineStopped, GenerationFailed, MinimumAboveMaximum, PromptTooLong
+from llama.errors import EngineStopped, GenerationFailed, MinimumAboveMaximum, NotSupported, PromptTooLong
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 from llama.schema import input_defaults
@@ -32,8 +32,13 @@ class ScriptedEngine:
     context_length: int = CONTEXT
     max_requests: int = 1
     healthy: bool = True
+    refused_temperature: float | None = None
     submitted: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     streams: list[TokenStream] = field(default_factory=list)
+
+    def check(self, params: SamplingParams) -> None:
+        if params.temperature == self.refused_temperature:
+            raise NotSupported("temperature is 5 and this engine takes less; send less")
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
         if not self.healthy:
@@ -99,6 +104,13 @@ def test_what_is_ready_together_goes_out_as_one_piece(tokenizer: Tokenizer) -> N
     assert recorder.metrics["input_token_count"] == len(engine.submitted[0][0])
     assert 0 < recorder.metrics["time_to_first_token"] < 60
     assert recorder.metrics["tokens_per_second"] > 0
+
+
+def test_what_the_engine_cannot_do_is_refused_before_the_answer_begins(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(refused_temperature=5.0)
+    with pytest.raises(NotSupported, match="^E1103 NotSupported: "):
+        start(tokenizer, engine, Recorder(), temperature=5)
+    assert engine.submitted == []
 
 
 def test_a_begun_answer_is_continued_with_its_space(tokenizer: Tokenizer) -> None:

@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
+from conftest import LLAMA_2_TOKENIZER
 from transformers import LlamaConfig
 
 from llama.errors import DoesNotFit
-from llama.loader import empty_model
+from llama.loader import empty_model, load_config
 from llama.plan import LLAMA_2_70B, RESERVE, Gpu, bytes_of_weights, bytes_per_token, pick, plan, table
 from llama.quantization import quantize, to_stored
 
@@ -123,13 +124,30 @@ def test_what_does_not_fit_is_refused_with_what_would(
     card: list[Gpu], wanted: str, stored: str, words: str
 ) -> None:
     with pytest.raises(DoesNotFit, match=f"^E3005 DoesNotFit: .*{words}"):
-        pick(LLAMA_2_70B, card[0], wanted, context=CONTEXT, stored=stored)
+        pick(LLAMA_2_70B, card, wanted, context=CONTEXT, stored=stored)
 
 
 @pytest.mark.parametrize(("wanted", "taken"), [("auto", "nf4"), ("int8", "int8"), ("fp8", "fp8")])
 def test_what_fits_is_taken(wanted: str, taken: str) -> None:
-    (card,) = gpus(80)
-    assert pick(LLAMA_2_70B, card, wanted, context=CONTEXT, stored="none") == taken
+    assert pick(LLAMA_2_70B, gpus(80), wanted, context=CONTEXT, stored="none") == taken
+
+
+def test_vllm_on_one_gpu_is_not_given_what_it_cannot_read() -> None:
+    card = gpus(85, capability=AMPERE)
+    assert pick(LLAMA_2_70B, card, "auto", context=CONTEXT, stored="none") == "int8"
+    assert pick(LLAMA_2_70B, card, "auto", context=CONTEXT, stored="none", engine="vllm") == "nf4"
+    with pytest.raises(
+        DoesNotFit, match="int8 on a GPU of 85 GB: is not for vLLM; set LLAMA_QUANTIZATION to nf4"
+    ):
+        pick(LLAMA_2_70B, card, "int8", context=CONTEXT, stored="none", engine="vllm")
+
+
+@pytest.mark.skipif(not LLAMA_2_TOKENIZER.is_dir(), reason="the 70B's configuration is not in this checkout")
+def test_the_built_in_configuration_is_the_70b_s() -> None:
+    published = load_config(LLAMA_2_TOKENIZER)
+    for name in LLAMA_2_70B.to_diff_dict():
+        if name not in ("dtype", "transformers_version", "architectures"):
+            assert getattr(published, name) == getattr(LLAMA_2_70B, name), name
 
 
 def test_the_table_has_a_row_a_choice() -> None:

@@ -89,7 +89,7 @@ def test_joined_layers_give_what_each_gives(quantization: str, bias: bool) -> No
 def test_joined_fp8_layers_are_one_layer_and_are_left_so_when_packed() -> None:
     layer = joined([quantized(linear(seed=n), "fp8") for n in range(2)])
     assert isinstance(layer, Fp8Linear)
-    assert packed(layer) is layer
+    assert packed(layer, torch.float32) is layer
 
 
 def test_nf4_is_what_bitsandbytes_makes_of_a_whole_module() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama.loader import has_matrix_units
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.linears import _has_bfloat16_kernel
 from llama.torch_engine.runner import Runner
 
 VARIANTS = {
@@ -209,7 +209,7 @@ def test_with_16_bit_weights_the_step_is_near_their_exact_product(
     step = decode(runner, {0: (int(ids[-1]), 59)})[0]
     own_error = (model(ids[None]).logits[0, -1].float() - exact).norm()
     # Matrix units round to bfloat16 in every layer, as the model itself does; other kernels do not.
-    share = 1.5 if dtype is torch.bfloat16 and _has_bfloat16_kernel() else 0.25
+    share = 1.5 if dtype is torch.bfloat16 and has_matrix_units() else 0.25
     assert (step - exact).norm() < share * own_error
 
 

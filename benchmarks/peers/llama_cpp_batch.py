@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -20,7 +21,10 @@ class LlamaCpp:
     def __init__(self, model: str) -> None:
         self.versions = {"llama-cpp-python": version("llama-cpp-python")}
         lib.llama_backend_init()
-        self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+        params = lib.llama_model_default_params()
+        # Its own AMX kernels, which take q4_0, end with a protection fault (0.3.36).
+        params.use_extra_bufts = "amx_int8" not in Path("/proc/cpuinfo").read_text()
+        self._model = lib.llama_model_load_from_file(model.encode(), params)
         self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
 
     def run(self, requests: Sequence[Request]) -> Times:

@@ -20,7 +20,12 @@ class Ours:
         self.versions = {name: version(name) for name in ("torch", "transformers")}
         folder = Path(model)
         self._engine = start_engine(
-            folder, load_config(folder), load_tokenizer(folder), Settings.from_environment(), SetupTimes()
+            folder,
+            load_config(folder),
+            Settings.from_environment(),
+            SetupTimes(),
+            vocabulary=load_tokenizer(folder).size,
+            eos_token_ids=[],
         )
 
     def run(self, requests: Sequence[Request]) -> Times:

@@ -93,6 +93,9 @@ class TorchEngine:
         """Requests that hold a place in the batch."""
         return len(self._scheduler.running)
 
+    def check(self, params: SamplingParams) -> None:
+        """There is nothing in the API that it cannot do."""
+
     def submit(self, token_ids: Seq[int], params: SamplingParams) -> TokenStream:
         sequence = Sequence(list(token_ids), len(token_ids), params, TokenStream())
         with self._lock:

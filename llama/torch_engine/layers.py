@@ -77,7 +77,7 @@ def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
         sin=sin[0, :, None],
         layers=[_take_layer(model.model.layers, index, dtype) for index in range(len(model.model.layers))],
         norm=Norm(model.model.norm, dtype),
-        head=packed(model.lm_head),
+        head=packed(model.lm_head, dtype),
         dtype=dtype,
         device=device,
         scale=scale,
@@ -89,12 +89,12 @@ def _take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     taken = Layer(
         attention_norm=Norm(layer.input_layernorm, dtype),
-        qkv=packed(joined([attention.q_proj, attention.k_proj, attention.v_proj])),
-        output=packed(attention.o_proj),
+        qkv=packed(joined([attention.q_proj, attention.k_proj, attention.v_proj]), dtype),
+        output=packed(attention.o_proj, dtype),
         mlp_norm=Norm(layer.post_attention_layernorm, dtype),
-        gate_up=packed(joined([mlp.gate_proj, mlp.up_proj])),
+        gate_up=packed(joined([mlp.gate_proj, mlp.up_proj]), dtype),
         activation=mlp.act_fn,
-        down=packed(mlp.down_proj),
+        down=packed(mlp.down_proj, dtype),
     )
     layers[index] = nn.Identity()  # lets go of the weights that were copied
     return taken

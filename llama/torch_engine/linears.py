@@ -41,19 +41,17 @@ def _joined_biases(layers: Sequence[nn.Linear] | Sequence[Fp8Linear]) -> Tensor 
     return torch.cat(biases) if biases else None
 
 
-def packed(module: nn.Module) -> nn.Module:
-    """A plain layer on a CPU in the form of its quickest kernel, from float32 to float32; else as it is."""
+def packed(module: nn.Module, arithmetic: torch.dtype) -> nn.Module:
+    """A plain layer on a CPU in its quickest kernel's form, for inputs of `arithmetic`; else as it is."""
     if not _is_plain(module) or module.weight.device.type != "cpu":
         return module
     weight = module.weight.detach()
-    bias = None if module.bias is None else module.bias.detach().float()
-    if weight.dtype is torch.bfloat16 and _has_bfloat16_kernel():
-        return _OneDNNLinear(weight, bias)
-    if weight.dtype is not torch.float32 and _has_half_kernel() and weight.abs().max() <= _FLOAT16_MAX:
+    bias = None if module.bias is None else module.bias.detach().to(arithmetic)
+    if weight.dtype is not arithmetic and _has_half_kernel() and weight.abs().max() <= _FLOAT16_MAX:
         return _HalfLinear(weight.float(), bias)
     if torch._C._has_mkldnn:
-        return _OneDNNLinear(weight.float(), bias)
-    return linear(weight.float(), bias)
+        return _OneDNNLinear(weight.to(arithmetic), bias)
+    return linear(weight.to(arithmetic), bias)
 
 
 class _HalfLinear(nn.Module):
@@ -70,19 +68,16 @@ class _HalfLinear(nn.Module):
 
 
 class _OneDNNLinear(nn.Module):
-    """oneDNN: weights laid out once for its kernels, inputs and outputs rounded to their type, sums in
-    float32."""
+    """oneDNN: inputs, weights and outputs of one type, weights laid out once for its kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT)
-        self._bias = None if bias is None else bias.to(weight.dtype)
-        self._dtype = weight.dtype
+        self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self._dtype)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return result.float()
+        return result
 
 
 class _SideBySide(nn.Module):
@@ -102,9 +97,3 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _has_half_kernel() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def _has_bfloat16_kernel() -> bool:
-    """Matrix units. On processors without them oneDNN's bfloat16 is slower than FBGEMM at 8 rows and
-    more (measured: 6.7 ms with AVX-512 alone, 2.1 with AVX512-BF16, 1.4 by FBGEMM, 0.4 with AMX, at 32)."""
-    return torch._C._has_mkldnn and torch.cpu._is_amx_tile_supported()

@@ -6,18 +6,17 @@ Knows settings and memory; knows nothing of requests.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama.errors import BadCheckpoint, EngineError
+from llama.errors import BadSettings
 from llama.loader import (
     arithmetic_dtype,
-    check_tokenizer,
     context_wanted,
-    eos_token_ids,
     load_model,
     pick_device,
     pick_dtype,
@@ -25,9 +24,7 @@ from llama.loader import (
 )
 from llama.metrics import SetupTimes
 from llama.plan import RESERVE
-from llama.sampling import SamplingParams
 from llama.settings import Settings
-from llama.tokenizer import Tokenizer
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CachePlan, plan_cache
 
@@ -35,11 +32,18 @@ logger = logging.getLogger(__name__)
 
 
 def start_engine(
-    folder: Path, config: LlamaConfig, tokenizer: Tokenizer, settings: Settings, times: SetupTimes
+    folder: Path,
+    config: LlamaConfig,
+    settings: Settings,
+    times: SetupTimes,
+    *,
+    vocabulary: int,
+    eos_token_ids: Collection[int],
 ) -> TorchEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
-    check_tokenizer(config, tokenizer.size, folder)
-    ends = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
+    for name in ("tensor_parallel", "pipeline_parallel"):
+        if (getattr(settings, name) or 1) > 1:
+            raise BadSettings(f"LLAMA_{name.upper()} is above 1; set LLAMA_ENGINE to vllm, or unset it")
     device = pick_device(settings)
     dtype, quantization = pick_dtype(settings, device, config), pick_quantization(settings, device, config)
     precision = str(dtype).removeprefix("torch.") if quantization == "none" else quantization
@@ -51,31 +55,9 @@ def start_engine(
         return model, plan_for(model, settings)
 
     with times.part("engine"):
-        engine = TorchEngine(
-            load,
-            vocabulary=tokenizer.size,
-            eos_token_ids={i for i in ends if i < tokenizer.size},
-            prefix_reuse=settings.prefix_reuse,
+        return TorchEngine(
+            load, vocabulary=vocabulary, eos_token_ids=eos_token_ids, prefix_reuse=settings.prefix_reuse
         )
-    with times.part("warm-up"):
-        _warm_up(engine, tokenizer.eos_token_id, folder)
-    logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
-    return engine
-
-
-def _warm_up(engine: TorchEngine, token_id: int, folder: Path) -> None:
-    """Prefill and decode once, so that the first caller does not pay for first-time work, nor meet
-    weights that cannot be computed with."""
-    params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
-    try:
-        for _ in engine.submit([token_id], params):
-            pass
-    except EngineError as error:
-        engine.close()
-        raise BadCheckpoint(
-            f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
-            "other values of LLAMA_DTYPE and LLAMA_DEVICE"
-        ) from error
 
 
 def plan_for(model: LlamaForCausalLM, settings: Settings) -> CachePlan:

@@ -1,0 +1,172 @@
+"""VLLMEngine: the `Engine` protocol on vLLM, for more than one GPU or machine.
+
+A background thread runs an event loop with vLLM's asynchronous engine; token ids go in and come out.
+Knows vLLM's parameters and errors, which become ours here; knows nothing of text, stop sequences or
+metrics, which are the same for every engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Collection, Coroutine, Sequence
+from itertools import count
+from typing import Any, TypeVar
+
+from vllm import AsyncEngineArgs, TokensPrompt
+from vllm import SamplingParams as VLLMParams
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from llama.engine import TokenStream
+from llama.errors import EngineError, EngineNotStarted, EngineStopped, GenerationFailed, NotSupported
+from llama.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What vLLM takes; between 0 and the coldest it would raise the temperature without a word to the caller.
+_COLDEST, _HOTTEST = 0.01, 2.0
+_LARGEST_SEED = 2**63
+_REPORT_EVERY = 60.0  # seconds
+
+
+class VLLMEngine:
+    """An `Engine` whose work is done by vLLM's own processes."""
+
+    def __init__(self, arguments: AsyncEngineArgs, *, eos_token_ids: Collection[int]) -> None:
+        """Waits until the model is loaded. Raises EngineNotStarted."""
+        self._eos = frozenset(eos_token_ids)
+        self._ids = count()
+        self._answers: set[asyncio.Task[Any]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False  # under the lock: nothing is queued behind the end
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llama-vllm", daemon=True)
+        self._thread.start()
+        try:
+            self._vllm = self._wait_for(_start(arguments))
+        except BaseException as error:
+            self._end_loop()
+            raise EngineNotStarted(
+                f"vLLM has not started ({type(error).__name__}: {error}); its own log says why"
+            ) from error
+        asyncio.run_coroutine_threadsafe(self._report(), self._loop)
+
+    @property
+    def context_length(self) -> int:
+        return int(self._vllm.model_config.max_model_len)
+
+    @property
+    def max_requests(self) -> int:
+        return int(self._vllm.vllm_config.scheduler_config.max_num_seqs)
+
+    @property
+    def healthy(self) -> bool:
+        return not self._stopped and not self._vllm.errored
+
+    def check(self, params: SamplingParams) -> None:
+        if not params.greedy and not _COLDEST <= params.temperature <= _HOTTEST:
+            raise NotSupported(
+                f"temperature is {params.temperature:g} and the engine vLLM takes 0 and {_COLDEST:g} to "
+                f"{_HOTTEST:g}; send one of these"
+            )
+
+    def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
+        stream = TokenStream()
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        answer = self._answer(prompt, vllm_params(params, self._eos), stream)
+        with self._lock:
+            if not self.healthy:
+                answer.close()
+                raise EngineStopped("the engine is not running; restart the server")
+            stream.on_cancel(asyncio.run_coroutine_threadsafe(answer, self._loop).cancel)
+        return stream
+
+    def close(self) -> None:
+        with self._lock:
+            self._stopped = True
+        self._wait_for(self._end())
+        self._end_loop()
+
+    async def _answer(self, prompt: TokensPrompt, params: VLLMParams, stream: TokenStream) -> None:
+        """Hand out tokens until there are no more. Being cancelled takes the request out of vLLM."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._answers.add(task)
+        try:
+            async for output in self._vllm.generate(prompt, params, str(next(self._ids))):
+                self._hand_out(output.outputs[0], stream)
+        except asyncio.CancelledError:
+            stream.fail(EngineStopped("the engine was stopped; restart the server"))
+            raise
+        except Exception as error:
+            logger.exception("vLLM failed a request")
+            stream.fail(_translated(error))
+        finally:
+            self._answers.discard(task)
+
+    def _hand_out(self, completion: CompletionOutput, stream: TokenStream) -> None:
+        token_ids, reason = completion.token_ids, completion.finish_reason
+        for token_id in token_ids[:-1] if reason == "stop" and token_ids[-1] in self._eos else token_ids:
+            stream.put(token_id)
+        if reason in ("stop", "length"):
+            stream.finish(reason)
+        elif reason is not None:
+            stream.fail(GenerationFailed(f"vLLM ended the request ({reason}); try again"))
+
+    async def _report(self) -> None:
+        """A line a minute while there is work: vLLM's own."""
+        while True:
+            await asyncio.sleep(_REPORT_EVERY)
+            if self._answers:
+                await self._vllm.do_log_stats()
+
+    async def _end(self) -> None:
+        for task in self._answers:
+            task.cancel()
+        await asyncio.gather(*self._answers, return_exceptions=True)
+        self._vllm.shutdown()
+
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
+    """Inside the loop, which vLLM's engine then belongs to."""
+    return AsyncLLM.from_engine_args(arguments)
+
+
+def vllm_params(params: SamplingParams, eos_token_ids: Collection[int]) -> VLLMParams:
+    """A request's parameters in vLLM's words: what is off here is off there."""
+    return VLLMParams(
+        temperature=0.0 if params.greedy else params.temperature,
+        top_p=params.top_p or 1.0,  # 0 is greedy
+        top_k=max(params.top_k, 0),
+        repetition_penalty=params.repetition_penalty or 1.0,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        # vLLM takes -1 for none, and 64 bits.
+        seed=None if params.seed is None else params.seed % _LARGEST_SEED,
+        max_tokens=params.maximum,
+        min_tokens=params.minimum,
+        # Ends are ours to name: one rule for all engines.
+        ignore_eos=True,
+        stop_token_ids=sorted(eos_token_ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _translated(error: Exception) -> EngineError:
+    if isinstance(error, EngineDeadError):
+        return GenerationFailed("vLLM's engine has died; see the server's log and restart it")
+    return GenerationFailed(f"vLLM failed the request with {type(error).__name__}; see the server's log")

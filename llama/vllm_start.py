@@ -1,0 +1,162 @@
+"""Start a VLLMEngine for a folder of weights: which GPUs, in which precision, in how many parts.
+
+Knows settings, GPUs and vLLM's arguments; knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import LlamaConfig
+
+from llama.checkpoint import Checkpoint
+from llama.errors import BadSettings
+from llama.loader import context_wanted, pick_dtype, stored_quantization
+from llama.metrics import SetupTimes
+from llama.plan import Gpu, bytes_per_token, pick
+from llama.quantization import Quantization
+from llama.settings import Settings
+
+# Before vLLM is imported, which reads them then: it starts processes by itself, tells nobody of its use,
+# and a container has no hub.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from vllm import AsyncEngineArgs
+
+from llama.vllm_engine import VLLMEngine
+
+logger = logging.getLogger(__name__)
+
+_NAMES: dict[Quantization, str | None] = {"none": None, "fp8": "fp8", "nf4": "bitsandbytes"}
+
+
+def start_vllm_engine(
+    folder: Path,
+    config: LlamaConfig,
+    settings: Settings,
+    times: SetupTimes,
+    *,
+    vocabulary: int,  # noqa: ARG001 - vLLM takes the model's own
+    eos_token_ids: Collection[int],
+) -> VLLMEngine:
+    """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
+    if settings.device != "auto":
+        raise BadSettings(
+            "LLAMA_DEVICE is for the torch engine; unset it, and name GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
+    arguments = engine_arguments(folder, config, settings, local_gpus(settings))
+    logger.info(
+        "vLLM: %s on %d x %d GPUs", arguments.quantization or arguments.dtype, *parallel_sizes_of(arguments)
+    )
+    with times.part("engine"):
+        return VLLMEngine(arguments, eos_token_ids=eos_token_ids)
+
+
+def parallel_sizes_of(arguments: AsyncEngineArgs) -> tuple[int, int]:
+    return arguments.pipeline_parallel_size, arguments.tensor_parallel_size
+
+
+def local_gpus(settings: Settings) -> list[Gpu]:
+    """Cards, with what vLLM may take of each. Asked of the driver: a process that has used CUDA itself
+    holds memory on a card that its children need."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return []
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        memory = int(current_platform.get_device_total_memory(index) * settings.memory_fraction)
+        capability = current_platform.get_device_capability(index)
+        assert capability is not None  # a CUDA device has one
+        gpus.append(
+            Gpu(current_platform.get_device_name(index), memory, (capability.major, capability.minor))
+        )
+    return gpus
+
+
+def engine_arguments(
+    folder: Path, config: LlamaConfig, settings: Settings, gpus: list[Gpu]
+) -> AsyncEngineArgs:
+    """What vLLM is started with on these GPUs of this machine; none means the CPU."""
+    pipeline, tensor = parallel_sizes(config, settings, len(gpus))
+    workers = pipeline * tensor
+    across = settings.distributed == "ray" or (settings.distributed == "auto" and workers > len(gpus) > 0)
+    dtype = pick_dtype(settings, torch.device("cuda" if gpus else "cpu"), config)
+    on_the_cpu: dict[str, Any] = {} if gpus else _for_a_cpu(config, settings, dtype)
+    return AsyncEngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=_quantization(config, settings, gpus[:1] * workers),
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        distributed_executor_backend="ray" if across else "mp" if workers > 1 else None,
+        max_model_len=context_wanted(settings, config),
+        max_num_seqs=settings.max_concurrency,
+        enable_prefix_caching=settings.prefix_reuse,
+        **{
+            "gpu_memory_utilization": settings.memory_fraction,
+            "kv_cache_memory_bytes": settings.cache_memory,
+            **on_the_cpu,
+        },
+    )
+
+
+def parallel_sizes(config: LlamaConfig, settings: Settings, gpus: int) -> tuple[int, int]:
+    """Pipeline stages and GPUs in each. Unset: all GPUs of this machine, tensor first, as far as the heads
+    divide evenly."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+
+    def divides(size: int) -> bool:
+        return heads % size == 0 and 0 in (kv_heads % size, size % kv_heads)
+
+    tensor, pipeline = settings.tensor_parallel, settings.pipeline_parallel
+    if tensor is None:
+        left = max(gpus // (pipeline or 1), 1)
+        tensor = max(size for size in range(1, left + 1) if left % size == 0 and divides(size))
+    elif not divides(tensor):
+        raise BadSettings(
+            f"LLAMA_TENSOR_PARALLEL is {tensor} and the model has {heads} heads over {kv_heads} key/value "
+            "heads; set it to a number that divides both"
+        )
+    return pipeline or max(gpus // tensor, 1), tensor
+
+
+def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> str | None:
+    """In vLLM's words. A checkpoint that comes quantized stays so, AWQ and GPTQ too: vLLM reads which."""
+    if getattr(config, "quantization_config", None):
+        if settings.quantization != "auto" and settings.quantization != stored_quantization(config):
+            raise BadSettings(
+                f"LLAMA_QUANTIZATION is {settings.quantization} and the checkpoint is quantized otherwise; "
+                "unset it"
+            )
+        return None
+    if not gpus:
+        if settings.quantization not in ("auto", "none"):
+            raise BadSettings(
+                f"LLAMA_QUANTIZATION is {settings.quantization}, which vLLM cannot do on a CPU; "
+                "set it to none"
+            )
+        return None
+    context = context_wanted(settings, config)
+    return _NAMES[pick(config, gpus, settings.quantization, context=context, stored="none", engine="vllm")]
+
+
+def _for_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
+    """Nothing compiled, which takes a minute a start; a cache for all requests, or half of what is free."""
+    wanted = settings.max_concurrency * context_wanted(settings, config) * bytes_per_token(config, dtype)
+    free = int(psutil.virtual_memory().available) // 2
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": settings.cache_memory or min(wanted, free),
+    }
