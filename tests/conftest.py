@@ -64,8 +64,9 @@ def write_model(folder: Path, **overrides: object) -> None:
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
-        "num_attention_heads": 8,
+        "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 32,  # the narrowest that vLLM has on a CPU
         "max_position_embeddings": CONTEXT,
         "initializer_range": 0.3,
         "bos_token_id": 1,
