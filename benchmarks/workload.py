@@ -50,7 +50,7 @@ def write_model(folder: Path) -> None:
     )
     part = folder.with_suffix(".part")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(part)
-    (part / "tokenizer.model").write_bytes(_tokenizer_model())
+    (part / "tokenizer.model").write_bytes(tokenizer_model())
     part.rename(folder)
 
 
@@ -86,7 +86,7 @@ def write_large(folder: Path, layers: int) -> None:
     part.mkdir(exist_ok=True)
     save_torch_state_dict(tensors, part, max_shard_size="1GB")
     config.save_pretrained(part)
-    (part / "tokenizer.model").write_bytes(_tokenizer_model())
+    (part / "tokenizer.model").write_bytes(tokenizer_model())
     part.rename(folder)
 
 
@@ -94,7 +94,7 @@ def _word(token_id: int) -> str:
     return f"t{token_id:05}"
 
 
-def _tokenizer_model() -> bytes:
+def tokenizer_model() -> bytes:
     """A SentencePiece model of Llama 2's layout, in which every token but control and bytes is a word."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 

@@ -14,8 +14,9 @@ from collections.abc import Collection, Coroutine, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
-from vllm import AsyncEngineArgs, TokensPrompt
+from vllm import AsyncEngineArgs
 from vllm import SamplingParams as VLLMParams
+from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -78,7 +79,7 @@ class VLLMEngine:
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
         stream = TokenStream()
-        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        prompt = tokens_input(list(token_ids))
         answer = self._answer(prompt, vllm_params(params, self._eos), stream)
         with self._lock:
             if not self.healthy:
@@ -93,7 +94,7 @@ class VLLMEngine:
         self._wait_for(self._end())
         self._end_loop()
 
-    async def _answer(self, prompt: TokensPrompt, params: VLLMParams, stream: TokenStream) -> None:
+    async def _answer(self, prompt: TokensInput, params: VLLMParams, stream: TokenStream) -> None:
         """Hand out tokens until there are no more. Being cancelled takes the request out of vLLM."""
         task = asyncio.current_task()
         assert task is not None

