@@ -18,7 +18,7 @@ from llama.plan import bytes_of_weights, bytes_per_token
 from llama.quantization import Quantization
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.runner import Runner
+from llama.torch_engine.runner import Chunk, Runner
 from llama.torch_engine.sampler import Sampler
 
 _HEIGHTS = (1, 4, 8, 16, 32)
@@ -97,7 +97,7 @@ def _prefill(runner: Runner, device: torch.device) -> float:
 
     def read() -> None:
         for start in range(0, _PROMPT, _CHUNK):
-            runner.prefill(0, tokens, start)
+            runner.prefill([Chunk(0, start, tokens)])
 
     return _PROMPT / _seconds(read, device)
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama.errors import DamagedWeights, DiskFull, LlamaError
+from llama.errors import DamagedWeights, DiskFull, DownloadFailed, LlamaError
+from llama.form import form_fault
 from llama.part import Part, disk_errors, file_sha256
 from llama.patience import Patience, Stopped
 from llama.progress import progress
@@ -96,12 +97,17 @@ class _Download:
     def _probe(self, source: Source) -> _Transfer | None:
         """What the server says of a file; None when it is in its place already."""
         with disk_errors(source.path):
-            if source.sha256 and source.path.is_file() and file_sha256(source.path) == source.sha256:
+            if source.sha256 and _is_there(source.path, source.sha256):
                 return None
             transfer = self._patience.call(
                 lambda: self._ask(source), lambda: 0, name=source.path.name, stop=self._stop
             )
-            if not source.sha256 and source.path.is_file() and source.path.stat().st_size == transfer.size:
+            if transfer.size is None and transfer.sha256 is None:
+                raise DownloadFailed(
+                    f"{source.path.name}: its server tells neither length nor hash, so nobody could see that "
+                    "it is whole; add #sha256=<hash> to its URL in the manifest"
+                )
+            if not source.sha256 and _is_there(source.path, transfer.sha256, transfer.size):
                 return None
             with suppress(FileNotFoundError):
                 transfer.received = transfer.part.stat().st_size if transfer.resumable else 0
@@ -208,16 +214,27 @@ def _fault(transfer: _Transfer, part: Part) -> str | None:
         return f"came with {part.size} bytes instead of {transfer.size}"
     if transfer.sha256 and part.sha256 != transfer.sha256:
         return f"came with sha256 {part.sha256} instead of {transfer.sha256}"
-    return None
+    # A page of a proxy, say, in the place of a file whose hash nobody knows.
+    fault = None if transfer.sha256 else form_fault(part.path, transfer.source.path.name)
+    return fault and f"came as {fault}"
+
+
+def _is_there(path: Path, sha256: str | None, size: int | None = None) -> bool:
+    """Whether a file is in its place: by its hash, or by its size where nobody knows that."""
+    if not path.is_file() or size not in (None, path.stat().st_size):
+        return False
+    if sha256 is None:
+        return True
+    logger.info("%s is there: looking at its sha256", path.name)
+    return file_sha256(path) == sha256
 
 
 def _make_room(transfer: _Transfer) -> None:
-    """Remove what is of no use: a wrong file under the right name, parts of other versions."""
+    """Remove parts of other versions. A wrong file under the right name stays until there is a right one."""
     place = transfer.source.path
     with disk_errors(place):
         if place.exists():
             logger.warning("%s is not the file that the manifest names: it is brought again", place)
-            place.unlink()
         for part in place.parent.glob(f"{place.name}.*.part"):
             if part != transfer.part or not transfer.resumable:
                 part.unlink()

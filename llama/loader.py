@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama.checkpoint import Checkpoint, read_object
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, DoesNotFit
+from llama.filling import Filling
 from llama.plan import Gpu, pick
+from llama.progress import LogProgress
 from llama.quantization import (
-    STORED_SCALE,
     Quantization,
     configured,
-    from_stored,
-    linear,
-    quantize,
-    stored_names,
-    stored_shape,
 )
 from llama.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_SAY_EVERY = 10.0  # seconds
-# Rotary tables of old checkpoints, and the layout of int8 weights, of which there is one.
-_SAYS_NOTHING = (".rotary_emb.inv_freq", ".weight_format")
 _PADDING_ROWS = 1024  # a checkpoint may pad its token table by up to this many
 
 
@@ -88,6 +79,8 @@ def pick_device(settings: Settings) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{name} is no GPU that is served")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadSettings(
@@ -187,149 +180,27 @@ def load_model(
     """
     checkpoint = Checkpoint(folder)
     model = empty_model(config, device)
-    filling = _Filling(model, checkpoint.names, dtype, device, quantization)
-    progress = _Progress(checkpoint.size)
-    name = ""
+    filling = Filling(model, checkpoint.names, dtype, arithmetic_dtype(dtype, device), device, quantization)
+    name, done, progress = "", 0, LogProgress(checkpoint.size, 0)
     try:
         for path in checkpoint.files:
             for name, tensor in checkpoint.tensors(path):
                 filling.add(name, tensor)
-                progress.add(tensor.nbytes)
+                done += tensor.nbytes
+                progress.show(done)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"{folder} does not fit {device} in {quantization} ({error}); "
             "`python -m llama plan` shows what would"
         ) from error
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # bitsandbytes' own checks
-        raise BadCheckpoint(f"{name} in {folder} cannot be used ({error}); copy it again") from error
+        raise BadCheckpoint(
+            f"{name} in {folder} cannot be used ({error}); if the file is sound, this device cannot do it: "
+            "try other values of LLAMA_QUANTIZATION and LLAMA_DEVICE"
+        ) from error
     filling.check_complete(folder)
     model.tie_weights()
     return model
-
-
-class _Filling:
-    """A model without memory that is given its tensors one by one, in any order."""
-
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        names: frozenset[str],
-        dtype: torch.dtype,
-        device: torch.device,
-        quantization: Quantization,
-    ) -> None:
-        self._model, self._names = model, names
-        self._dtype, self._device, self._quantization = dtype, device, quantization
-        # Every module that has parameters of its own.
-        self._missing = {
-            name: module for name, module in model.named_modules() if module._parameters and name != "lm_head"
-        }
-        if not model.config.tie_word_embeddings:
-            self._missing["lm_head"] = model.lm_head
-        self._known = frozenset(self._missing)
-        self._parts: dict[str, dict[str, Tensor]] = {}
-        self._unexpected = list[str]()
-        self._of_another_shape = list[str]()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        owner, part = self._split(name)
-        if owner not in self._missing:
-            if not name.endswith(_SAYS_NOTHING) and owner != "lm_head":  # or a tied output layer
-                self._unexpected.append(name)
-            return
-        parts = self._parts.setdefault(owner, {})
-        # What is quantized becomes memory of its own; all else is copied out of the file's.
-        parts[part] = tensor.to(self._device, copy=not self._is_quantized_here(owner))
-        if self._wanted(owner) <= parts.keys():
-            self._place(owner, self._missing.pop(owner), self._parts.pop(owner))
-
-    def check_complete(self, folder: Path) -> None:
-        missing = [
-            f"{owner}.{part}"
-            for owner in self._missing
-            for part in self._wanted(owner) - self._parts.get(owner, {}).keys()
-        ]
-        for problem, names in (
-            ("lacks {} tensors that config.json implies", missing),
-            ("has {} tensors of another shape than config.json implies", self._of_another_shape),
-            ("has {} tensors that config.json does not imply", self._unexpected),
-        ):
-            if names:
-                raise BadCheckpoint(
-                    f"the checkpoint in {folder} {problem.format(len(names))}, {min(names)} among them; "
-                    "copy the files that belong together"
-                )
-
-    def _split(self, name: str) -> tuple[str, str]:
-        """The module that a tensor belongs to, and its name there, in which there may be dots."""
-        owner, _, part = name.rpartition(".")
-        while owner and owner not in self._known:
-            owner, _, more = owner.rpartition(".")
-            part = f"{more}.{part}"
-        return owner, part
-
-    def _stored(self, owner: str) -> Quantization:
-        """What a layer is stored in: every checkpoint leaves some in 16 bits."""
-        for quantization, scale in STORED_SCALE.items():
-            if f"{owner}.{scale}" in self._names:
-                return quantization
-        return "none"
-
-    def _wanted(self, owner: str) -> frozenset[str]:
-        return stored_names(
-            self._stored(owner),
-            bias=getattr(self._missing[owner], "bias", None) is not None,
-            nested=f"{owner}.weight.nested_absmax" in self._names,
-        )
-
-    def _place(self, owner: str, module: nn.Module, parts: dict[str, Tensor]) -> None:
-        assert isinstance(module.weight, Tensor)
-        expected = tuple(module.weight.shape)
-        if not isinstance(module, nn.Linear):
-            if parts["weight"].shape != expected:
-                self._of_another_shape.append(f"{owner}.weight")
-            else:
-                module.weight = nn.Parameter(parts["weight"].to(self._dtype), requires_grad=False)
-            return
-        layer = self._layer(owner, parts)
-        bias = parts.get("bias")
-        if stored_shape(layer) != expected or (bias is not None and bias.shape != expected[:1]):
-            self._of_another_shape.append(f"{owner}.weight")
-        else:
-            self._model.set_submodule(owner, layer)
-
-    def _layer(self, owner: str, parts: dict[str, Tensor]) -> nn.Module:
-        arithmetic = arithmetic_dtype(self._dtype, self._device)
-        if "bias" in parts:
-            parts["bias"] = parts["bias"].to(self._dtype)
-        if self._is_quantized_here(owner):
-            return quantize(parts["weight"], parts.get("bias"), self._quantization, arithmetic)
-        if (stored := self._stored(owner)) != "none":
-            return from_stored(parts, stored, arithmetic)
-        return linear(parts["weight"].to(self._dtype), parts.get("bias"))
-
-    def _is_quantized_here(self, owner: str) -> bool:
-        """Linear layers of the decoder that are stored plain."""
-        layer = owner.startswith("model.layers.") and isinstance(self._model.get_submodule(owner), nn.Linear)
-        return layer and self._quantization != "none" and self._stored(owner) == "none"
-
-
-class _Progress:
-    """A line every ten seconds."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._started = self._said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._said > _SAY_EVERY:
-            self._said = now
-            rate = self._done / (now - self._started)
-            logger.info(
-                "weights: %.1f of %.1f GB, %.2f GB/s", self._done / 1e9, self._total / 1e9, rate / 1e9
-            )
 
 
 def _check_shape(config: LlamaConfig, path: Path) -> None:

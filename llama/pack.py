@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama.checkpoint import INDEX, SINGLE, Checkpoint, read_object
-from llama.errors import BadSettings, DiskFull
+from llama.errors import BadSettings, DiskFull, DoesNotFit
 from llama.loader import load_config, stored_quantization
 from llama.manifest import is_read
 from llama.part import LOCK, alone, disk_errors
+from llama.plan import bytes_of_weights
 from llama.quantization import Quantization, configuration, quantize, to_stored
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,15 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
         for left in part.iterdir():
             if left.name != LOCK:
                 left.unlink()
-        _write(checkpoint, source, part, quantization, device)
+        _check_disk(source, part, quantization)
+        try:
+            _write(checkpoint, source, part, quantization, device)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"{device} has no room for one layer ({error}); set LLAMA_DEVICE to cpu"
+            ) from error
+        for path in [*part.iterdir(), part]:
+            _to_disk(path)  # before it has its name: a power cut leaves a whole folder or none
         part.rename(target)
         (target / LOCK).unlink()
 
@@ -53,6 +63,23 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
 def _check_new(target: Path) -> None:
     if target.exists():
         raise BadSettings(f"{target} is there already; set another folder to pack into")
+
+
+def _check_disk(source: Path, part: Path, quantization: Quantization) -> None:
+    wanted, free = bytes_of_weights(load_config(source), quantization), shutil.disk_usage(part).free
+    if wanted > free:
+        raise DiskFull(
+            f"{wanted / 1e9:.1f} GB are to be written and the disk of {part} has {free / 1e9:.1f} GB free; "
+            f"free {(wanted - free) / 1e9:.1f} GB more or pack to another disk"
+        )
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(
@@ -97,8 +124,9 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _copy_the_rest(source: Path, target: Path, quantization: Quantization) -> None:
     """Tokenizer, licence and configurations; the weights, and what they were stored as, stay behind."""
     for path in source.iterdir():
-        if path.is_file() and is_read(path.name) and path.suffix != ".safetensors" and path.name != INDEX:
-            shutil.copy2(path, target)
+        ours = path.suffix == ".safetensors" or path.name in (INDEX, "config.json")
+        if path.is_file() and is_read(path.name) and not ours:
+            shutil.copyfile(path, target / path.name)
     config = read_object(source / "config.json")
     config["quantization_config"] = configuration(quantization)
     _write_json(target / "config.json", config)

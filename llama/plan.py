@@ -198,8 +198,8 @@ def _refusals(
     if oldest < _CAPABILITY[quantization]:
         wanted = ".".join(map(str, _CAPABILITY[quantization]))
         yield f"needs compute capability {wanted} and has {oldest[0]}.{oldest[1]}"
-    if quantization == "int8" and engine == "vllm":
-        yield "is not for vLLM"
+    if quantization in ("int8", "nf4") and engine == "vllm":
+        yield "is not for vLLM, which has no bitsandbytes any more"
 
 
 def _listed(table: Plan) -> str:

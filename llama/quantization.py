@@ -182,7 +182,11 @@ def configuration(quantization: Quantization) -> dict[str, object]:
         case "none":
             return {}
         case "fp8":
-            return {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}
+            return {
+                "quant_method": "fbgemm_fp8",
+                "activation_scale_ub": 1200.0,  # transformers' default, which vLLM wants to be told
+                "modules_to_not_convert": ["lm_head"],
+            }
         case "int8":
             return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
         case "nf4":

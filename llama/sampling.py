@@ -110,6 +110,11 @@ class SamplingParams(BaseModel):
         return tuple(dict.fromkeys(part for part in parts if part))
 
     @property
+    def repetition(self) -> float:
+        """The penalty as an engine applies it: 1 where it is off, and within what float32 holds."""
+        return min(max(self.repetition_penalty or 1.0, 1e-6), 1e6)
+
+    @property
     def greedy(self) -> bool:
         """Whether every step takes the single best token."""
         return self.temperature == 0 or self.top_p == 0 or self.top_k == 1

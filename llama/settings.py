@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     """Of each GPU's memory that vLLM takes for weights, cache and all else."""
     cache_dir: Path = Path("~/.cache/llama-cog")
     """Where the embedded model is kept once it has been converted."""
+    pull: bool = False
+    """Bring what is missing in `weights` at setup, by the manifest."""
     weights_manifest: Path = ROOT / "weights.txt"
     """What `weights pull`, `verify` and `lock` go by."""
     weights_base_url: str | None = None

@@ -123,9 +123,9 @@ class Transport:
     @contextmanager
     def get(self, url: str, token: str | None, headers: Mapping[str, str]) -> Iterator[Answer]:
         """Follow redirects to an answer of any status. Raises Transient or DownloadFailed, inside too."""
-        first = current = httpx.URL(url)
         linked: str | None = None
         try:
+            first = current = httpx.URL(url)
             for _ in range(_REDIRECTS):
                 at_home = _origin(current) == _origin(first)
                 with self._send(current, headers, token if at_home else None) as response:
@@ -135,6 +135,8 @@ class Transport:
                         yield Answer(response, at_home, linked)
                         return
                     current = _target(current, response)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise DownloadFailed(f"an address is no URL ({error}); correct the manifest") from error
         except httpx.TimeoutException as error:
             raise Transient(f"no answer from {current.host} for {self._timeout:.0f} s") from error
         except httpx.ConnectError as error:

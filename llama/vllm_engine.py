@@ -19,6 +19,7 @@ from vllm import SamplingParams as VLLMParams
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -33,15 +34,20 @@ T = TypeVar("T")
 # What vLLM takes; between 0 and the coldest it would raise the temperature without a word to the caller.
 _COLDEST, _HOTTEST = 0.01, 2.0
 _LARGEST_SEED = 2**63
+_LARGEST_TOP_K = 2**31 - 1
 _REPORT_EVERY = 60.0  # seconds
 
 
 class VLLMEngine:
     """An `Engine` whose work is done by vLLM's own processes."""
 
-    def __init__(self, arguments: AsyncEngineArgs, *, eos_token_ids: Collection[int]) -> None:
-        """Waits until the model is loaded. Raises EngineNotStarted."""
-        self._eos = frozenset(eos_token_ids)
+    def __init__(
+        self, arguments: AsyncEngineArgs, *, vocabulary: int, eos_token_ids: Collection[int]
+    ) -> None:
+        """Waits until the model is loaded. Raises EngineNotStarted. `vocabulary`: ids below this are tokens;
+        a checkpoint may pad its table."""
+        self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
+        self._tokens = 0
         self._ids = count()
         self._answers: set[asyncio.Task[Any]] = set()
         self._lock = threading.Lock()
@@ -70,6 +76,11 @@ class VLLMEngine:
     def healthy(self) -> bool:
         return not self._stopped and not self._vllm.errored
 
+    @property
+    def _padding(self) -> range:
+        """Ids that are no tokens."""
+        return range(self._vocabulary, int(self._vllm.model_config.get_vocab_size()))
+
     def check(self, params: SamplingParams) -> None:
         if not params.greedy and not _COLDEST <= params.temperature <= _HOTTEST:
             raise NotSupported(
@@ -80,7 +91,7 @@ class VLLMEngine:
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
         stream = TokenStream()
         prompt = tokens_input(list(token_ids))
-        answer = self._answer(prompt, vllm_params(params, self._eos), stream)
+        answer = self._answer(prompt, vllm_params(params, self._eos, self._padding), stream)
         with self._lock:
             if not self.healthy:
                 answer.close()
@@ -115,17 +126,20 @@ class VLLMEngine:
         token_ids, reason = completion.token_ids, completion.finish_reason
         for token_id in token_ids[:-1] if reason == "stop" and token_ids[-1] in self._eos else token_ids:
             stream.put(token_id)
+            self._tokens += 1
         if reason in ("stop", "length"):
             stream.finish(reason)
         elif reason is not None:
             stream.fail(GenerationFailed(f"vLLM ended the request ({reason}); try again"))
 
     async def _report(self) -> None:
-        """A line a minute while there is work: vLLM's own."""
+        """A line a minute while there is work."""
         while True:
+            before = self._tokens
             await asyncio.sleep(_REPORT_EVERY)
             if self._answers:
-                await self._vllm.do_log_stats()
+                rate = (self._tokens - before) / _REPORT_EVERY
+                logger.info("engine: %d running or waiting, %.1f tokens/s", len(self._answers), rate)
 
     async def _end(self) -> None:
         for task in self._answers:
@@ -142,17 +156,20 @@ class VLLMEngine:
 
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
-    """Inside the loop, which vLLM's engine then belongs to."""
-    return AsyncLLM.from_engine_args(arguments)
+    """Inside the loop, which vLLM's engine then belongs to; with the batch sizes of vLLM's own server."""
+    return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
 
 
-def vllm_params(params: SamplingParams, eos_token_ids: Collection[int]) -> VLLMParams:
-    """A request's parameters in vLLM's words: what is off here is off there."""
+def vllm_params(
+    params: SamplingParams, eos_token_ids: Collection[int], padding: Collection[int] = ()
+) -> VLLMParams:
+    """A request's parameters in vLLM's words: what is off here is off there. `padding`: ids that are no
+    tokens."""
     return VLLMParams(
         temperature=0.0 if params.greedy else params.temperature,
         top_p=params.top_p or 1.0,  # 0 is greedy
-        top_k=max(params.top_k, 0),
-        repetition_penalty=params.repetition_penalty or 1.0,
+        top_k=min(max(params.top_k, 0), _LARGEST_TOP_K),
+        repetition_penalty=params.repetition,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         # vLLM takes -1 for none, and 64 bits.
@@ -162,6 +179,7 @@ def vllm_params(params: SamplingParams, eos_token_ids: Collection[int]) -> VLLMP
         # Ends are ours to name: one rule for all engines.
         ignore_eos=True,
         stop_token_ids=sorted(eos_token_ids),
+        logit_bias=dict.fromkeys(padding, float("-inf")) or None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )

@@ -36,7 +36,8 @@ from llama.vllm_engine import VLLMEngine
 
 logger = logging.getLogger(__name__)
 
-_NAMES: dict[Quantization, str | None] = {"none": None, "fp8": "fp8", "nf4": "bitsandbytes"}
+_NAMES: dict[Quantization, str | None] = {"none": None, "fp8": "fp8_per_channel"}
+_BLOCK = 128  # tokens of cache that vLLM gives out at a time on a CPU
 
 
 def start_vllm_engine(
@@ -45,7 +46,7 @@ def start_vllm_engine(
     settings: Settings,
     times: SetupTimes,
     *,
-    vocabulary: int,  # noqa: ARG001 - vLLM takes the model's own
+    vocabulary: int,
     eos_token_ids: Collection[int],
 ) -> VLLMEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
@@ -59,7 +60,8 @@ def start_vllm_engine(
         "vLLM: %s on %d x %d GPUs", arguments.quantization or arguments.dtype, *parallel_sizes_of(arguments)
     )
     with times.part("engine"):
-        return VLLMEngine(arguments, eos_token_ids=eos_token_ids)
+        os.environ.pop("HF_TOKEN", None)  # which Ray would hand to every machine
+        return VLLMEngine(arguments, vocabulary=vocabulary, eos_token_ids=eos_token_ids)
 
 
 def parallel_sizes_of(arguments: AsyncEngineArgs) -> tuple[int, int]:
@@ -90,35 +92,66 @@ def engine_arguments(
     """What vLLM is started with on these GPUs of this machine; none means the CPU."""
     pipeline, tensor = parallel_sizes(config, settings, len(gpus))
     workers = pipeline * tensor
-    across = settings.distributed == "ray" or (settings.distributed == "auto" and workers > len(gpus) > 0)
-    dtype = pick_dtype(settings, torch.device("cuda" if gpus else "cpu"), config)
-    on_the_cpu: dict[str, Any] = {} if gpus else _for_a_cpu(config, settings, dtype)
+    dtype = _dtype(config, settings, gpus)
+    on_the_cpu: dict[str, Any] = {} if gpus else _for_a_cpu(config, settings, dtype, workers)
     return AsyncEngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
         dtype=str(dtype).removeprefix("torch."),
         quantization=_quantization(config, settings, gpus[:1] * workers),
+        # vLLM's word for the FP8 of `weights pack`
+        allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
-        distributed_executor_backend="ray" if across else "mp" if workers > 1 else None,
-        max_model_len=context_wanted(settings, config),
+        distributed_executor_backend=_backend(settings, workers, gpus),
+        # -1: as much of the model's own as the cache holds
+        max_model_len=context_wanted(settings, config) if settings.max_context else -1,
         max_num_seqs=settings.max_concurrency,
         enable_prefix_caching=settings.prefix_reuse,
+        disable_log_stats=True,
         **{
             "gpu_memory_utilization": settings.memory_fraction,
-            "kv_cache_memory_bytes": settings.cache_memory,
+            "kv_cache_memory_bytes": settings.cache_memory and settings.cache_memory // workers,
             **on_the_cpu,
         },
     )
 
 
+def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | None:
+    """Ray where there are more workers than GPUs in this machine. Raises BadSettings."""
+    wanted = settings.distributed
+    if wanted == "auto":
+        wanted = "ray" if workers > len(gpus) > 0 else "mp"
+    if wanted == "ray" and not gpus:
+        raise BadSettings("LLAMA_DISTRIBUTED is ray, which vLLM has on GPUs only; unset it")
+    if wanted == "mp" and workers > len(gpus) > 0:
+        raise BadSettings(
+            f"LLAMA_DISTRIBUTED is mp and {workers} workers have {len(gpus)} GPUs here; set it to ray, or "
+            "ask for fewer with LLAMA_TENSOR_PARALLEL and LLAMA_PIPELINE_PARALLEL"
+        )
+    return wanted if workers > 1 else None
+
+
+def _dtype(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> torch.dtype:
+    """As `pick_dtype`, without asking CUDA."""
+    if settings.dtype != "auto" or not gpus:
+        return pick_dtype(settings, torch.device("cpu"), config)
+    return torch.bfloat16 if gpus[0].capability >= (8, 0) else torch.float16
+
+
+def _method(config: LlamaConfig) -> str | None:
+    """In what way a checkpoint comes quantized."""
+    raw = getattr(config, "quantization_config", None) or {}
+    return raw.get("quant_method")
+
+
 def parallel_sizes(config: LlamaConfig, settings: Settings, gpus: int) -> tuple[int, int]:
     """Pipeline stages and GPUs in each. Unset: all GPUs of this machine, tensor first, as far as the heads
     divide evenly."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
 
     def divides(size: int) -> bool:
-        return heads % size == 0 and 0 in (kv_heads % size, size % kv_heads)
+        return heads % size == mlp % size == 0 and 0 in (kv_heads % size, size % kv_heads)
 
     tensor, pipeline = settings.tensor_parallel, settings.pipeline_parallel
     if tensor is None:
@@ -127,14 +160,19 @@ def parallel_sizes(config: LlamaConfig, settings: Settings, gpus: int) -> tuple[
     elif not divides(tensor):
         raise BadSettings(
             f"LLAMA_TENSOR_PARALLEL is {tensor} and the model has {heads} heads over {kv_heads} key/value "
-            "heads; set it to a number that divides both"
+            f"heads, {mlp} wide in its MLP; set it to a number that divides them"
         )
     return pipeline or max(gpus // tensor, 1), tensor
 
 
 def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> str | None:
     """In vLLM's words. A checkpoint that comes quantized stays so, AWQ and GPTQ too: vLLM reads which."""
-    if getattr(config, "quantization_config", None):
+    if (method := _method(config)) is not None:
+        if method == "bitsandbytes":
+            raise BadSettings(
+                "the checkpoint is bitsandbytes', which vLLM does not read any more; set LLAMA_ENGINE to "
+                "torch, or LLAMA_WEIGHTS to plain, AWQ, GPTQ or FP8 weights"
+            )
         if settings.quantization != "auto" and settings.quantization != stored_quantization(config):
             raise BadSettings(
                 f"LLAMA_QUANTIZATION is {settings.quantization} and the checkpoint is quantized otherwise; "
@@ -152,11 +190,15 @@ def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> s
     return _NAMES[pick(config, gpus, settings.quantization, context=context, stored="none", engine="vllm")]
 
 
-def _for_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
-    """Nothing compiled, which takes a minute a start; a cache for all requests, or half of what is free."""
-    wanted = settings.max_concurrency * context_wanted(settings, config) * bytes_per_token(config, dtype)
-    free = int(psutil.virtual_memory().available) // 2
+def _for_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype, workers: int) -> dict[str, Any]:
+    """Nothing compiled, which takes a minute a start; a cache for all requests, or half of what is free:
+    vLLM gives it out by blocks, one of them to nobody."""
+    blocks = settings.max_concurrency * -(-context_wanted(settings, config) // _BLOCK) + 1
+    wanted = blocks * _BLOCK * bytes_per_token(config, dtype)
+    budget = settings.cache_memory or min(wanted, int(psutil.virtual_memory().available) // 2)
     return {
         "enforce_eager": True,
-        "kv_cache_memory_bytes": settings.cache_memory or min(wanted, free),
+        "kv_cache_memory_bytes": budget // workers,
+        # A seeded request whose prompt it read in parts would end it (0.32: torch has no such generator).
+        "enable_chunked_prefill": False,
     }

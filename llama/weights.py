@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from llama.embedded import embedded_folder
 from llama.errors import BadManifest, BadSettings, DamagedWeights, WeightsNotFound
+from llama.form import form_fault
 from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
 from llama.settings import ROOT, Settings
 
@@ -33,10 +34,12 @@ def weights_folder(settings: Settings) -> Path:
     if settings.weights is None:
         return embedded_folder(settings.cache_dir)
     folder = settings.weights.expanduser()
+    if settings.pull:
+        pull(folder, settings)
     if not folder.is_dir():
         raise WeightsNotFound(
             f"LLAMA_WEIGHTS is {folder}, which is not a folder; set it to one in Hugging Face format "
-            "(config.json, safetensors, tokenizer)"
+            "(config.json, safetensors, tokenizer), or set LLAMA_PULL to 1"
         )
     return folder
 
@@ -56,9 +59,18 @@ def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> 
     from llama.part import alone
     from llama.patience import Patience
 
+    _check_not_packed(folder)
     sources = _sources(folder, settings)
     with alone(folder):
         return download(sources, folder, patience or Patience())
+
+
+def _check_not_packed(folder: Path) -> None:
+    """The files of a packed folder have the names of the manifest's, and are others."""
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict) and "quantization_config" in config:
+            raise BadSettings(f"{folder} holds packed weights, not the manifest's; set another folder")
 
 
 def _sources(folder: Path, settings: Settings) -> list[Source]:
@@ -126,6 +138,7 @@ def lock(folder: Path, manifest: Path) -> Inspection:
 
     A hash that is there already must be the file's.
     """
+    _check_not_packed(folder)
     entries = read_manifest(manifest)
     inspection = verify(folder, entries, hash_all=True)
     if not inspection.faults:
@@ -140,7 +153,7 @@ def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -
         path = place(folder, entry.destination)
         if not path.is_file():
             return "missing; pull again"
-        fault = _form_fault(path)
+        fault = form_fault(path, path.name) if path.stat().st_size else "empty"
         if fault is None and (entry.sha256 or hash_all):
             hashes[entry.destination] = sha256 = file_sha256(path)
             if entry.sha256 not in (None, sha256):
@@ -150,44 +163,6 @@ def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -
     except OSError as error:
         return f"cannot be read ({error.strerror}); let this user read it, or delete it and pull again"
     return fault and f"{fault}; delete it and pull again"
-
-
-def _form_fault(path: Path) -> str | None:
-    """What can be wrong with a file whose hash nobody knows."""
-    if path.suffix == ".safetensors":
-        return _safetensors_fault(path)
-    if path.stat().st_size == 0:
-        return "empty"
-    if path.suffix == ".json":
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return "not JSON"
-    return None
-
-
-def _safetensors_fault(path: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np"):
-            return None
-    except SafetensorError as error:
-        size, wanted = path.stat().st_size, _safetensors_size(path)
-        if wanted is not None and size != wanted:
-            return f"{size} bytes, and its header says {wanted}"
-        return f"no sound safetensors header ({error})"
-
-
-def _safetensors_size(path: Path) -> int | None:
-    """What the header promises: 8 bytes of its own length, itself, and the tensors."""
-    with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, AttributeError):
-        length = int.from_bytes(file.read(8), "little")
-        if length < path.stat().st_size:
-            header = json.loads(file.read(length))
-            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-            return 8 + length + max(int(tensor["data_offsets"][1]) for tensor in tensors)
-    return None
 
 
 def _indexed(folder: Path) -> list[str]:

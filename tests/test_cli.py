@@ -182,7 +182,7 @@ def test_plan_takes_the_model_and_the_context_of_the_settings(monkeypatch: pytes
     monkeypatch.setenv("LLAMA_MAX_CONTEXT", "1024")
     result = run("plan", "--gpus", "48", weights=LLAMA_2_TOKENIZER)
     assert "requests of 1024 tokens" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("nf4        39.6 GB  6.3 GB  18")
+    assert result.stdout.splitlines()[-1].startswith("nf4        39.6 GB   6.3 GB  18")
 
 
 def test_pack_writes_a_folder_that_serves(llama_folder: Path, tmp_path: Path) -> None:

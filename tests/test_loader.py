@@ -30,7 +30,7 @@ from llama.server import CogServer
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.runner import Runner
+from llama.torch_engine.runner import Chunk, Runner
 from predict import Predictor
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def logits_of_a_step(model: LlamaForCausalLM) -> Tensor:
     """By ours, of the last token."""
     parts = take_apart(model, 128)
     runner = Runner(parts, KVCache(model.config, CachePlan(2, 128), parts.dtype, CPU))
-    return runner.prefill(0, tokens(), 0)[0]
+    return runner.prefill([Chunk(0, 0, tokens())])[0]
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])

@@ -71,14 +71,14 @@ def test_planned_bytes_are_those_that_a_model_has(quantization: str, tied: bool)
         (gpus(85, capability=AMPERE), (None, None, 9, 32), "int8"),
         (gpus(141), (None, 51, 51, 73), "fp8"),
         (gpus(192), (38, 89, 89, 111), "none"),
-        (gpus(24, 24), (None, None, None, 3), "nf4"),
-        (gpus(48, 48), (None, 16, None, 38), "fp8"),
-        (gpus(80, 80), (13, 64, None, 86), "none"),
-        (gpus(80, 80, capability=AMPERE), (13, None, None, 86), "none"),
-        (gpus(24, 24, 24, 24), (None, 13, None, 35), "fp8"),
+        (gpus(24, 24), (None, None, None, None), None),
+        (gpus(48, 48), (None, 16, None, None), "fp8"),
+        (gpus(80, 80), (13, 64, None, None), "none"),
+        (gpus(80, 80, capability=AMPERE), (13, None, None, None), "none"),
+        (gpus(24, 24, 24, 24), (None, 13, None, None), "fp8"),
         # The smaller card bounds both.
-        (gpus(80, 48), (None, 16, None, 38), "fp8"),
-        (gpus(*[141] * 8), (724, 775, None, 798), "none"),
+        (gpus(80, 48), (None, 16, None, None), "fp8"),
+        (gpus(*[141] * 8), (724, 775, None, None), "none"),
         (gpus(80, capability=PASCAL), (None, None, None, None), None),
         (gpus(48, capability=TURING), (None, None, None, 4), "nf4"),
     ],
@@ -133,13 +133,14 @@ def test_what_fits_is_taken(wanted: str, taken: str) -> None:
 
 
 def test_vllm_on_one_gpu_is_not_given_what_it_cannot_read() -> None:
-    card = gpus(85, capability=AMPERE)
-    assert pick(LLAMA_2_70B, card, "auto", context=CONTEXT, stored="none") == "int8"
-    assert pick(LLAMA_2_70B, card, "auto", context=CONTEXT, stored="none", engine="vllm") == "nf4"
+    card = gpus(85)
+    assert pick(LLAMA_2_70B, card, "auto", context=CONTEXT, stored="none", engine="vllm") == "fp8"
     with pytest.raises(
-        DoesNotFit, match="int8 on a GPU of 85 GB: is not for vLLM; set LLAMA_QUANTIZATION to nf4"
+        DoesNotFit, match="int8 on a GPU of 85 GB: is not for vLLM.*; set LLAMA_QUANTIZATION to fp8"
     ):
         pick(LLAMA_2_70B, card, "int8", context=CONTEXT, stored="none", engine="vllm")
+    with pytest.raises(DoesNotFit, match="nothing fits"):
+        pick(LLAMA_2_70B, gpus(48), "auto", context=CONTEXT, stored="none", engine="vllm")
 
 
 @pytest.mark.skipif(not LLAMA_2_TOKENIZER.is_dir(), reason="the 70B's configuration is not in this checkout")

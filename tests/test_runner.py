@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama.loader import has_matrix_units
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.runner import Runner
+from llama.torch_engine.runner import Chunk, Runner
 
 VARIANTS = {
     "grouped heads": {"num_attention_heads": 8, "num_key_value_heads": 2},
@@ -86,7 +86,7 @@ def test_prefill_and_decode_give_the_logits_of_the_model(overrides: dict[str, ob
     model = make_model(**overrides)
     runner, ids = make_runner(model), random_ids(90)
     expected = model(ids[None]).logits[0]
-    torch.testing.assert_close(runner.prefill(2, ids[:80], 0)[0], expected[79], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(runner.prefill([Chunk(2, 0, ids[:80])])[0], expected[79], rtol=1e-4, atol=1e-4)
     for position in range(80, 90):
         logits = decode(runner, {2: (int(ids[position]), position)})[2]
         torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
@@ -96,7 +96,7 @@ def test_positions_go_on_by_themselves_from_step_to_step() -> None:
     model = make_model()
     runner, ids = make_runner(model), random_ids(30)
     expected = model(ids[None]).logits[0]
-    runner.prefill(0, ids[:20], 0)
+    runner.prefill([Chunk(0, 0, ids[:20])])
     runner.place(0, 20)
     for position in range(20, 30):
         runner.feed(0, ids[position : position + 1])
@@ -109,7 +109,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once(cuts: list[in
     model = make_model()
     runner, ids = make_runner(model), random_ids(80)
     for start, end in zip([0, *cuts], [*cuts, 80], strict=True):
-        logits = runner.prefill(0, ids[start:end], start)
+        logits = runner.prefill([Chunk(0, start, ids[start:end])])
     torch.testing.assert_close(logits[0], model(ids[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_requests_of_different_lengths_in_any_rows_do_not_touch_each_other() -> 
     lengths = {5: 3, 0: 70, 3: 129}  # row: prompt length, with holes between
     prompts = {row: random_ids(length + 1, row) for row, length in lengths.items()}
     for row, ids in prompts.items():
-        runner.prefill(row, ids[:-1], 0)
+        runner.prefill([Chunk(row, 0, ids[:-1])])
     logits = decode(runner, {row: (int(prompts[row][-1]), length) for row, length in lengths.items()})
     for row in lengths:
         expected = model(prompts[row][None]).logits[0, -1]
@@ -129,8 +129,8 @@ def test_requests_of_different_lengths_in_any_rows_do_not_touch_each_other() -> 
 def test_rows_with_nothing_to_say_leave_their_contents_alone() -> None:
     model = make_model()
     runner, ids = make_runner(model), random_ids(41)
-    runner.prefill(0, ids[:40], 0)  # row 0 only waits while row 1 decodes
-    runner.prefill(1, random_ids(60, seed=3), 0)
+    runner.prefill([Chunk(0, 0, ids[:40])])  # row 0 only waits while row 1 decodes
+    runner.prefill([Chunk(1, 0, random_ids(60, seed=3))])
     for position in range(60, 70):
         decode(runner, {1: (5, position)})
     expected = model(ids[None]).logits[0, -1]
@@ -141,7 +141,7 @@ def test_a_moved_row_goes_on_where_it_was() -> None:
     model = make_model()
     runner, ids = make_runner(model), random_ids(42)
     expected = model(ids[None]).logits[0]
-    runner.prefill(3, ids[:40], 0)
+    runner.prefill([Chunk(3, 0, ids[:40])])
     runner.feed(3, ids[40:41])
     runner.place(3, 40)
     runner.decode(4, 41)
@@ -155,10 +155,10 @@ def test_a_moved_row_goes_on_where_it_was() -> None:
 def test_what_an_earlier_request_left_in_a_row_is_not_seen() -> None:
     model = make_model()
     runner, fresh = make_runner(model), make_runner(model)
-    runner.prefill(1, random_ids(150, seed=7), 0)
+    runner.prefill([Chunk(1, 0, random_ids(150, seed=7))])
     ids = random_ids(20)
     for r in (runner, fresh):
-        r.prefill(1, ids[:-1], 0)
+        r.prefill([Chunk(1, 0, ids[:-1])])
     last = {1: (int(ids[-1]), 19)}
     assert torch.equal(decode(runner, last)[1], decode(fresh, last)[1])
 
@@ -166,7 +166,7 @@ def test_what_an_earlier_request_left_in_a_row_is_not_seen() -> None:
 def test_the_last_position_that_a_request_reads_can_be_used() -> None:
     model = make_model()
     runner, ids = make_runner(model, length=130), random_ids(129)
-    runner.prefill(3, ids[:-1], 0)
+    runner.prefill([Chunk(3, 0, ids[:-1])])
     expected = model(ids[None]).logits[0, -1]
     logits = decode(runner, {3: (int(ids[-1]), 128)})[3]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -192,7 +192,7 @@ def test_layers_that_are_not_plain_are_called_as_they_come() -> None:
         layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
         layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
     runner = make_runner(model)
-    runner.prefill(0, ids[:-1], 0)
+    runner.prefill([Chunk(0, 0, ids[:-1])])
     logits = decode(runner, {0: (int(ids[-1]), 29)})[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -205,7 +205,7 @@ def test_with_16_bit_weights_the_step_is_near_their_exact_product(
     model = make_model().to(dtype)
     exact = copy.deepcopy(model).float()(ids[None]).logits[0, -1]
     runner = make_runner(model)
-    runner.prefill(0, ids[:-1], 0)
+    runner.prefill([Chunk(0, 0, ids[:-1])])
     step = decode(runner, {0: (int(ids[-1]), 59)})[0]
     own_error = (model(ids[None]).logits[0, -1].float() - exact).norm()
     # Matrix units round to bfloat16 in every layer, as the model itself does; other kernels do not.
@@ -219,4 +219,4 @@ def test_weights_beyond_float16_are_not_bent() -> None:
     model = model.to(torch.bfloat16)
     ids = random_ids(20)
     exact = copy.deepcopy(model).float()(ids[None]).logits[0, -1]
-    assert (make_runner(model).prefill(0, ids, 0)[0] - exact).norm() < 0.1 * exact.norm()
+    assert (make_runner(model).prefill([Chunk(0, 0, ids)])[0] - exact).norm() < 0.1 * exact.norm()

@@ -44,6 +44,9 @@ def until(condition: Callable[[], bool], timeout: float = 60) -> None:
         ({"top_k": 1, "temperature": 0.7}, "temperature", 0.0),
         ({"top_k": -1}, "top_k", 0),
         ({"top_k": 40}, "top_k", 40),
+        ({"top_k": 10**20}, "top_k", 2**31 - 1),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty", 1e-6),  # 0 in float32
+        ({"repetition_penalty": 1e39}, "repetition_penalty", 1e6),
         ({"top_p": 0.9}, "top_p", 0.9),
         ({"repetition_penalty": 0.0}, "repetition_penalty", 1.0),
         ({"repetition_penalty": 1.2}, "repetition_penalty", 1.2),
@@ -93,11 +96,10 @@ def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
 @pytest.mark.parametrize(
     ("gpus", "settings", "quantization"),
     [
-        ([HOPPER] * 2, {}, "fp8"),
-        ([AMPERE] * 2, {}, "bitsandbytes"),
+        ([HOPPER] * 2, {}, "fp8_per_channel"),
         ([HOPPER] * 4, {}, None),
-        ([HOPPER] * 4, {"quantization": "fp8"}, "fp8"),
-        ([HOPPER], {}, "bitsandbytes"),
+        ([AMPERE] * 4, {}, None),
+        ([HOPPER] * 4, {"quantization": "fp8"}, "fp8_per_channel"),
     ],
 )
 def test_the_precision_is_what_all_gpus_together_hold(
@@ -106,7 +108,7 @@ def test_the_precision_is_what_all_gpus_together_hold(
     arguments = engine_arguments(tmp_path, LLAMA_2_70B, Settings(**settings), gpus)
     assert arguments.quantization == quantization
     assert arguments.tensor_parallel_size == len(gpus)
-    assert arguments.max_model_len == 4096
+    assert arguments.max_model_len == -1  # the model's own, or as much of it as the cache holds
     assert arguments.gpu_memory_utilization == 0.9
 
 
@@ -126,9 +128,7 @@ def test_more_workers_than_the_machine_has_gpus_are_rays(tmp_path: Path) -> None
 def test_what_the_gpus_cannot_hold_is_refused_with_what_would(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: nothing fits"):
         engine_arguments(tmp_path, LLAMA_2_70B, Settings(), [SMALL])
-    with pytest.raises(
-        DoesNotFit, match="int8 on H100: is not for vLLM; set LLAMA_QUANTIZATION to fp8 or nf4"
-    ):
+    with pytest.raises(DoesNotFit, match="int8 on H100: is not for vLLM.*; set LLAMA_QUANTIZATION to fp8"):
         engine_arguments(tmp_path, LLAMA_2_70B, Settings(quantization="int8"), [HOPPER] * 2)
 
 
@@ -138,6 +138,25 @@ def test_a_checkpoint_that_comes_quantized_stays_so(tmp_path: Path, method: str)
         **{**LLAMA_2_70B.to_dict(), "quantization_config": {"quant_method": method, "bits": 4}}
     )
     assert engine_arguments(tmp_path, config, Settings(), [HOPPER]).quantization is None
+
+
+def test_a_checkpoint_of_bitsandbytes_is_refused(tmp_path: Path) -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = LlamaConfig(**{**LLAMA_2_70B.to_dict(), "quantization_config": stored})
+    with pytest.raises(BadSettings, match="bitsandbytes', which vLLM does not read any more"):
+        engine_arguments(tmp_path, config, Settings(), [HOPPER])
+
+
+def test_a_backend_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match="LLAMA_DISTRIBUTED is ray, which vLLM has on GPUs only"):
+        engine_arguments(tmp_path, LLAMA_2_70B, Settings(distributed="ray", tensor_parallel=2), [])
+    with pytest.raises(BadSettings, match="LLAMA_DISTRIBUTED is mp and 8 workers have 4 GPUs here"):
+        engine_arguments(tmp_path, LLAMA_2_70B, Settings(distributed="mp", tensor_parallel=8), [HOPPER] * 4)
+
+
+def test_the_cache_is_divided_among_the_workers(tmp_path: Path) -> None:
+    settings = Settings(cache_memory="8GB")
+    assert engine_arguments(tmp_path, LLAMA_2_70B, settings, [HOPPER] * 4).kv_cache_memory_bytes == 2 * 10**9
 
 
 def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:

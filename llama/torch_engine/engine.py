@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
-from llama.errors import EngineError, EngineStopped, GenerationFailed
+from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
 from llama.sampling import SamplingParams
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.runner import Runner
+from llama.torch_engine.runner import Chunk, Runner
 from llama.torch_engine.sampler import UNUSABLE, Sampler
 from llama.torch_engine.scheduler import Scheduler, Sequence
 
@@ -69,12 +69,17 @@ class TorchEngine:
         ready.result()
 
     def _set_up(self, model: LlamaForCausalLM, plan: CachePlan) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # of this thread: graphs are captured on the current one
         parts = take_apart(model, plan.length)
         self._plan, self._device = plan, parts.device
         self._cache = KVCache(model.config, plan, parts.dtype, parts.device)
         self._runner = Runner(parts, self._cache)
         self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
         self._scheduler = Scheduler(plan.rows, self._cache, prefix_reuse=self._prefix_reuse)
+        if parts.device.type == "cuda":  # memory that is not enough shows now, and not in somebody's answer
+            most = min(_MOST_A_TURN["cuda"], plan.length)
+            self._runner.prefill([Chunk(0, plan.length - most, self._tensor([0] * most))])
 
     @property
     def context_length(self) -> int:
@@ -111,6 +116,14 @@ class TorchEngine:
     def _run(self, load: Callable[[], tuple[LlamaForCausalLM, CachePlan]], ready: Future[None]) -> None:
         try:
             self._set_up(*load())
+        except torch.OutOfMemoryError as error:
+            ready.set_exception(
+                DoesNotFit(
+                    f"the memory of the device does not hold the cache and the largest step ({error}); set a "
+                    "smaller LLAMA_CACHE_MEMORY or LLAMA_MAX_CONTEXT"
+                )
+            )
+            return
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -159,21 +172,34 @@ class TorchEngine:
         self._report()
 
     def _prefill(self) -> None:
-        """Read prompts, the oldest first, as far as a turn allows."""
-        spent = 0
-        while entry := self._scheduler.next_prefill():
+        """Read prompts, the oldest first, as far as a turn allows; several in one step."""
+        left = self._prefill_budget()
+        while chunks := self._next_chunks(left):
+            left -= sum(len(chunk.token_ids) for chunk in chunks.values())
+            logits = self._runner.prefill(list(chunks.values()))
+            for sequence, chunk in chunks.items():
+                sequence.cached = chunk.end
+            # The highest row first: where one ends at its first token, those below stay where they are.
+            read = zip(chunks.items(), torch.split(logits, 1), strict=True)
+            for (sequence, chunk), mine in sorted(read, key=lambda entry: -entry[0][1].row):
+                if sequence.decoding:
+                    self._sampler.add(chunk.row, self._tensor(sequence.tokens), sequence.params)
+                    self._runner.place(chunk.row, sequence.cached)
+                    self._emit(chunk.row, mine)
+
+    def _next_chunks(self, most: int) -> dict[Sequence, Chunk]:
+        """What to read in one step: at most so many tokens."""
+        chunks: dict[Sequence, Chunk] = {}
+        rows = set[int]()
+        while most > 0 and (entry := self._scheduler.next_prefill(rows)):
             row, sequence = entry
-            left = self._prefill_budget() - spent
-            if left <= 0:
-                return
-            chunk = sequence.tokens[sequence.cached : min(sequence.cached + left, sequence.prompt_length)]
-            logits = self._runner.prefill(row, self._tensor(chunk), sequence.cached)
-            sequence.cached += len(chunk)
-            spent += len(chunk)
-            if sequence.decoding:
-                self._sampler.add(row, self._tensor(sequence.tokens), sequence.params)
-                self._runner.place(row, sequence.cached)
-                self._emit(row, logits)
+            end = min(sequence.cached + most, sequence.prompt_length)
+            chunks[sequence] = Chunk(
+                row, sequence.cached, self._tensor(sequence.tokens[sequence.cached : end])
+            )
+            rows.add(row)
+            most -= end - sequence.cached
+        return chunks
 
     def _prefill_budget(self) -> int:
         decoding, device = self._scheduler.decoding, self._device.type

@@ -58,6 +58,8 @@ class Parts:
     layers: list[Layer]
     norm: Norm
     head: nn.Module
+    heads: int
+    """Of queries."""
     dtype: torch.dtype
     device: torch.device
     scale: float
@@ -78,6 +80,7 @@ def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
         layers=[_take_layer(model.model.layers, index, dtype) for index in range(len(model.model.layers))],
         norm=Norm(model.model.norm, dtype),
         head=packed(model.lm_head, dtype),
+        heads=model.config.num_attention_heads,
         dtype=dtype,
         device=device,
         scale=scale,

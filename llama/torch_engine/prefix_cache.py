@@ -76,6 +76,11 @@ class PrefixCache:
         self._used[row] = self._clock
 
 
+def alike(a: list[int], b: list[int]) -> bool:
+    """Whether the beginning of one is worth copying for the other."""
+    return len(a) > _WORTH_A_COPY and a[:_WORTH_A_COPY] == b[:_WORTH_A_COPY]
+
+
 def _shared(wanted: list[int], held: list[int]) -> int:
     """How many token ids two sequences have in common from the beginning; 0 when hardly any."""
     if len(wanted) < _WORTH_A_COPY or wanted[:_WORTH_A_COPY] != held[:_WORTH_A_COPY]:

@@ -8,7 +8,8 @@ the tests is `model(ids).logits`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,21 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [B, KV heads, queries of each, D], keys and values [B, KV heads, length, D] to what queries are."""
 
-_ROUND_UP = 64  # cached positions are read in multiples, so that few shapes occur
+_ROUND_UP = 16  # cached positions are read in multiples, so that few shapes occur
+
+
+class Chunk(NamedTuple):
+    """Some tokens of a prompt, to be read into a row."""
+
+    row: int
+    start: int
+    """How much of the row is there already."""
+    token_ids: Tensor
+    """[N]"""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
 
 
 class Runner:
@@ -54,29 +69,53 @@ class Runner:
         return isinstance(self._replay, StepGraphs)
 
     @torch.inference_mode()
-    def prefill(self, row: int, token_ids: Tensor, start: int) -> Tensor:
-        """Put `token_ids` [N] into a row at `start`, after what is there. Logits of the last: [1, V]."""
-        end = start + len(token_ids)
-        positions = self._all_positions[start:end]
-        visible = self._all_positions[:end] <= positions[:, None]  # [N, end]
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Put each chunk into its row, after what is there. Logits of the last token of each: [chunks, V]."""
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        positions = torch.cat([self._all_positions[chunk.start : chunk.end] for chunk in chunks])
+        visible = [self._visible(chunk) for chunk in chunks]
 
         def attend(cached: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
-            cached[:, row, :, start:end] = keys_values.permute(1, 2, 0, 3)
-            keys, values = cached[:, row, :, :end]
-            # Query heads that share a KV head become more queries of it, so that nothing is repeated.
-            count, kv_heads = len(queries), len(keys)
-            grouped = queries.view(count, kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
-            groups = grouped.shape[1]
-            attended = F.scaled_dot_product_attention(
-                grouped.flatten(1, 2)[None],
-                keys[None],
-                values[None],
-                attn_mask=visible.repeat(groups, 1),
-                scale=self._parts.scale,
+            return torch.cat(
+                [
+                    self._read(cached, chunk, mask, *tokens)
+                    for chunk, mask, *tokens in zip(
+                        chunks,
+                        visible,
+                        torch.split(queries, lengths),
+                        torch.split(keys_values, lengths),
+                        strict=True,
+                    )
+                ]
             )
-            return attended.view(kv_heads, groups, count, -1).permute(2, 0, 1, 3).flatten(1)
 
-        return self._logits(self._hidden(token_ids, positions, attend)[-1:])
+        token_ids = torch.cat([chunk.token_ids for chunk in chunks])
+        ends = torch.tensor(lengths, device=positions.device).cumsum(0) - 1
+        return self._logits(self._hidden(token_ids, positions, attend)[ends])
+
+    def _visible(self, chunk: Chunk) -> Tensor:
+        """Which positions each query of a KV head sees: [groups x N, end]."""
+        mask = self._all_positions[: chunk.end] <= self._all_positions[chunk.start : chunk.end, None]
+        return mask.repeat(self._parts.heads // self._kv_heads, 1)
+
+    def _read(
+        self, cached: Tensor, chunk: Chunk, visible: Tensor, queries: Tensor, keys_values: Tensor
+    ) -> Tensor:
+        """Attention of one chunk [N] over its own row; `visible` [groups x N, end]. To [N, heads x D]."""
+        cached[:, chunk.row, :, chunk.start : chunk.end] = keys_values.permute(1, 2, 0, 3)
+        keys, values = cached[:, chunk.row, :, : chunk.end]
+        # Query heads that share a KV head become more queries of it, so that nothing is repeated.
+        count, kv_heads = len(queries), len(keys)
+        grouped = queries.view(count, kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
+        groups = grouped.shape[1]
+        attended = F.scaled_dot_product_attention(
+            grouped.flatten(1, 2)[None],
+            keys[None],
+            values[None],
+            attn_mask=visible,
+            scale=self._parts.scale,
+        )
+        return attended.view(kv_heads, groups, count, -1).permute(2, 0, 1, 3).flatten(1)
 
     @torch.inference_mode()
     def decode(self, height: int, longest: int) -> Tensor:

@@ -21,9 +21,8 @@ UNUSABLE = -1
 
 # On a CPU the best few are looked at first: sorting 32,000 logits takes longer than all the rest.
 _SHORTLIST = 256
-# float32 cannot hold every number that a caller may send; beyond these a rule has done all it can
+# float32 cannot hold every number that a caller may send; below this a rule has done all it can
 _COLDEST = 1e-6
-_PENALTY_RANGE = (1e-6, 1e6)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -101,9 +100,7 @@ class Sampler:
         """Start a request in a row, whose prompt [N] is read and whose first token comes next."""
         self._params[row] = params
         self._greedy[row] = params.greedy
-        self._repetition[row] = min(
-            max(params.repetition_penalty or 1.0, _PENALTY_RANGE[0]), _PENALTY_RANGE[1]
-        )
+        self._repetition[row] = params.repetition
         self._frequency[row], self._presence[row] = params.frequency_penalty, params.presence_penalty
         self._minimum[row], self._generated[row] = params.minimum, 0
         self._temperature[row] = max(params.temperature, _COLDEST)

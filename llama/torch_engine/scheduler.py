@@ -8,12 +8,13 @@ tensors by row (`Rows`) is told what to copy and to move.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 from llama.engine import TokenStream
 from llama.sampling import SamplingParams
-from llama.torch_engine.prefix_cache import PrefixCache
+from llama.torch_engine.prefix_cache import PrefixCache, alike
 
 
 @dataclass(slots=True, eq=False)
@@ -64,20 +65,24 @@ class Scheduler:
         """Queue a sequence behind all others."""
         self._waiting.append(sequence)
 
-    def next_prefill(self) -> tuple[int, Sequence] | None:
+    def next_prefill(self, beside: Collection[int] = ()) -> tuple[int, Sequence] | None:
         """The sequence whose prompt is to be read now, and its row: the one begun, else the one that
-        has waited longest, where a row is free."""
+        has waited longest, where a row is free. `beside` are rows that are read in the same step: who
+        could begin with what one of them is about to hold waits for it."""
         for row, sequence in enumerate(self.running):
-            if not sequence.decoding:
+            if not sequence.decoding and row not in beside:
                 return row, sequence
         if not self._waiting or len(self.running) == self._limit:
             return None
-        row, sequence = len(self.running), self._waiting.popleft()
+        row, sequence = len(self.running), self._waiting[0]
         if self._prefix_reuse:
+            if any(alike(self.running[other].tokens, sequence.tokens) for other in beside):
+                return None
             held = [other.tokens[: other.cached] for other in self.running]
             copies, sequence.cached = self._prefixes.place(row, sequence.tokens, held)
             for copy in copies:
                 self._cache.copy(*copy)
+        self._waiting.popleft()
         self.running.append(sequence)
         return row, sequence
 

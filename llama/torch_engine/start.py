@@ -76,6 +76,7 @@ def _free_memory(device: torch.device) -> int:
     """Bytes that the cache may take: on a GPU what is free but a reserve; on a CPU, which others use
     too, half of what is available."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading has left there is free, and not seen to be
         free, _ = torch.cuda.mem_get_info(device)
         return max(int(free) - RESERVE, 0)
     return int(psutil.virtual_memory().available) // 2

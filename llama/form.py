@@ -1,0 +1,47 @@
+"""What can be seen to be wrong with a file whose hash nobody knows.
+
+Knows safetensors headers and JSON; knows nothing of manifests or networks.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+
+def form_fault(path: Path, name: str) -> str | None:
+    """None for a file that is sound as far as its `name` tells what it should be."""
+    suffix = PurePosixPath(name).suffix
+    if suffix == ".safetensors":
+        return _safetensors_fault(path)
+    if suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return "not JSON"
+    return None
+
+
+def _safetensors_fault(path: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return None
+    except SafetensorError as error:
+        size, wanted = path.stat().st_size, _safetensors_size(path)
+        if wanted is not None and size != wanted:
+            return f"{size} bytes, and its header says {wanted}"
+        return f"no sound safetensors header ({error})"
+
+
+def _safetensors_size(path: Path) -> int | None:
+    """What the header promises: 8 bytes of its own length, itself, and the tensors."""
+    with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, AttributeError):
+        length = int.from_bytes(file.read(8), "little")
+        if length < path.stat().st_size:
+            header = json.loads(file.read(length))
+            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+            return 8 + length + max(int(tensor["data_offsets"][1]) for tensor in tensors)
+    return None
