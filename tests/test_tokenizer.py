@@ -294,13 +294,19 @@ def test_a_vocabulary_of_another_family_without_a_template_is_refused(tmp_path: 
         ("tokenizer.model", "not a model"),
         ("tokenizer_config.json", "{broken"),
         ("tokenizer_config.json", "[]"),
-        ("chat_template.jinja", "{{ another }}"),  # and no tokenizer.json for it
     ],
 )
 def test_a_broken_tokenizer_is_refused_and_named(
     llama_folder: Path, tmp_path: Path, name: str, content: str
 ) -> None:
     folder = copied(llama_folder, tmp_path / "broken", **{name.replace(".", "__"): content})
+    with pytest.raises(BadTokenizer, match=rf"^E3004 BadTokenizer: {folder}"):
+        load_tokenizer(folder)
+
+
+def test_a_template_without_a_tokenizer_to_go_with_it_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    folder = copied(llama_folder, tmp_path / "broken", chat_template__jinja="{{ another }}")
+    (folder / "tokenizer.model").unlink()
     with pytest.raises(BadTokenizer, match=rf"^E3004 BadTokenizer: {folder}"):
         load_tokenizer(folder)
 
