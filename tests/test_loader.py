@@ -20,9 +20,9 @@ from serving import text
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from llama.errors import BadSettings, WeightsError
+from llama.errors import BadCheckpoint, BadSettings, WeightsError
 from llama.generation import Llama
-from llama.loader import load_config, load_model
+from llama.loader import load_config, load_model, pick_quantization
 from llama.pack import pack
 from llama.sampling import SamplingParams
 from llama.schema import write_schema
@@ -152,6 +152,33 @@ def test_a_checkpoint_that_transformers_quantized_and_saved_is_read(
     reference.save_pretrained(tmp_path, max_shard_size="500KB")
     wanted = logits(reference)
     torch.testing.assert_close(logits(loaded(tmp_path, "none")), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_what_a_quantized_checkpoint_leaves_in_16_bits_stays_so(
+    folder: Path, tmp_path: Path, bits: str
+) -> None:
+    options: dict[str, Any] = {bits: True, "bnb_4bit_quant_type": "nf4", "llm_int8_threshold": 0.0}
+    reference = LlamaForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=["self_attn", "lm_head"], **options),
+        device_map={"": "cpu"},
+    )
+    reference.save_pretrained(tmp_path)
+    wanted = logits(reference)
+    stored = pick_quantization(Settings(), CPU, load_config(tmp_path))
+    assert stored in ("int8", "nf4")
+    torch.testing.assert_close(logits(loaded(tmp_path, stored)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.norm.bias"])
+def test_a_tensor_that_config_json_does_not_imply_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder, tmp_path / "more")
+    path = sorted((tmp_path / "more").glob("model-*.safetensors"))[0]
+    save_file({**load_file(path), name: torch.zeros(256)}, path, metadata={"format": "pt"})
+    with pytest.raises(BadCheckpoint, match=f"has 1 tensors that config.json does not imply, {name}"):
+        loaded(tmp_path / "more", "none")
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

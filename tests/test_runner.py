@@ -113,6 +113,18 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once(cuts: list[in
     torch.testing.assert_close(logits[0], model(ids[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_that_are_read_together_are_what_they_are_alone() -> None:
+    model = make_model()
+    runner = make_runner(model, rows=6)
+    prompts = {4: random_ids(50, 4), 0: random_ids(7, 1), 2: random_ids(1, 2), 5: random_ids(129, 5)}
+    runner.prefill([Chunk(4, 0, prompts[4][:20])])  # of which one has begun
+    logits = runner.prefill(
+        [Chunk(row, 20 if row == 4 else 0, ids[20 if row == 4 else 0 :]) for row, ids in prompts.items()]
+    )
+    for row, mine in zip(prompts, logits, strict=True):
+        torch.testing.assert_close(mine, model(prompts[row][None]).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
 def test_requests_of_different_lengths_in_any_rows_do_not_touch_each_other() -> None:
     model = make_model()
     runner = make_runner(model, rows=6)

@@ -69,19 +69,21 @@ class Serving(RuleBasedStateMachine):
         history = data.draw(st.sampled_from(self.finished))
         self.a_request_arrives((history + more)[: LENGTH - 10])
 
-    @rule(chunk=st.integers(1, 40))
-    def a_prompt_is_read(self, chunk: int) -> None:
-        entry = self.scheduler.next_prefill()
-        if entry is None:
-            return
-        row, sequence = entry
-        if sequence not in self.admitted:
-            self.admitted.append(sequence)
-            assert sequence.cached < sequence.prompt_length
-            assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
-        self.write(row, sequence, min(chunk, sequence.prompt_length - sequence.cached))
-        if sequence.decoding:
-            sequence.tokens.append(7)
+    @rule(chunk=st.integers(1, 40), most=st.integers(1, 4))
+    def prompts_are_read_in_one_step(self, chunk: int, most: int) -> None:
+        together: dict[int, Sequence] = {}
+        while len(together) < most and (entry := self.scheduler.next_prefill(together.keys())):
+            row, sequence = entry
+            assert row not in together
+            together[row] = sequence
+            if sequence not in self.admitted:
+                self.admitted.append(sequence)
+                assert sequence.cached < sequence.prompt_length
+                assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
+        for row, sequence in together.items():
+            self.write(row, sequence, min(chunk, sequence.prompt_length - sequence.cached))
+            if sequence.decoding:
+                sequence.tokens.append(7)
 
     @rule()
     def a_step_is_taken(self) -> None:
@@ -174,6 +176,18 @@ def test_the_last_token_of_a_prompt_is_always_read() -> None:
     prefixes = PrefixCache(2)
     prefixes.keep(0, list(range(40)))
     assert prefixes.place(0, list(range(40)), [])[1] == 39
+
+
+def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
+    scheduler = Scheduler(4, SymbolicRows(4), prefix_reuse=True)
+    for prompt in ([*SYSTEM, 1], [*SYSTEM, 2], [*SYSTEM, 3]):
+        scheduler.add(request(prompt))
+    row, first = scheduler.next_prefill() or (None, None)
+    assert row == 0
+    assert scheduler.next_prefill([0]) is None
+    first.cached = first.prompt_length
+    row, second = scheduler.next_prefill() or (None, None)
+    assert (row, second.cached) == (1, len(SYSTEM))
 
 
 def test_a_shared_beginning_is_copied_from_a_running_request() -> None:

@@ -85,7 +85,7 @@ def test_a_cpu_keeps_the_weights_of_a_16_bit_checkpoint_in_16_bits(name: str) ->
     assert pick_dtype(Settings(dtype="float32"), CPU, LlamaConfig(dtype=dtype)) is torch.float32
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "mps", "meta"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_DEVICE "):
         pick_device(Settings(device=device))

@@ -36,12 +36,20 @@ from weights_server import (
     without_ranges,
 )
 
-from llama.errors import BadManifest, BadSettings, DamagedWeights, DiskFull, DownloadFailed, LlamaError
+from llama.errors import (
+    BadManifest,
+    BadSettings,
+    DamagedWeights,
+    DiskFull,
+    DownloadFailed,
+    LlamaError,
+    WeightsNotFound,
+)
 from llama.manifest import read_manifest
 from llama.patience import Patience
 from llama.progress import LogProgress
 from llama.settings import Settings
-from llama.weights import lock, pull, verify
+from llama.weights import lock, pull, verify, weights_folder
 
 TOKEN = "hf_secret0123456789"
 QUICK = Patience(attempts=3, first_delay=0.01, timeout=2)
@@ -229,6 +237,17 @@ def test_a_server_without_lengths_serves(server: Server, hashed: Settings, folde
     assert contents(folder) == FILES
 
 
+def test_a_server_that_tells_neither_length_nor_hash_is_not_believed(
+    server: Server, settings: Settings, folder: Path
+) -> None:
+    server.first[SHARD] = [without_length]
+    with pytest.raises(
+        DownloadFailed, match=f"{re.escape(NAMES[0])}: its server tells neither length nor hash"
+    ):
+        pull(folder, settings, QUICK)
+    assert contents(folder) == {}
+
+
 # --- servers that do not get well: one line, nothing under the final name, and a second run ends it ---
 
 
@@ -357,6 +376,47 @@ def test_the_hash_that_a_hub_sends_is_what_a_file_is_held_to(
     server.files["/blob"] = SHARDS[0]
     server.first[SHARD] = [to_blob] * 2
     pull(folder, settings, QUICK)
+    assert contents(folder) == FILES
+
+
+def test_a_file_of_the_right_size_with_another_hash_than_the_hubs_is_replaced(
+    server: Server, settings: Settings, folder: Path
+) -> None:
+    pull(folder, settings, QUICK)
+    (folder / NAMES[0]).write_bytes(bytes(len(SHARDS[0])))  # as another downloader may have left it
+    server.files["/blob"] = SHARDS[0]
+    server.first[SHARD] = [redirect("/blob", X_Linked_ETag=f'"{sha256(SHARDS[0])}"')] * 2
+    assert pull(folder, settings, QUICK) == 1
+    assert contents(folder) == FILES
+
+
+@pytest.mark.parametrize("name", [NAMES[0], "config.json"])
+def test_a_proxys_page_takes_no_files_place(
+    server: Server, settings: Settings, folder: Path, name: str
+) -> None:
+    pull(folder, settings, QUICK)
+    server.files[f"/{name}"] = b"<html>Please sign in</html>"
+    with pytest.raises(DamagedWeights, match=f"^E3009 DamagedWeights: {re.escape(name)} came as no"):
+        pull(folder, settings, QUICK)
+    assert contents(folder) == FILES
+
+
+def test_packed_weights_are_neither_pulled_over_nor_locked(
+    server: Server, settings: Settings, folder: Path
+) -> None:
+    pull(folder, settings, QUICK)
+    (folder / "config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
+    before = contents(folder)
+    for command in (lambda: pull(folder, settings, QUICK), lambda: lock(folder, settings.weights_manifest)):
+        with pytest.raises(BadSettings, match="holds packed weights, not the manifest's"):
+            command()
+    assert contents(folder) == before
+
+
+def test_setup_pulls_where_it_is_told_to(server: Server, settings: Settings, folder: Path) -> None:
+    with pytest.raises(WeightsNotFound, match="or set LLAMA_PULL to 1"):
+        weights_folder(settings.model_copy(update={"weights": folder}))
+    assert weights_folder(settings.model_copy(update={"weights": folder, "pull": True})) == folder
     assert contents(folder) == FILES
 
 
