@@ -8,6 +8,7 @@ from typing import Any
 Results = dict[str, Any]
 
 OURS = "ours, bfloat16"
+OURS_IN_FLOAT32 = "ours, float32"
 SERVED = "ours over HTTP, bfloat16"
 
 
@@ -45,7 +46,7 @@ def _rows(results: Results) -> Iterator[tuple[str, float, float | None, bool]]:
     arriving = results["arriving"]
     for dtype in ("bfloat16", "float32"):
         peer = f"transformers continuous batching, {dtype}"
-        yield f"arriving one by one: over {peer}", 2.0, _over(arriving, OURS, peer), False
+        yield f"arriving one by one: over {peer}", 2.0, _over(arriving, _alike(peer), peer), False
     beside = results["long_prompt_beside"]
     yield (
         "99th percentile time between tokens while a 2,000-token prompt is read, over the median before",
@@ -83,7 +84,12 @@ def _rows(results: Results) -> Iterator[tuple[str, float, float | None, bool]]:
 
 
 def _ratio(results: Results, batch: int, peer: str) -> float | None:
-    return _over(results["throughput"][str(batch)], OURS, peer)
+    return _over(results["throughput"][str(batch)], _alike(peer), peer)
+
+
+def _alike(peer: str) -> str:
+    """Ours in a peer's precision."""
+    return OURS_IN_FLOAT32 if peer.endswith("float32") else OURS
 
 
 def _over(rows: dict[str, Any], ours: str, peer: str) -> float | None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, SHARED
 
+from benchmarks.report import markdown, targets_table, throughput_table
 from llama.schema import input_properties, openapi_schema, write_schema
 from llama.settings import Settings
 from predict import Predictor
@@ -196,6 +197,16 @@ def test_the_plan_in_the_readme_is_what_the_command_prints() -> None:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     readme = (ROOT / "README.md").read_text("utf-8")
     assert f"$ python -m llama plan --gpus 80\n{result.stdout}```" in readme
+
+
+def test_the_speeds_in_the_readme_are_the_measured_ones_and_no_miss_is_left_out() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text("utf-8"))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert throughput_table(results) in readme
+    missed = [target for target in results["targets"] if target["met"] is False]
+    assert targets_table({"targets": missed}) in readme
+    report = (ROOT / "benchmarks" / "results" / "cpu.md").read_text("utf-8")
+    assert report == markdown(results, "cpu")
 
 
 def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:
