@@ -10,8 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+IMAGE_PYTHON := 3.12
+IMAGE_PLATFORM := x86_64-manylinux_2_35
 
-.PHONY: help install predict serve test test-vllm check bench bench-gpu clean
+.PHONY: help install predict serve test test-vllm check check-images bench bench-gpu clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -48,6 +50,10 @@ check: install ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check-images: install ## whether the pins of both images resolve together, on the Python that they have
+	$(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM) requirements-gpu.txt --output-file /dev/null
+	$(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM) requirements-vllm.txt --output-file /dev/null
 
 bench: $(VENV)/.bench ## measure beside peers: LLAMA_CPP=python and VLLM=python name the optional ones
 	$(BIN)/python -m benchmarks $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM))

@@ -129,6 +129,14 @@ def test_the_two_images_differ_in_their_engine_alone() -> None:
         assert ours["build"][name] == vllms["build"][name]
 
 
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_pins_of_an_image_are_resolved_for_the_python_that_it_has(name: str) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    build = cog_yaml(name)["build"]
+    assert f"IMAGE_PYTHON := {build['python_version']}\n" in makefile
+    assert f"$(IMAGE_PLATFORM) {build['python_requirements']} " in makefile
+
+
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text("utf-8").splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r")))
