@@ -223,3 +223,9 @@ def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:
     commands = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text("utf-8")))
     assert commands >= {"predict", "serve", "test", "check"}
     assert commands <= targets
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    modules = {path.name for path in ROOT.glob("llama/**/*.py")} - {"__init__.py"}
+    assert sorted(name for name in modules if name not in text) == []
