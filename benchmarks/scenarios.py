@@ -20,7 +20,7 @@ CONCURRENCY = (1, 8, 32)
 ARRIVAL_INTERVAL = 0.05  # seconds
 LONG_PROMPT = 2000
 HISTORY = 1500
-_MOST_ROUNDS = 5
+_MOST_ROUNDS = 4
 _ENOUGH_SECONDS = 25  # a turn that takes longer is not repeated more than once
 
 _seeds = count()
