@@ -54,7 +54,7 @@ def cold_start_of_peer(spec: Spec, log: Path) -> dict[str, float]:
 
 
 def load(folder: Path, quantization: str) -> dict[str, Any]:
-    """Bytes a second of reading the files of a checkpoint, and of loading it, in turns."""
+    """Seconds of reading the files of a checkpoint, and of loading it, in turns."""
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     reading, loading = list[float](), list[float]()

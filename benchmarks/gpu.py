@@ -46,13 +46,18 @@ def main() -> None:
         "tokens": check_tokens(device),
         "precisions": {name: _in_a_process(name, arguments) for name in _precisions(device)},
     }
+    _write(results, arguments.results)  # what is measured stays, whatever comes
     with tempfile.TemporaryDirectory(dir=arguments.disk) as folder:
         results["packed"] = serve_packed(_config(arguments), Path(folder) / "packed", device)
-    arguments.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _write(results, arguments.results)
     print(json.dumps(results))
     failed = [name for name, row in results["precisions"].items() if "error" in row]
     if failed or not results["tokens"]["equal"]:
         sys.exit(f"failed: {', '.join(failed) or 'tokens differ'}")
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:

@@ -27,8 +27,6 @@ _SAYS_NOTHING = (".rotary_emb.inv_freq", ".weight_format")
 
 
 class Filling:
-    """A model without memory that is given its tensors one by one, in any order."""
-
     def __init__(
         self,
         model: LlamaForCausalLM,
@@ -41,8 +39,8 @@ class Filling:
         self._model, self._names = model, names
         self._dtype, self._arithmetic = dtype, arithmetic
         self._device, self._quantization = device, quantization
-        # Every module that has parameters of its own.
         self._comes_quantized = any(name.endswith(tuple(STORED_SCALE.values())) for name in names)
+        # Every module that has parameters of its own.
         self._missing = {
             name: module for name, module in model.named_modules() if module._parameters and name != "lm_head"
         }

@@ -90,7 +90,7 @@ def pick_device(settings: Settings) -> torch.device:
 
 def pick_dtype(settings: Settings, device: torch.device, config: LlamaConfig) -> torch.dtype:
     """What weights are held in. `auto`: bfloat16 on GPUs that compute in it, float16 on older ones; on a
-    CPU, where arithmetic is float32 in any case, 16 bits where the checkpoint has no more."""
+    CPU 16 bits where the checkpoint has no more, whatever it then computes in (`arithmetic_dtype`)."""
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
         assert isinstance(dtype, torch.dtype)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llama.errors import BadSettings
-from llama.settings import Settings
+from llama.settings import MEMORY_FRACTION, Settings
 from llama.weights import Inspection, folder_to_fill, lock, pull, verify, weights_folder
 
 if TYPE_CHECKING:
@@ -80,7 +81,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
     gpus = _gpus(arguments)
     context = context_wanted(settings, config)
-    found = plan(config, gpus, context=context, stored=stored_quantization(config))
+    engine: Literal["torch", "vllm"] = "torch" if len(gpus) == 1 else "vllm"
+    if settings.engine == "vllm" or engine == "vllm":
+        engine, share = "vllm", settings.memory_fraction or MEMORY_FRACTION
+        gpus = [replace(gpu, free=int(gpu.free * share)) for gpu in gpus]
+    found = plan(config, gpus, context=context, stored=stored_quantization(config), engine=engine)
     print(table(found, context))
     return int(found.auto is None)
 

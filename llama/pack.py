@@ -1,7 +1,7 @@
 """Quantize a checkpoint once, so that later starts read a half or a quarter of it.
 
-What is written is in the form that transformers and vLLM read too. One file of the source is in memory
-at a time. Knows checkpoints and layers; knows nothing of serving.
+What is written is in the form that transformers reads too, and vLLM in FP8. One file of the source is in
+memory at a time. Knows checkpoints and layers; knows nothing of serving.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llama.checkpoint import INDEX, SINGLE, Checkpoint, read_object
 from llama.errors import BadSettings, DiskFull, DoesNotFit
 from llama.loader import load_config, stored_quantization
 from llama.manifest import is_read
-from llama.part import LOCK, alone, disk_errors
+from llama.part import LOCK, PACKED, alone, disk_errors
 from llama.plan import bytes_of_weights
 from llama.quantization import Quantization, configuration, quantize, to_stored
 
@@ -128,7 +128,7 @@ def _copy_the_rest(source: Path, target: Path, quantization: Quantization) -> No
         if path.is_file() and is_read(path.name) and not ours:
             shutil.copyfile(path, target / path.name)
     config = read_object(source / "config.json")
-    config["quantization_config"] = configuration(quantization)
+    config |= {"quantization_config": configuration(quantization), PACKED: quantization}
     _write_json(target / "config.json", config)
 
 

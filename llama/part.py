@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 2**20
 
+PACKED = "packed_by_weights_pack"
+"""The key of a `config.json` by which a folder is known that was packed, and not pulled."""
+
 LOCK = ".lock"
 """The file in a folder that is being filled by which processes keep out of each other's way."""
 

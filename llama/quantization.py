@@ -177,7 +177,7 @@ def stored_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def configuration(quantization: Quantization) -> dict[str, object]:
-    """`quantization_config` of a `config.json`, for transformers and vLLM to read."""
+    """`quantization_config` of a `config.json`, for transformers to read, and vLLM in FP8."""
     match quantization:
         case "none":
             return {}

@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 """The repository."""
 
 
+MEMORY_FRACTION = 0.9
+
+
 class Settings(BaseSettings):
-    """One field a variable; the README's table has the same names in the same order."""
+    """One field a variable; the README's table has the same names."""
 
     model_config = SettingsConfigDict(env_prefix="LLAMA_", env_ignore_empty=True, frozen=True)
 
@@ -33,7 +36,7 @@ class Settings(BaseSettings):
     max_context: Annotated[int, Field(ge=64)] | None = None
     """Tokens of prompt and answer together; None means all that the model and the cache allow."""
     cache_memory: ByteSize | None = None
-    """Memory for keys and values, such as `8GB` or `512MiB`; None means what is free, less a reserve."""
+    """Memory for keys and values, such as `8GB`; None means what a GPU has free, or half a CPU's memory."""
     prefix_reuse: bool = True
     """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
     tensor_parallel: PositiveInt | None = None
@@ -42,8 +45,8 @@ class Settings(BaseSettings):
     """Stages of layers, each on GPUs of its own; None means what `tensor_parallel` leaves over."""
     distributed: Literal["auto", "mp", "ray"] = "auto"
     """How vLLM's workers are started: processes of this machine, or Ray over several."""
-    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Of each GPU's memory that vLLM takes for weights, cache and all else."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of each GPU's memory that vLLM takes for weights, cache and all else; None means MEMORY_FRACTION."""
     cache_dir: Path = Path("~/.cache/llama-cog")
     """Where the embedded model is kept once it has been converted."""
     pull: bool = False

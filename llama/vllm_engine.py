@@ -62,7 +62,7 @@ class VLLMEngine:
             raise EngineNotStarted(
                 f"vLLM has not started ({type(error).__name__}: {error}); its own log says why"
             ) from error
-        asyncio.run_coroutine_threadsafe(self._report(), self._loop)
+        self._reporting = asyncio.run_coroutine_threadsafe(self._report(), self._loop)
 
     @property
     def context_length(self) -> int:
@@ -101,6 +101,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         with self._lock:
+            if self._stopped:
+                return
             self._stopped = True
         self._wait_for(self._end())
         self._end_loop()
@@ -142,6 +144,7 @@ class VLLMEngine:
                 logger.info("engine: %d running or waiting, %.1f tokens/s", len(self._answers), rate)
 
     async def _end(self) -> None:
+        self._reporting.cancel()
         for task in self._answers:
             task.cancel()
         await asyncio.gather(*self._answers, return_exceptions=True)
@@ -153,6 +156,7 @@ class VLLMEngine:
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:

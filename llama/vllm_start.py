@@ -17,11 +17,11 @@ from transformers import LlamaConfig
 
 from llama.checkpoint import Checkpoint
 from llama.errors import BadSettings
-from llama.loader import context_wanted, pick_dtype, stored_quantization
+from llama.loader import context_wanted, pick_dtype
 from llama.metrics import SetupTimes
 from llama.plan import Gpu, bytes_per_token, pick
-from llama.quantization import Quantization
-from llama.settings import Settings
+from llama.quantization import Quantization, configured
+from llama.settings import MEMORY_FRACTION, Settings
 
 # Before vLLM is imported, which reads them then: it starts processes by itself, tells nobody of its use,
 # and a container has no hub.
@@ -79,7 +79,9 @@ def local_gpus(settings: Settings) -> list[Gpu]:
         return []
     gpus = []
     for index in range(torch.cuda.device_count()):
-        memory = int(current_platform.get_device_total_memory(index) * settings.memory_fraction)
+        memory = int(
+            current_platform.get_device_total_memory(index) * (settings.memory_fraction or MEMORY_FRACTION)
+        )
         capability = current_platform.get_device_capability(index)
         assert capability is not None  # a CUDA device has one
         gpus.append(
@@ -100,7 +102,7 @@ def engine_arguments(
         model=str(folder),
         skip_tokenizer_init=True,
         dtype=str(dtype).removeprefix("torch."),
-        quantization=_quantization(config, settings, gpus[:1] * workers),
+        quantization=_quantization(config, settings, _alike(gpus, workers)),
         # vLLM's word for the FP8 of `weights pack`
         allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
@@ -112,11 +114,16 @@ def engine_arguments(
         enable_prefix_caching=settings.prefix_reuse,
         disable_log_stats=True,
         **{
-            "gpu_memory_utilization": settings.memory_fraction,
+            "gpu_memory_utilization": settings.memory_fraction or MEMORY_FRACTION,
             "kv_cache_memory_bytes": settings.cache_memory and settings.cache_memory // workers,
             **on_the_cpu,
         },
     )
+
+
+def _alike(gpus: list[Gpu], workers: int) -> list[Gpu]:
+    """All workers' cards: those of other machines are taken to be like the smallest here."""
+    return [min(gpus, key=lambda gpu: gpu.free)] * workers if gpus else []
 
 
 def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | type[Executor] | None:
@@ -179,7 +186,7 @@ def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> s
                 "the checkpoint is bitsandbytes', which vLLM does not read any more; set LLAMA_ENGINE to "
                 "torch, or LLAMA_WEIGHTS to plain, AWQ, GPTQ or FP8 weights"
             )
-        if settings.quantization != "auto" and settings.quantization != stored_quantization(config):
+        if settings.quantization not in ("auto", configured(config.quantization_config)):
             raise BadSettings(
                 f"LLAMA_QUANTIZATION is {settings.quantization} and the checkpoint is quantized otherwise; "
                 "unset it"

@@ -18,6 +18,7 @@ from llama.embedded import embedded_folder
 from llama.errors import BadManifest, BadSettings, DamagedWeights, WeightsNotFound
 from llama.form import form_fault
 from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
+from llama.part import PACKED, alone, file_sha256
 from llama.settings import ROOT, Settings
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> 
     or DamagedWeights; what has come is kept, and another call goes on from there.
     """
     from llama.download import download
-    from llama.part import alone
     from llama.patience import Patience
 
     _check_not_packed(folder)
@@ -69,7 +69,7 @@ def _check_not_packed(folder: Path) -> None:
     """The files of a packed folder have the names of the manifest's, and are others."""
     with suppress(OSError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config, dict) and "quantization_config" in config:
+        if isinstance(config, dict) and PACKED in config:
             raise BadSettings(f"{folder} holds packed weights, not the manifest's; set another folder")
 
 
@@ -147,8 +147,6 @@ def lock(folder: Path, manifest: Path) -> Inspection:
 
 
 def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -> str | None:
-    from llama.part import file_sha256
-
     try:
         path = place(folder, entry.destination)
         if not path.is_file():

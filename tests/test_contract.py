@@ -188,11 +188,11 @@ def test_presence_and_frequency_count_the_answer_alone(engine: Engine, model: Ll
     assert collect(engine.submit(PROMPT, params)) == wanted
 
 
-@pytest.mark.parametrize(
-    "off", [{"repetition_penalty": 0.0}, {"top_k": -1}, {"top_k": 0}, {"top_p": 1.0}, {"min_new_tokens": -1}]
-)
-def test_what_is_off_changes_nothing(engine: Engine, model: LlamaForCausalLM, off: dict[str, float]) -> None:
-    assert collect(engine.submit(PROMPT, greedy(20, **off))) == reference(model, PROMPT, ENDS_AT)
+@pytest.mark.parametrize("off", [{"repetition_penalty": 0.0}, {"top_k": -1}, {"min_new_tokens": -1}])
+def test_what_is_off_changes_nothing(engine: Engine, off: dict[str, float]) -> None:
+    params = SamplingParams(**SAMPLED, seed=3)
+    wanted = collect(engine.submit(PROMPT, params))
+    assert collect(engine.submit(PROMPT, params.model_copy(update=off))) == wanted
 
 
 @pytest.mark.parametrize("best", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": 1}])
@@ -229,7 +229,8 @@ def test_a_top_k_of_two_takes_one_of_the_best_two(engine: Engine, model: LlamaFo
 
 def test_a_prompt_and_an_answer_fill_the_context_together(engine: Engine, model: LlamaForCausalLM) -> None:
     prompt = prompt_of(1, CONTEXT - 4)
-    assert collect(engine.submit(prompt, greedy(4, min_new_tokens=4)))[:1] == reference(model, prompt, 1)
+    answer = collect(engine.submit(prompt, greedy(4, min_new_tokens=4)))
+    assert (len(answer), answer[:1]) == (4, reference(model, prompt, 1))
 
 
 def test_who_comes_to_a_full_house_waits_and_is_served(engine: Engine) -> None:

@@ -20,10 +20,12 @@ from serving import text
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
+from llama.checkpoint import read_object
 from llama.errors import BadCheckpoint, BadSettings, WeightsError
 from llama.generation import Llama
 from llama.loader import load_config, load_model, pick_quantization
 from llama.pack import pack
+from llama.part import PACKED
 from llama.sampling import SamplingParams
 from llama.schema import write_schema
 from llama.server import CogServer
@@ -195,6 +197,7 @@ def test_packing_leaves_a_folder_that_is_smaller_and_whole(
         packed[quantization].glob("*.safetensors")
     )
     assert not packed[quantization].with_name(f"{quantization}.part").exists()
+    assert read_object(packed[quantization] / "config.json")[PACKED] == quantization
 
 
 def test_packing_does_not_write_over_what_is_there_nor_twice(

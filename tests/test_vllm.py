@@ -65,6 +65,11 @@ def until(condition: Callable[[], bool], timeout: float = 60) -> None:
 def test_a_parameter_is_said_in_vllms_words(ours: dict[str, float], name: str, theirs: float | None) -> None:
     params = vllm_params(SamplingParams(**ours), [7, 2])
     assert getattr(params, name) == theirs
+    assert params.logit_bias is None
+    assert vllm_params(SamplingParams(**ours), [2], range(700, 702)).logit_bias == {
+        700: float("-inf"),
+        701: float("-inf"),
+    }
     assert (params.stop_token_ids, params.ignore_eos, params.detokenize) == ([2, 7], True, False)
 
 
@@ -164,8 +169,10 @@ def test_the_cache_is_divided_among_the_workers(tmp_path: Path) -> None:
 def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:
     with pytest.raises(BadSettings, match="LLAMA_DEVICE is for the torch engine"):
         Llama.load(Settings(weights=llama_folder, engine="vllm", device="cpu"))
-    with pytest.raises(BadSettings, match="LLAMA_TENSOR_PARALLEL is above 1; set LLAMA_ENGINE to vllm"):
+    with pytest.raises(BadSettings, match="LLAMA_TENSOR_PARALLEL is 2; set LLAMA_ENGINE to vllm"):
         Llama.load(Settings(weights=llama_folder, engine="torch", tensor_parallel=2))
+    with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 0.5; set LLAMA_ENGINE to vllm"):
+        Llama.load(Settings(weights=llama_folder, engine="torch", memory_fraction=0.5))
     with pytest.raises(BadSettings, match="LLAMA_QUANTIZATION is nf4, which vLLM cannot do on a CPU"):
         Llama.load(Settings(weights=llama_folder, engine="vllm", quantization="nf4"))
 

@@ -46,6 +46,7 @@ from llama.errors import (
     WeightsNotFound,
 )
 from llama.manifest import read_manifest
+from llama.part import PACKED
 from llama.patience import Patience
 from llama.progress import LogProgress
 from llama.settings import Settings
@@ -405,7 +406,7 @@ def test_packed_weights_are_neither_pulled_over_nor_locked(
     server: Server, settings: Settings, folder: Path
 ) -> None:
     pull(folder, settings, QUICK)
-    (folder / "config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
+    (folder / "config.json").write_text(json.dumps({PACKED: "nf4"}))
     before = contents(folder)
     for command in (lambda: pull(folder, settings, QUICK), lambda: lock(folder, settings.weights_manifest)):
         with pytest.raises(BadSettings, match="holds packed weights, not the manifest's"):

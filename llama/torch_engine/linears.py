@@ -1,7 +1,8 @@
 """The linear layers of a step: joined where they are plain, packed for the CPU where that is quicker.
 
-Takes modules of a loaded model and gives back modules that compute the same. Quantized and adapted
-layers are left as they come. Knows weights and kernels; knows nothing of attention or requests.
+Takes modules of a loaded model and gives back modules that compute the same. Other quantized layers
+than FP8, and adapted ones, are left as they come. Knows weights and kernels; knows nothing of attention or
+requests.
 """
 
 from __future__ import annotations

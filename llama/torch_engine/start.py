@@ -41,9 +41,14 @@ def start_engine(
     eos_token_ids: Collection[int],
 ) -> TorchEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
-    for name in ("tensor_parallel", "pipeline_parallel"):
-        if (getattr(settings, name) or 1) > 1:
-            raise BadSettings(f"LLAMA_{name.upper()} is above 1; set LLAMA_ENGINE to vllm, or unset it")
+    for name, without in (
+        ("tensor_parallel", (None, 1)),
+        ("pipeline_parallel", (None, 1)),
+        ("distributed", ("auto",)),
+        ("memory_fraction", (None,)),
+    ):
+        if (value := getattr(settings, name)) not in without:
+            raise BadSettings(f"LLAMA_{name.upper()} is {value}; set LLAMA_ENGINE to vllm, or unset it")
     device = pick_device(settings)
     dtype, quantization = pick_dtype(settings, device, config), pick_quantization(settings, device, config)
     precision = str(dtype).removeprefix("torch.") if quantization == "none" else quantization
