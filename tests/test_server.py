@@ -624,13 +624,15 @@ def test_a_prediction_cancelled_while_it_waits_leaves_the_running_one_alone(narr
 
 @pytest.mark.skipif(BY_BLOCKS, reason="a second request begins in what the first has not filled")
 def test_a_prediction_that_waits_runs_when_the_one_before_it_has_ended(narrow_server: CogServer) -> None:
-    first = BackgroundStream(narrow_server, exactly(400, prompt="one")).wait_for("output")
+    first = BackgroundStream(narrow_server, exactly(1200, prompt="one")).wait_for("output")
     second = BackgroundStream(narrow_server, exactly(20, prompt="two"))
 
-    assert first.result()["metrics"]["output_token_count"] == 400
+    assert first.result()["metrics"]["output_token_count"] == 1200
     result = second.result()
     assert result["metrics"]["output_token_count"] == 20
-    assert second.arrivals[0] > first.arrivals[-1]
+    # The last piece and the first one set out at the same time, to two threads of this process.
+    assert second.arrivals[0] > first.arrivals[-1] - 0.2
+    assert second.arrivals[0] > first.arrivals[0] + 0.5
 
 
 def test_a_dropped_stream_ends_its_work(server: CogServer, webhooks: WebhookReceiver) -> None:
