@@ -18,7 +18,7 @@ from llama.errors import BadManifest, BadSettings
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"sha256=([0-9a-f]{64})")
-_SUFFIXES = (".safetensors", ".json", ".txt", ".md")
+_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md")
 _TOKENIZER = "tokenizer.model"
 
 

@@ -54,6 +54,9 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
             raise DoesNotFit(
                 f"{device} has no room for one layer ({error}); set LLAMA_DEVICE to cpu"
             ) from error
+        mode = (part / "config.json").stat().st_mode
+        for path in part.glob("*.safetensors"):
+            path.chmod(mode)  # safetensors lets nobody else read what it writes
         for path in [*part.iterdir(), part]:
             _to_disk(path)  # before it has its name: a power cut leaves a whole folder or none
         part.rename(target)

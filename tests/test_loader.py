@@ -200,6 +200,20 @@ def test_packing_leaves_a_folder_that_is_smaller_and_whole(
     assert read_object(packed[quantization] / "config.json")[PACKED] == quantization
 
 
+def test_a_packed_folder_has_all_that_belongs_to_the_model_and_nothing_else(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    kept = ("chat_template.jinja", "LICENSE.txt", "tokenizer_config.json", "generation_config.json")
+    for name in (*kept, "pytorch_model.bin", "modeling.py"):
+        (source / name).write_text("{}")
+    pack(source, tmp_path / "packed", "nf4", CPU)
+    names = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert names == {path.name for path in source.iterdir()} - {"pytorch_model.bin", "modeling.py"}
+    assert len({path.stat().st_mode for path in (tmp_path / "packed").iterdir()}) == 1
+
+
 def test_packing_does_not_write_over_what_is_there_nor_twice(
     folder: Path, packed: dict[str, Path], tmp_path: Path
 ) -> None:
