@@ -53,18 +53,16 @@ class Filling:
 
     def add(self, name: str, tensor: Tensor) -> None:
         owner, part = self._split(name)
-        if owner not in self._missing:
-            if not name.endswith(_SAYS_NOTHING) and owner != "lm_head":  # or a tied output layer
-                self._unexpected.append(name)
-            return
-        if part not in self._wanted(owner):
-            if not name.endswith(_SAYS_NOTHING):
+        wanted = self._wanted(owner) if owner in self._missing else frozenset[str]()
+        if part not in wanted:
+            tied = name == "lm_head.weight" and "lm_head" not in self._known  # a copy of the embeddings
+            if not name.endswith(_SAYS_NOTHING) and not tied:
                 self._unexpected.append(name)
             return
         parts = self._parts.setdefault(owner, {})
         # What is quantized becomes memory of its own; all else is copied out of the file's.
         parts[part] = tensor.to(self._device, copy=not self._is_quantized_here(owner))
-        if self._wanted(owner) <= parts.keys():
+        if wanted <= parts.keys():
             self._place(owner, self._missing.pop(owner), self._parts.pop(owner))
 
     def check_complete(self, folder: Path) -> None:

@@ -174,6 +174,16 @@ def test_what_a_quantized_checkpoint_leaves_in_16_bits_stays_so(
     torch.testing.assert_close(logits(loaded(tmp_path, stored)), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_tied_output_layer_may_be_stored_beside_the_embeddings(tmp_path: Path) -> None:
+    write_model(tmp_path, tie_word_embeddings=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    wanted = logits(loaded(tmp_path, "none"))
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": copy}, path, metadata={"format": "pt"})
+    assert torch.equal(logits(loaded(tmp_path, "none")), wanted)
+
+
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.norm.bias"])
 def test_a_tensor_that_config_json_does_not_imply_is_named(folder: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(folder, tmp_path / "more")
