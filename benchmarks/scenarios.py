@@ -7,10 +7,13 @@ slows down does so for all of them. Knows requests and times; knows nothing of w
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 from statistics import median, quantiles
 from typing import Any
+
+import psutil
 
 from benchmarks.process import CannotDo, PeerProcess
 from benchmarks.protocol import Request, Times
@@ -22,6 +25,8 @@ LONG_PROMPT = 2000
 HISTORY = 1500
 _MOST_ROUNDS = 4
 _ENOUGH_SECONDS = 25  # a turn that takes longer is not repeated more than once
+
+_QUIET, _PATIENCE = 10.0, 5.0  # percent of the processor; seconds
 
 _seeds = count()
 Row = dict[str, Any]
@@ -36,9 +41,18 @@ def fresh(tokens: int = PROMPT_TOKENS, **request: Any) -> Request:
     return Request(prompt(tokens, next(_seeds)), **{"new_tokens": NEW_TOKENS, **request})
 
 
+def _ask(peer: PeerProcess, requests: Sequence[Request]) -> Times:
+    """One turn, on a quiet machine: vLLM's processes look for work for a whole second after their last, at
+    the expense of whose turn is next. Raises CannotDo."""
+    deadline = time.monotonic() + _PATIENCE
+    while psutil.cpu_percent(interval=0.1) > _QUIET and time.monotonic() < deadline:
+        pass
+    return peer.run(requests)
+
+
 def warm_up(peer: PeerProcess) -> None:
     for batch in CONCURRENCY:
-        peer.run([fresh(16, new_tokens=4) for _ in range(batch)])
+        _ask(peer, [fresh(16, new_tokens=4) for _ in range(batch)])
 
 
 def throughput(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
@@ -64,7 +78,7 @@ def _in_rounds(
         for peer in list(left):
             turn = requests()
             try:
-                figures = _figures(turn, peer.run(turn))
+                figures = _figures(turn, _ask(peer, turn))
             except CannotDo as reason:
                 log(f"{title}: not with {peer.spec.name} ({reason})")
                 left.remove(peer)
@@ -108,7 +122,7 @@ def long_prompt_beside(peer: PeerProcess, streams: int) -> Row:
     arrival = 2.0
     beside = [fresh(new_tokens=600) for _ in range(streams)]
     long = fresh(LONG_PROMPT, new_tokens=2, at=arrival)
-    times = peer.run([*beside, long])
+    times = _ask(peer, [*beside, long])
     read = times[-1][0]
     before, during = list[float](), list[float]()
     for mine in times[:-1]:
@@ -133,9 +147,9 @@ def next_turn(peer: PeerProcess, rounds: int = 3) -> Row:
     cold, warm = list[float](), list[float]()
     for _ in range(rounds):
         history = fresh(HISTORY, new_tokens=8)
-        cold.append(peer.run([history])[0][0])
+        cold.append(_ask(peer, [history])[0][0])
         turn = Request([*history.prompt, *fresh(64).prompt], new_tokens=8)
-        warm.append(peer.run([turn])[0][0])
+        warm.append(_ask(peer, [turn])[0][0])
     return {"history_tokens": HISTORY, "cold": median(cold), "next_turn": median(warm), "rounds": rounds}
 
 
@@ -146,7 +160,7 @@ def soak(peer: PeerProcess, total: int = 2000, at_once: int = 200) -> Row:
         requests = [
             fresh(16, new_tokens=8, leave_after=2 if index % 10 == 0 else None) for index in range(at_once)
         ]
-        times = peer.run(requests)
+        times = _ask(peer, requests)
         assert all(
             len(mine) == 8 or request.leave_after for request, mine in zip(requests, times, strict=True)
         )

