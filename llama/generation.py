@@ -56,11 +56,11 @@ class Llama:
         with times.part("imports"):
             from llama.loader import check_tokenizer, eos_token_ids, load_config
             from llama.tokenizer import load_tokenizer
-            from llama.weights import weights_folder
+            from llama.weights import folder_to_serve
 
             start_engine = _starter(settings)
         with times.part("folder"):
-            folder = weights_folder(settings)
+            folder = folder_to_serve(settings)
         with times.part("tokenizer"):
             config = load_config(folder)
             tokenizer = load_tokenizer(folder)

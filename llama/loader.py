@@ -88,16 +88,17 @@ def pick_device(settings: Settings) -> torch.device:
         ) from error
 
 
-def pick_dtype(settings: Settings, device: torch.device, config: LlamaConfig) -> torch.dtype:
+def pick_dtype(settings: Settings, config: LlamaConfig, capability: tuple[int, int] | None) -> torch.dtype:
     """What weights are held in. `auto`: bfloat16 on GPUs that compute in it, float16 on older ones; on a
-    CPU 16 bits where the checkpoint has no more, whatever it then computes in (`arithmetic_dtype`)."""
+    CPU, which has no `capability`, 16 bits where the checkpoint has no more, whatever it then computes in
+    (`arithmetic_dtype`)."""
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
-    if device.type != "cuda":
+    if capability is None:
         return config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
 def context_wanted(settings: Settings, config: LlamaConfig) -> int:

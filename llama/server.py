@@ -47,6 +47,17 @@ def server_command(host: str) -> list[str]:
     return [sys.executable, "-m", "cog.server.http", "--host", host]
 
 
+def is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on at the moment."""
     with socket.socket() as probe:

@@ -96,7 +96,7 @@ def engine_arguments(
     """What vLLM is started with on these GPUs of this machine; none means the CPU."""
     pipeline, tensor = parallel_sizes(config, settings, len(gpus))
     workers = pipeline * tensor
-    dtype = _dtype(config, settings, gpus)
+    dtype = pick_dtype(settings, config, min((gpu.capability for gpu in gpus), default=None))
     on_the_cpu: dict[str, Any] = {} if gpus else _for_a_cpu(config, settings, dtype, workers)
     return AsyncEngineArgs(
         model=str(folder),
@@ -143,13 +143,6 @@ def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | type[Ex
     # On a CPU vLLM gives even one worker a process of its own, and the two then wait for each other by
     # yielding their cores all the time: streams stood still for seconds on two cores. A class is left alone.
     return None if gpus else UniProcExecutor
-
-
-def _dtype(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> torch.dtype:
-    """As `pick_dtype`, without asking CUDA."""
-    if settings.dtype != "auto" or not gpus:
-        return pick_dtype(settings, torch.device("cpu"), config)
-    return torch.bfloat16 if gpus[0].capability >= (8, 0) else torch.float16
 
 
 def _method(config: LlamaConfig) -> str | None:

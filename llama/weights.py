@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from llama.embedded import embedded_folder
 from llama.errors import BadManifest, BadSettings, DamagedWeights, WeightsNotFound
-from llama.form import form_fault
+from llama.form import INDEX, form_fault
 from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
 from llama.part import PACKED, alone, file_sha256
 from llama.settings import ROOT, Settings
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from llama.download import Source
     from llama.patience import Patience
 
-_INDEX = "model.safetensors.index.json"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _READERS = 4
 
@@ -35,14 +34,19 @@ def weights_folder(settings: Settings) -> Path:
     if settings.weights is None:
         return embedded_folder(settings.cache_dir)
     folder = settings.weights.expanduser()
-    if settings.pull:
-        pull(folder, settings)
     if not folder.is_dir():
         raise WeightsNotFound(
             f"LLAMA_WEIGHTS is {folder}, which is not a folder; set it to one in Hugging Face format "
             "(config.json, safetensors, tokenizer), or set LLAMA_PULL to 1"
         )
     return folder
+
+
+def folder_to_serve(settings: Settings) -> Path:
+    """As `weights_folder`, filled first where LLAMA_PULL says so."""
+    if settings.pull and settings.weights is not None:
+        pull(settings.weights.expanduser(), settings)
+    return weights_folder(settings)
 
 
 def folder_to_fill(settings: Settings) -> Path:
@@ -126,7 +130,7 @@ def verify(folder: Path, entries: Sequence[Entry], *, hash_all: bool = False) ->
     faults = [f"{e.destination}: {fault}" for e, fault in zip(entries, found, strict=True) if fault]
     listed = {entry.destination for entry in entries}
     faults += [
-        f"{name}: missing, and {_INDEX} names it; pull with a manifest that lists it"
+        f"{name}: missing, and {INDEX} names it; pull with a manifest that lists it"
         for name in _indexed(folder)
         if name not in listed and not (folder / name).is_file()
     ]
@@ -166,5 +170,5 @@ def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -
 def _indexed(folder: Path) -> list[str]:
     """The shards that the index names; none without a readable one, which is a fault of its own."""
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-        return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_tokenize_answers_every_line_with_ids_or_an_error(llama_folder: Path) ->
     codes = [p["error"].split()[0] if "error" in p else "ids" for p in printed]
     assert result.returncode == 1  # some lines were refused
     assert codes == ["ids", "E1001", "E1000", "E1000", "E1000", "E1000", "E1101", "ids", "E1002"]
+    assert result.stderr == "unknown input dropped: unknown\n"
     assert printed[0]["text"] == "<s>[INST] Hi! [/INST]"
     assert printed[0]["token_ids"][0] == 1
 
@@ -98,6 +100,14 @@ def test_a_missing_folder_of_weights_is_one_line_on_stderr(tmp_path: Path) -> No
     assert result.returncode == 1
     assert "E3001 WeightsNotFound: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_one_line_on_stderr() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("serve", "--port", str(port), weights=None)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"cannot listen on 127.0.0.1:{port}; name another port with --port\n"
 
 
 def test_schema_writes_what_the_server_loads(llama_folder: Path) -> None:

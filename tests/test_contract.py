@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_model
+from conftest import VOCABULARY, write_model
 from transformers import LlamaForCausalLM
 
 from llama.cancellation import Cancellation
@@ -30,7 +31,13 @@ from predict import Predictor
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"
 )
-ENGINES = ["torch", pytest.param("vllm", marks=needs_vllm)]
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks want two cores")
+TWO_RANKS = "vllm, two ranks"
+ENGINES = [
+    "torch",
+    pytest.param("vllm", marks=needs_vllm),
+    pytest.param(TWO_RANKS, marks=[needs_vllm, needs_two_cores]),
+]
 
 CONTEXT = 512
 PLACES = 4
@@ -41,11 +48,15 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": 30}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
-    """A model that ends its answer to PROMPT by itself, at ENDS_AT."""
+    """A model that ends its answer to PROMPT by itself, at ENDS_AT, and whose best ids would often be
+    those that pad its table."""
     folder = tmp_path_factory.mktemp("contract")
-    write_model(folder)
+    write_model(folder, vocab_size=VOCABULARY + 64)
     (folder / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] *= 2
+    model.save_pretrained(folder)
     answer = reference(model, PROMPT, ENDS_AT + 1)
     assert answer[-1] not in answer[:-1]
     path = folder / "generation_config.json"
@@ -73,16 +84,26 @@ def engine(llama: Llama) -> Engine:
 
 
 def load(folder: Path, engine: str) -> Llama:
-    return Llama.load(
-        Settings(
-            weights=folder,
-            engine=engine,
-            dtype="float32",
-            max_context=CONTEXT,
-            cache_memory="64MB",
-            COG_MAX_CONCURRENCY=PLACES,
-        )
+    settings = Settings(
+        weights=folder,
+        engine=engine.partition(",")[0],
+        tensor_parallel=2 if engine == TWO_RANKS else None,
+        dtype="float32",
+        max_context=CONTEXT,
+        cache_memory="64MB",
+        COG_MAX_CONCURRENCY=PLACES,
     )
+    with pytest.MonkeyPatch.context() as environment:
+        if engine == TWO_RANKS:
+            a_core_each = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+            environment.setenv("VLLM_CPU_OMP_THREADS_BIND", a_core_each)
+        return Llama.load(settings)
+
+
+@torch.inference_mode()
+def logits_after(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+    """Of what are tokens, [VOCABULARY]."""
+    return model(torch.tensor([token_ids])).logits[0, -1, :VOCABULARY]
 
 
 def reference(
@@ -93,10 +114,9 @@ def reference(
 ) -> list[int]:
     """Greedy, one whole forward a token, the logits adjusted by what has been answered; no end."""
     answer: list[int] = []
-    with torch.inference_mode():
-        for _ in range(maximum):
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, -1]
-            answer.append(int(adjust(logits, answer).argmax()))
+    for _ in range(maximum):
+        with torch.inference_mode():
+            answer.append(int(adjust(logits_after(model, [*prompt, *answer]), answer).argmax()))
     return answer
 
 
@@ -220,11 +240,18 @@ def test_a_seed_gives_the_same_answer_alone_and_among_others(engine: Engine) -> 
 
 
 def test_a_top_k_of_two_takes_one_of_the_best_two(engine: Engine, model: LlamaForCausalLM) -> None:
-    with torch.inference_mode():
-        best = model(torch.tensor([PROMPT])).logits[0, -1].topk(2).indices.tolist()
+    best = logits_after(model, PROMPT).topk(2).indices.tolist()
     params = [SamplingParams(temperature=2.0, top_k=2, seed=seed, max_new_tokens=1) for seed in range(20)]
     first = {collect(engine.submit(PROMPT, p))[0] for p in params}
     assert first == set(best)
+
+
+def test_an_id_that_pads_the_table_is_never_drawn(engine: Engine, model: LlamaForCausalLM) -> None:
+    with torch.inference_mode():
+        assert int(model(torch.tensor([PROMPT])).logits[0].argmax(-1).max()) >= VOCABULARY
+    params = [SamplingParams(temperature=2.0, seed=s, max_new_tokens=60, min_new_tokens=60) for s in range(4)]
+    streams = [engine.submit(PROMPT, p) for p in [greedy(60, min_new_tokens=60), *params]]
+    assert max(max(collect(stream)) for stream in streams) < VOCABULARY
 
 
 def test_a_prompt_and_an_answer_fill_the_context_together(engine: Engine, model: LlamaForCausalLM) -> None:

@@ -14,30 +14,22 @@ from llama.embedded import embedded_folder as find_embedded_folder
 from llama.errors import BadSettings, DoesNotFit
 from llama.generation import Llama
 from llama.loader import eos_token_ids, pick_device, pick_dtype
-from llama.plan import bytes_per_token
+from llama.plan import LLAMA_2_70B, bytes_per_token
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CachePlan, KVCache, plan_cache
 
 CPU = torch.device("cpu")
-LLAMA_70B = LlamaConfig(
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    max_position_embeddings=4096,
-)
 TOKEN_70B = 2 * 80 * 8 * 128 * 2  # keys and values, layers, KV heads, head_dim, bytes of bfloat16
 
 
 @needs_llama_2_tokenizer
 def test_the_shape_used_here_is_that_of_the_70b() -> None:
     config = LlamaConfig.from_pretrained(LLAMA_2_TOKENIZER)
-    assert bytes_per_token(config, torch.bfloat16) == bytes_per_token(LLAMA_70B, torch.bfloat16)
+    assert bytes_per_token(config, torch.bfloat16) == bytes_per_token(LLAMA_2_70B, torch.bfloat16)
 
 
 def test_a_token_of_the_70b_takes_327680_bytes() -> None:
-    assert bytes_per_token(LLAMA_70B, torch.bfloat16) == TOKEN_70B == 327_680
+    assert bytes_per_token(LLAMA_2_70B, torch.bfloat16) == TOKEN_70B == 327_680
 
 
 @pytest.mark.parametrize(
@@ -56,13 +48,13 @@ def test_a_budget_becomes_rows_and_a_shorter_context_only_when_not_one_fits(
     tokens: int, context: int, rows: int, plan: CachePlan
 ) -> None:
     budget = tokens * TOKEN_70B
-    assert plan_cache(LLAMA_70B, torch.bfloat16, budget=budget, context=context, rows=rows) == plan
+    assert plan_cache(LLAMA_2_70B, torch.bfloat16, budget=budget, context=context, rows=rows) == plan
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63])
 def test_a_budget_too_small_for_use_is_refused(tokens: int) -> None:
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*LLAMA_CACHE_MEMORY"):
-        plan_cache(LLAMA_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, rows=1)
+        plan_cache(LLAMA_2_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, rows=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,15 +66,21 @@ def test_the_cache_takes_the_bytes_that_were_planned_and_begins_with_zeros(dtype
 
 
 def test_a_cpu_holds_weights_in_float32_unless_told_otherwise() -> None:
-    assert pick_dtype(Settings(), CPU, LLAMA_70B) is torch.float32
-    assert pick_dtype(Settings(dtype="bfloat16"), CPU, LLAMA_70B) is torch.bfloat16
+    assert pick_dtype(Settings(), LlamaConfig(), None) is torch.float32
+    assert pick_dtype(Settings(dtype="bfloat16"), LlamaConfig(), None) is torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_a_cpu_keeps_the_weights_of_a_16_bit_checkpoint_in_16_bits(name: str) -> None:
     dtype = getattr(torch, name)
-    assert pick_dtype(Settings(), CPU, LlamaConfig(dtype=dtype)) is dtype
-    assert pick_dtype(Settings(dtype="float32"), CPU, LlamaConfig(dtype=dtype)) is torch.float32
+    assert pick_dtype(Settings(), LlamaConfig(dtype=dtype), None) is dtype
+    assert pick_dtype(Settings(dtype="float32"), LlamaConfig(dtype=dtype), None) is torch.float32
+
+
+def test_a_gpu_computes_in_bfloat16_where_it_can() -> None:
+    assert pick_dtype(Settings(), LlamaConfig(), (8, 0)) is torch.bfloat16
+    assert pick_dtype(Settings(), LlamaConfig(dtype="bfloat16"), (7, 5)) is torch.float16
+    assert pick_dtype(Settings(dtype="float16"), LlamaConfig(), (9, 0)) is torch.float16
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99", "mps", "meta"])
@@ -94,7 +92,7 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 @pytest.mark.parametrize(("eos", "expected"), [(2, {2}), ([2, 7], {2, 7})])
 def test_all_ids_that_end_an_answer_are_read(tmp_path: Path, eos: object, expected: set[int]) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    assert eos_token_ids(tmp_path, LLAMA_70B) == expected
+    assert eos_token_ids(tmp_path, LLAMA_2_70B) == expected
 
 
 def test_setup_says_what_is_served_and_how_long_each_part_took(

@@ -206,26 +206,3 @@ def test_a_killed_engine_fails_who_is_served_and_who_comes_and_hangs_nobody(llam
             engine.submit(PROMPT, greedy(1))
     finally:
         llama.close()
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks want two cores")
-def test_two_ranks_answer_as_one_does(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = []
-    for ranks in (1, 2):
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(ranks))))
-        llama = Llama.load(
-            Settings(
-                weights=llama_folder,
-                engine="vllm",
-                tensor_parallel=ranks,
-                dtype="float32",
-                max_context=CONTEXT,
-                cache_memory="64MB",
-            )
-        )
-        try:
-            streams = [llama._engine.submit(prompt_of(s, 5 + 9 * s), greedy(20)) for s in range(4)]
-            answers.append([collect(stream) for stream in streams])
-        finally:
-            llama.close()
-    assert answers[0] == answers[1]

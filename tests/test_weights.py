@@ -50,7 +50,7 @@ from llama.part import PACKED
 from llama.patience import Patience
 from llama.progress import LogProgress
 from llama.settings import Settings
-from llama.weights import lock, pull, verify, weights_folder
+from llama.weights import folder_to_serve, lock, pull, verify, weights_folder
 
 TOKEN = "hf_secret0123456789"
 QUICK = Patience(attempts=3, first_delay=0.01, timeout=2)
@@ -416,8 +416,11 @@ def test_packed_weights_are_neither_pulled_over_nor_locked(
 
 def test_setup_pulls_where_it_is_told_to(server: Server, settings: Settings, folder: Path) -> None:
     with pytest.raises(WeightsNotFound, match="or set LLAMA_PULL to 1"):
-        weights_folder(settings.model_copy(update={"weights": folder}))
-    assert weights_folder(settings.model_copy(update={"weights": folder, "pull": True})) == folder
+        folder_to_serve(settings.model_copy(update={"weights": folder}))
+    told = settings.model_copy(update={"weights": folder, "pull": True})
+    with pytest.raises(WeightsNotFound):
+        weights_folder(told)  # which only looks
+    assert folder_to_serve(told) == folder
     assert contents(folder) == FILES
 
 

@@ -50,7 +50,9 @@ def start_engine(
         if (value := getattr(settings, name)) not in without:
             raise BadSettings(f"LLAMA_{name.upper()} is {value}; set LLAMA_ENGINE to vllm, or unset it")
     device = pick_device(settings)
-    dtype, quantization = pick_dtype(settings, device, config), pick_quantization(settings, device, config)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    dtype = pick_dtype(settings, config, capability)
+    quantization = pick_quantization(settings, device, config)
     precision = str(dtype).removeprefix("torch.") if quantization == "none" else quantization
 
     def load() -> tuple[LlamaForCausalLM, CachePlan]:
