@@ -154,8 +154,9 @@ class Runner:
 
     def _step(self, height: int, length: int) -> Tensor:
         positions = self._positions[:height]
-        visible = self._all_positions[:length] <= positions[:, None]  # [height, length]
-        attention = self._attention(visible)
+        hidden = self._all_positions[:length] > positions[:, None]
+        bias = torch.zeros_like(hidden, dtype=self._parts.dtype).masked_fill_(hidden, float("-inf"))
+        attention = self._attention(bias)
         places = self._places(positions)
 
         def attend(cached: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
@@ -167,14 +168,15 @@ class Runner:
 
         return self._logits(self._hidden(self._tokens[:height], positions, attend))
 
-    def _fused(self, visible: Tensor) -> Attention:
-        mask = visible[:, None, None]
+    def _fused(self, bias: Tensor) -> Attention:
+        """Attention with `bias` [B, length] on the scores."""
+        mask = bias[:, None, None]
         return lambda queries, keys, values: F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, scale=self._parts.scale
         )
 
-    def _two_products(self, visible: Tensor) -> Attention:
-        bias = torch.zeros_like(visible, dtype=self._parts.dtype).masked_fill_(~visible, float("-inf"))
+    def _two_products(self, bias: Tensor) -> Attention:
+        """As `_fused`."""
         bias = bias.repeat_interleave(self._kv_heads, dim=0)[:, None]  # [height x KV heads, 1, length]
 
         def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
