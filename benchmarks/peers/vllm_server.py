@@ -28,6 +28,8 @@ class VLLMServer:
                 *("--host", "127.0.0.1", "--port", str(port)),
                 *("--dtype", os.environ["LLAMA_DTYPE"], "--max-num-seqs", "32", "--enforce-eager"),
                 *("--max-model-len", os.environ["LLAMA_MAX_CONTEXT"]),
+                # As ours: by default vLLM leaves one core to its scheduler, half of a small machine.
+                *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
                 "--disable-uvicorn-access-log",
             ],
             env={

@@ -71,6 +71,8 @@ class TorchEngine:
     def _set_up(self, model: LlamaForCausalLM, plan: CachePlan) -> None:
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # of this thread: graphs are captured on the current one
+            # On Hopper torch prefers cuDNN, which plans anew for every length of a prompt.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         parts = take_apart(model, plan.length)
         self._plan, self._device = plan, parts.device
         self._cache = KVCache(model.config, plan, parts.dtype, parts.device)

@@ -148,6 +148,8 @@ class Runner:
     def _capture(self) -> Step:
         try:
             return StepGraphs(self._step, self._cache.plan.rows, self._cache.plan.length)
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, and no reason to serve slowly
         except RuntimeError as error:  # a layer that asks the host, such as int8 with outliers
             logger.warning("decoding without CUDA graphs, which is slower: %s", error)
             return self._step
