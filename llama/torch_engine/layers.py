@@ -24,10 +24,6 @@ class Norm:
     def __init__(self, norm: Any, dtype: torch.dtype) -> None:
         self._weight, self._epsilon = norm.weight.detach().to(dtype), norm.variance_epsilon
 
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
-
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
 
@@ -104,7 +100,7 @@ def _take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype) -> Layer:
         down=packed(mlp.down_proj, dtype),
     )
     layers[index] = nn.Identity()  # lets go of the weights that were copied
-    if taken.attention_norm.device.type == "cuda":
+    if torch.cuda.is_initialized():
         # At once: the next layer's joined weights would split what is free into pieces too small for a cache.
         torch.cuda.empty_cache()
     return taken
