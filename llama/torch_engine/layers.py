@@ -100,7 +100,6 @@ def _take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype) -> Layer:
         down=packed(mlp.down_proj, dtype),
     )
     layers[index] = nn.Identity()  # lets go of the weights that were copied
-    if torch.cuda.is_initialized():
-        # At once: the next layer's joined weights would split what is free into pieces too small for a cache.
-        torch.cuda.empty_cache()
+    # At once: the next layer's joined weights would split what is free into pieces too small for a cache.
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use
     return taken
