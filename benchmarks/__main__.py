@@ -22,7 +22,10 @@ from benchmarks.machine import describe
 from benchmarks.process import CannotDo, PeerProcess, Spec
 from benchmarks.report import write_report
 from benchmarks.targets import OURS, SERVED, SERVED_ON_VLLM, VLLM_SERVER, evaluate
-from llama.server import ROOT
+from llama import ROOT
+
+_REUSE_PREFIXES = ("ours", "served", "vllm_cpu", "vllm_server")
+"""Peers that keep keys and values of earlier prompts."""
 
 _OUT = ROOT / "benchmarks" / "out"
 
@@ -115,7 +118,7 @@ def _start(stack: ExitStack, spec: Spec) -> PeerProcess | None:
 def _measure(peers: Sequence[PeerProcess]) -> dict[str, Any]:
     by_name = {peer.spec.name: peer for peer in peers}
     ours = by_name[OURS]
-    with_reuse = [peer for name, peer in by_name.items() if name == OURS or name.startswith("vLLM")]
+    with_reuse = [peer for peer in peers if peer.spec.module in _REUSE_PREFIXES]
     return {
         "throughput": {str(batch): scenarios.throughput(peers, batch) for batch in scenarios.CONCURRENCY},
         "arriving": scenarios.arriving(peers, 32),

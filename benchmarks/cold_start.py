@@ -18,8 +18,9 @@ from typing import Any
 from benchmarks.process import PeerProcess, Spec
 from benchmarks.protocol import Request
 from benchmarks.workload import prompt
+from llama import ROOT
 from llama.schema import write_schema
-from llama.server import ROOT, CogServer
+from llama.server import CogServer
 from predict import Predictor
 
 _ROUNDS = 3

@@ -24,10 +24,10 @@ from benchmarks.gpu_model import SMALL
 from benchmarks.gpu_serving import serve_packed
 from benchmarks.gpu_steps import measure
 from benchmarks.machine import describe
+from llama import ROOT
 from llama.plan import LLAMA_2_70B
 from llama.quantization import Quantization
 from llama.sampling import SamplingParams
-from llama.server import ROOT
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CachePlan
 

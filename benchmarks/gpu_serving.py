@@ -14,11 +14,12 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.gpu_model import write_packed
+from llama import ROOT
 from llama.loader import arithmetic_dtype
 from llama.plan import bytes_of_weights, bytes_per_token
 from llama.quantization import Quantization
 from llama.schema import write_schema
-from llama.server import ROOT, CogServer
+from llama.server import CogServer
 from predict import Predictor
 
 _QUANTIZATION: Quantization = "nf4"

@@ -7,16 +7,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Timer
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
 from benchmarks.protocol import Request, Times, to_line
-from llama.server import ROOT
+from llama import ROOT
+
+_PATIENCE = 600.0  # seconds: no peer takes so long to load, nor for a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +58,20 @@ class PeerProcess:
                 stderr=log,
                 text=True,
             )
-        self.versions: dict[str, str] = self._answer()
+        try:
+            self.versions: dict[str, str] = self._answer()
+        except BaseException:
+            self._kill()
+            self._process.communicate()
+            raise
         self.seconds_to_load = time.perf_counter() - started
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.communicate()  # its input ends, and then it does
+        with self._patience():
+            self._process.communicate()  # its input ends, and then it does
 
     def run(self, requests: Sequence[Request]) -> Times:
         """Raises CannotDo."""
@@ -78,9 +88,28 @@ class PeerProcess:
         """Bytes, of the process itself."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
+    def _kill(self) -> None:
+        """With the servers that it started."""
+        with suppress(psutil.NoSuchProcess):
+            peer = psutil.Process(self._process.pid)
+            for process in [*peer.children(recursive=True), peer]:
+                process.kill()
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Kills a peer that has not done its part in time."""
+        timer = Timer(_PATIENCE, self._kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _answer(self) -> Any:
+        """Raises CannotDo."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        with self._patience():
+            line = self._process.stdout.readline()
         if not line:
-            raise CannotDo(f"it has died; what it said is in {self._log}")
+            raise CannotDo(f"it has died or did not answer; what it said is in {self._log}")
         return json.loads(line)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-Results = dict[str, Any]
+from benchmarks.targets import Results
 
 _CHARTS = (
     ("tokens_per_second", 1, "tokens per second"),
@@ -29,68 +28,12 @@ def write_report(results: Results, stem: Path) -> None:
 
 def markdown(results: Results, name: str) -> str:
     """The whole report."""
-    machine, workload = results["machine"], results["workload"]
-    beside, soak = results["long_prompt_beside"], results["soak"]
     sections = [
-        f"# Measured on {machine['processor']}, {machine['cores']} cores",
-        f"{machine['memory_gb']} GB, {machine['system']}, Python {machine['python']}; of the wide "
-        f"instructions it has {', '.join(machine['instructions']) or 'none'}. {results['date']}, commit "
-        f"{results['commit']}, {results['minutes']:.0f} minutes. Made by `make bench`.",
-        f"A random Llama of {workload['parameters'] / 1e6:.0f} million parameters, prompts of "
-        f"{workload['prompt_tokens']} tokens, {workload['new_tokens']} new ones, greedy. Medians of rounds "
-        "in which peers take turns; the whole call, prefill included.",
+        *_setting(results),
         f"![speed, time to first token, time between tokens]({name}.svg)",
-        "## Tokens per second, by requests at once",
-        throughput_table(results),
-        *(f"Not measured, since it did not run here: {name}." for name in results["not_measured"]),
-        "## Targets",
-        targets_table(results),
-        "## Arriving one every 50 ms, 32 requests",
-        _table(
-            ("", "tokens/s", "slowest to fastest", "time to first token, s"),
-            (
-                (peer, f"{r['tokens_per_second']:.0f}", _spread(r), f"{r['time_to_first_token']:.2f}")
-                for peer, r in results["arriving"].items()
-            ),
-        ),
-        "## A long prompt beside running streams",
-        f"{beside['streams']} streams, then a prompt of {beside['prompt_tokens']} tokens, whose first token "
-        f"comes after {beside['time_to_first_token']:.1f} s. Time between tokens of the streams: median "
-        f"{_ms(beside['median_before'])} before; while it is read {_ms(beside['median_during'])}, "
-        f"99th percentile {_ms(beside['p99_during'])}, longest {_ms(beside['longest_during'])}.",
-        "## A dialogue's next turn",
-        _table(
-            ("time to first token, s", "1,500 tokens of history, cold", "next turn"),
-            ((peer, f"{r['cold']:.2f}", f"{r['next_turn']:.2f}") for peer, r in results["next_turn"].items()),
-        ),
-        "## Memory",
-        f"{soak['requests']:,} short requests, a tenth of whose callers leave early: "
-        f"{soak['memory_after_first_200'] / 1e6:.0f} MB resident after the first 200, "
-        f"{soak['memory_after_last'] / 1e6:.0f} MB after the last.",
-        "## Cold start",
-        _table(
-            ("seconds from the start of the process", "ready", "first token"),
-            (
-                (name, f"{r['ready']:.1f}", f"{r['first_token']:.1f}")
-                for name, r in results["cold_start"].items()
-            ),
-        ),
-        "## Loading, imports left out",
-        _table(
-            ("a checkpoint in bfloat16, loaded as", "GB", "reading its files, s", "loading it, s"),
-            (
-                (name, f"{r['bytes'] / 1e9:.1f}", f"{r['reading']:.1f}", f"{r['loading']:.1f}")
-                for name, r in results["load"].items()
-            ),
-        ),
-        "## One linear layer, 768 to 9,216, microseconds by rows",
-        _table(
-            ("", *next(iter(results["linears"].values()))),
-            (
-                (kernel, *(f"{t:,.0f}" for t in times.values()))
-                for kernel, times in results["linears"].items()
-            ),
-        ),
+        *_speeds(results),
+        *_one_engine(results),
+        *_starts(results),
         "## Versions",
         "\n".join(
             f"- {peer}: {', '.join(f'{k} {v}' for k, v in versions.items())}"
@@ -100,13 +43,99 @@ def markdown(results: Results, name: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _setting(results: Results) -> Iterator[str]:
+    machine, workload = results["machine"], results["workload"]
+    yield f"# Measured on {machine['processor']}, {machine['cores']} cores"
+    yield (
+        f"{machine['memory_gb']} GB, {machine['system']}, Python {machine['python']}; of the wide "
+        f"instructions it has {', '.join(machine['instructions']) or 'none'}. {results['date']}, commit "
+        f"{results['commit']}, {results['minutes']:.0f} minutes. Made by `make bench`."
+    )
+    yield (
+        f"A random Llama of {workload['parameters'] / 1e6:.0f} million parameters, prompts of "
+        f"{workload['prompt_tokens']} tokens, {workload['new_tokens']} new ones, greedy. Medians of rounds "
+        "in which peers take turns; the whole call, prefill included. vLLM has its worker in the engine's "
+        "process for everybody: by default it leaves a core to its scheduler, half of a small machine."
+    )
+
+
+def _speeds(results: Results) -> Iterator[str]:
+    yield "## Tokens per second, by requests at once"
+    yield throughput_table(results)
+    for name in results["not_measured"]:
+        yield f"Not measured, since it did not run here: {name}."
+    yield "## Time to first token, ms, by requests at once"
+    yield _by_batch(results, lambda row: f"{1000 * row['time_to_first_token']:.0f}")
+    yield "## Targets"
+    yield targets_table(results)
+    yield "## Arriving one every 50 ms, 32 requests"
+    yield _table(
+        ("", "tokens/s", "slowest to fastest", "time to first token, s"),
+        (
+            (peer, f"{r['tokens_per_second']:.0f}", _spread(r), f"{r['time_to_first_token']:.2f}")
+            for peer, r in results["arriving"].items()
+        ),
+    )
+
+
+def _one_engine(results: Results) -> Iterator[str]:
+    beside, soak = results["long_prompt_beside"], results["soak"]
+    yield "## A long prompt beside running streams"
+    yield (
+        f"{beside['streams']} streams, then a prompt of {beside['prompt_tokens']} tokens, whose first token "
+        f"comes after {beside['time_to_first_token']:.1f} s. Time between tokens of the streams: median "
+        f"{_ms(beside['median_before'])} before; while it is read {_ms(beside['median_during'])}, "
+        f"99th percentile {_ms(beside['p99_during'])}, longest {_ms(beside['longest_during'])}."
+    )
+    yield "## A dialogue's next turn"
+    yield _table(
+        ("time to first token, s", "1,500 tokens of history, cold", "next turn"),
+        ((peer, f"{r['cold']:.2f}", f"{r['next_turn']:.2f}") for peer, r in results["next_turn"].items()),
+    )
+    yield "## Memory"
+    yield (
+        f"{soak['requests']:,} short requests, a tenth of whose callers leave early: "
+        f"{soak['memory_after_first_200'] / 1e6:.0f} MB resident after the first 200, "
+        f"{soak['memory_after_last'] / 1e6:.0f} MB after the last."
+    )
+
+
+def _starts(results: Results) -> Iterator[str]:
+    yield "## Cold start"
+    yield _table(
+        ("seconds from the start of the process", "ready", "first token"),
+        ((name, f"{r['ready']:.1f}", f"{r['first_token']:.1f}") for name, r in results["cold_start"].items()),
+    )
+    yield "## Loading, imports left out"
+    yield _table(
+        ("a checkpoint in bfloat16, loaded as", "GB", "reading its files, s", "loading it, s"),
+        (
+            (name, f"{r['bytes'] / 1e9:.1f}", f"{r['reading']:.1f}", f"{r['loading']:.1f}")
+            for name, r in results["load"].items()
+        ),
+    )
+    yield "## One linear layer, 768 to 9,216, microseconds by rows"
+    yield _table(
+        ("", *next(iter(results["linears"].values()))),
+        ((kernel, *(f"{t:,.0f}" for t in times.values())) for kernel, times in results["linears"].items()),
+    )
+
+
 def throughput_table(results: Results) -> str:
     """The README shows this one too."""
+    return _by_batch(results, lambda row: f"{row['tokens_per_second']:.0f}")
+
+
+def _by_batch(results: Results, figure: Callable[[Results], str]) -> str:
+    """A row a peer, a column a number of requests; blank where that was not measured."""
     by_batch = results["throughput"]
     peers = list(dict.fromkeys(peer for rows in by_batch.values() for peer in rows))
     return _table(
         ("", *by_batch),
-        ((peer, *(_speed(rows.get(peer)) for rows in by_batch.values())) for peer in peers),
+        (
+            (peer, *(figure(rows[peer]) if peer in rows else "" for rows in by_batch.values()))
+            for peer in peers
+        ),
     )
 
 
@@ -154,10 +183,6 @@ def draw(results: Results, path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-
-
-def _speed(row: dict[str, float] | None) -> str:
-    return f"{row['tokens_per_second']:.0f}" if row else ""
 
 
 def _ms(seconds: float) -> str:

@@ -45,8 +45,10 @@ def _ask(peer: PeerProcess, requests: Sequence[Request]) -> Times:
     """One turn, on a quiet machine: vLLM's processes look for work for a whole second after their last, at
     the expense of whose turn is next. Raises CannotDo."""
     deadline = time.monotonic() + _PATIENCE
-    while psutil.cpu_percent(interval=0.1) > _QUIET and time.monotonic() < deadline:
-        pass
+    while (busy := psutil.cpu_percent(interval=0.1)) > _QUIET:
+        if time.monotonic() > deadline:
+            log(f"{peer.spec.name}: the machine is not quiet ({busy:.0f} % busy with other work)")
+            break
     return peer.run(requests)
 
 

@@ -27,7 +27,18 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(results: Results) -> Iterator[tuple[str, float, float | None, bool]]:
+Row = tuple[str, float, float | None, bool]
+"""What, wanted, got, and whether `wanted` is an upper bound."""
+
+
+def _rows(results: Results) -> Iterator[Row]:
+    yield from _speeds_of_peers(results)
+    yield from _ours_alone(results)
+    yield from _served_on_vllm(results)
+    yield from _long_runs(results)
+
+
+def _speeds_of_peers(results: Results) -> Iterator[Row]:
     for peer, wanted in {
         "transformers generate, bfloat16": (1.5, 1.3, 1.3),
         "transformers generate, float32": (1.5, 1.3, 1.3),
@@ -39,58 +50,55 @@ def _rows(results: Results) -> Iterator[tuple[str, float, float | None, bool]]:
                 yield f"speed over {peer}, {batch} at once", share, _ratio(results, batch, peer), False
     yield "goal: over llama.cpp, bf16, 1 at once", 1.0, _ratio(results, 1, "llama.cpp, bf16"), False
     for batch in (8, 32):
-        yield (
-            f"goal: over llama.cpp, q4_0, {batch} at once",
-            1.0,
-            _ratio(results, batch, "llama.cpp, q4_0"),
-            False,
-        )
-    arriving = results["arriving"]
+        got = _ratio(results, batch, "llama.cpp, q4_0")
+        yield f"goal: over llama.cpp, q4_0, {batch} at once", 1.0, got, False
     for dtype in ("bfloat16", "float32"):
         peer = f"transformers continuous batching, {dtype}"
-        yield f"arriving one by one: over {peer}", 2.0, _over(arriving, _alike(peer), peer), False
-    beside = results["long_prompt_beside"]
+        got = _over(results["arriving"], _alike(peer), peer)
+        yield f"arriving one by one: over {peer}", 2.0, got, False
+
+
+def _ours_alone(results: Results) -> Iterator[Row]:
+    beside, turn = results["long_prompt_beside"], results["next_turn"][OURS]
     yield (
         "99th percentile time between tokens while a 2,000-token prompt is read, over the median before",
         3.0,
         beside["p99_during"] / beside["median_before"],
         True,
     )
-    turn = results["next_turn"][OURS]
     yield (
         "time to first token of a dialogue's next turn over the cold one",
         0.2,
         turn["next_turn"] / turn["cold"],
         True,
     )
-    yield (
-        "32 streams over HTTP over the engine alone",
-        0.9,
-        _over(results["throughput"]["32"], SERVED, OURS),
-        False,
-    )
-    for batch, rows in results["throughput"].items():
-        yield (
-            f"our server on vLLM over vLLM's own, {batch} at once",
-            0.95,
-            _over(rows, SERVED_ON_VLLM, VLLM_SERVER),
-            False,
-        )
-    for batch, rows in results["throughput"].items():
+    served = _over(results["throughput"]["32"], SERVED, OURS)
+    yield "32 streams over HTTP over the engine alone", 0.9, served, False
+
+
+def _served_on_vllm(results: Results) -> Iterator[Row]:
+    by_batch = results["throughput"]
+    for batch, rows in by_batch.items():
+        got = _over(rows, SERVED_ON_VLLM, VLLM_SERVER)
+        yield f"our server on vLLM over vLLM's own, {batch} at once", 0.95, got, False
+    for batch, rows in by_batch.items():
+        first = _of_both(rows, SERVED_ON_VLLM, VLLM_SERVER, "time_to_first_token")
         yield (
             f"time to first token of our server on vLLM, ms after vLLM's own, {batch} at once",
             10.0,
-            _later(rows, SERVED_ON_VLLM, VLLM_SERVER),
+            None if first is None else 1000 * (first[0] - first[1]),
             True,
         )
-    soak = results["soak"]
+
+
+def _long_runs(results: Results) -> Iterator[Row]:
+    soak, load = results["soak"], results["load"]["none"]
     yield (
         "memory after 2,000 requests over that after 200",
         1.05,
         soak["memory_after_last"] / soak["memory_after_first_200"],
         True,
     )
-    load = results["load"]["none"]
     yield (
         "loading a 4 GB checkpoint, as a share of the speed of reading it",
         0.7,
@@ -108,14 +116,13 @@ def _alike(peer: str) -> str:
     return OURS_IN_FLOAT32 if peer.endswith("float32") else OURS
 
 
-def _over(rows: dict[str, Any], ours: str, peer: str) -> float | None:
-    if peer not in rows or ours not in rows:
-        return None
-    return float(rows[ours]["tokens_per_second"] / rows[peer]["tokens_per_second"])
+def _over(rows: Results, ours: str, peer: str) -> float | None:
+    speeds = _of_both(rows, ours, peer, "tokens_per_second")
+    return None if speeds is None else speeds[0] / speeds[1]
 
 
-def _later(rows: dict[str, Any], ours: str, peer: str) -> float | None:
-    """Milliseconds from the peer's first token to ours."""
+def _of_both(rows: Results, ours: str, peer: str, figure: str) -> tuple[float, float] | None:
+    """None unless both were measured."""
     if peer not in rows or ours not in rows:
         return None
-    return float(1000 * (rows[ours]["time_to_first_token"] - rows[peer]["time_to_first_token"]))
+    return rows[ours][figure], rows[peer][figure]

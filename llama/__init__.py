@@ -2,3 +2,8 @@
 
 Importing this package is quick: torch and transformers are loaded when a model is.
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository, where `predict.py` is."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama import ROOT
 from llama.errors import InvalidInput, LlamaError
 from llama.operations import add_plan, add_weights
 
@@ -75,8 +76,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_method() -> Any:
     """`Predictor.run`, whose signature is the published schema."""
-    from llama.server import ROOT
-
     sys.path.insert(0, str(ROOT))
     from predict import Predictor
 
@@ -226,7 +225,6 @@ def _context(folder: Path, most: int | None) -> int:
 
 def _schema(_: argparse.Namespace) -> None:
     from llama.schema import write_schema
-    from llama.server import ROOT
 
     print(write_schema(_run_method(), ROOT))
 
@@ -234,7 +232,7 @@ def _schema(_: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     from llama.schema import write_schema
-    from llama.server import ROOT, CogServer, ServerFailed
+    from llama.server import CogServer, ServerFailed
 
     inputs = {k: v for k, v in _read_inputs(arguments.inputs).items() if v is not None}
     write_schema(_run_method(), ROOT)
@@ -258,7 +256,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from llama.schema import write_schema
-    from llama.server import ROOT, is_free, server_command, server_environment
+    from llama.server import is_free, server_command, server_environment
 
     if not is_free(arguments.host, arguments.port):
         sys.exit(f"cannot listen on {arguments.host}:{arguments.port}; name another port with --port")

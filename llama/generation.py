@@ -75,7 +75,11 @@ class Llama:
             eos_token_ids={i for i in ends if i < tokenizer.size},
         )
         with times.part("warm-up"):
-            _warm_up(engine, tokenizer.eos_token_id, folder)
+            try:
+                _warm_up(engine, tokenizer.eos_token_id, folder)
+            except BaseException:
+                engine.close()
+                raise
         logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
         logger.info("ready after %s", times)
         return cls(tokenizer, engine)
@@ -192,10 +196,9 @@ def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
         for _ in engine.submit([token_id], params):
             pass
     except EngineError as error:
-        engine.close()
         raise BadCheckpoint(
             f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
-            "other values of LLAMA_DTYPE and LLAMA_DEVICE"
+            "another LLAMA_DTYPE"
         ) from error
 
 

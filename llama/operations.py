@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llama.errors import BadSettings
-from llama.settings import MEMORY_FRACTION, Settings
+from llama.settings import Settings
 from llama.weights import Inspection, folder_to_fill, lock, pull, verify, weights_folder
 
 if TYPE_CHECKING:
-    from llama.plan import Gpu
+    from llama.plan import Gpu, Plan
 
 # What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
 _ASSUMED_CAPABILITY = (9, 0)
@@ -62,32 +63,59 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def _gigabytes(text: str) -> list[float]:
-    sizes = [float(size) for size in text.split(",")]
-    if not all(0 < size < float("inf") for size in sizes):
-        raise ValueError
-    return sizes
+    with suppress(ValueError):
+        sizes = [float(size) for size in text.split(",")]
+        if all(0 < size < float("inf") for size in sizes):
+            return sizes
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes in GB, such as 80 or 48,48")
 
 
 def _capability(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")
-    return int(major), int(minor)
+    with suppress(ValueError):
+        major, minor = text.split(".")
+        return int(major), int(minor)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability, such as 8.0")
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from llama.loader import context_wanted, load_config, stored_quantization
-    from llama.plan import LLAMA_2_70B, plan, table
+    from llama.plan import LLAMA_2_70B, alike, parallel_sizes, plan
 
     settings = Settings.from_environment()
     config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
     gpus = _gpus(arguments)
     context = context_wanted(settings, config)
-    engine: Literal["torch", "vllm"] = "torch" if len(gpus) == 1 else "vllm"
-    if settings.engine == "vllm" or engine == "vllm":
-        engine, share = "vllm", settings.memory_fraction or MEMORY_FRACTION
-        gpus = [replace(gpu, free=int(gpu.free * share)) for gpu in gpus]
+    engine: Literal["torch", "vllm"] = settings.engine if len(gpus) == 1 else "vllm"
+    if engine == "vllm":
+        stages, tensor = parallel_sizes(
+            config, len(gpus), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel
+        )
+        share = settings.memory_fraction
+        gpus = [replace(gpu, free=int(gpu.free * share)) for gpu in alike(gpus, stages * tensor)]
     found = plan(config, gpus, context=context, stored=stored_quantization(config), engine=engine)
     print(table(found, context))
     return int(found.auto is None)
+
+
+def table(found: Plan, context: int) -> str:
+    """For people: a row a choice."""
+    head = ("precision", "weights", "cache", f"requests of {context} tokens", "engine", "")
+    rows = [
+        (
+            "16 bits" if choice.quantization == "none" else choice.quantization,
+            f"{choice.weights / 1e9:.1f} GB",
+            f"{choice.cache / 1e9:.1f} GB",
+            str(choice.requests),
+            choice.engine,
+            choice.refusal or ("what auto takes" if choice is found.auto else ""),
+        )
+        for choice in found.choices
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    )
 
 
 def _gpus(arguments: argparse.Namespace) -> Sequence[Gpu]:

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig
 
-from llama.errors import DoesNotFit
+from llama.errors import BadSettings, DoesNotFit
 from llama.quantization import Quantization, bytes_of_weight
 
 ENOUGH_REQUESTS = 8
@@ -141,6 +141,32 @@ def pick(
     return wanted
 
 
+def parallel_sizes(
+    config: LlamaConfig, gpus: int, *, tensor: int | None, pipeline: int | None
+) -> tuple[int, int]:
+    """Pipeline stages and GPUs in each, for vLLM. None: all of a machine's `gpus`, tensor first, as far as
+    the heads divide evenly. Raises BadSettings."""
+    heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+
+    def divides(size: int) -> bool:
+        return heads % size == mlp % size == 0 and 0 in (kv_heads % size, size % kv_heads)
+
+    if tensor is None:
+        left = max(gpus // (pipeline or 1), 1)
+        tensor = max(size for size in range(1, left + 1) if left % size == 0 and divides(size))
+    elif not divides(tensor):
+        raise BadSettings(
+            f"LLAMA_TENSOR_PARALLEL is {tensor} and the model has {heads} heads over {kv_heads} key/value "
+            f"heads, {mlp} wide in its MLP; set it to a number that divides them"
+        )
+    return pipeline or max(gpus // tensor, 1), tensor
+
+
+def alike(gpus: Sequence[Gpu], workers: int) -> list[Gpu]:
+    """All workers' cards: those of other machines are taken to be like the smallest here."""
+    return [min(gpus, key=lambda gpu: gpu.free)] * workers if gpus else []
+
+
 def bytes_of_weights(config: LlamaConfig, quantization: Quantization) -> int:
     """As in this module's docstring: the linear layers in their precision, all else in 16 bits."""
     hidden, mlp = config.hidden_size, config.intermediate_size
@@ -212,25 +238,4 @@ def _advice(config: LlamaConfig, context: int, stored: Quantization) -> str:
     return (
         f"take a GPU with {needed / 1e9:.0f} GB free ({narrowest}, one request of {context} tokens), "
         "set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"
-    )
-
-
-def table(found: Plan, context: int) -> str:
-    """For people: a row a choice."""
-    head = ("precision", "weights", "cache", f"requests of {context} tokens", "engine", "")
-    rows = [
-        (
-            "16 bits" if choice.quantization == "none" else choice.quantization,
-            f"{choice.weights / 1e9:.1f} GB",
-            f"{choice.cache / 1e9:.1f} GB",
-            str(choice.requests),
-            choice.engine,
-            choice.refusal or ("what auto takes" if choice is found.auto else ""),
-        )
-        for choice in found.choices
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
     )

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import IO, Any, Self
 
 import httpx
 
-ROOT = Path(__file__).resolve().parent.parent
+from llama import ROOT
+
 _NO_TIMEOUT = httpx.Timeout(None, connect=10)
 
 
@@ -65,23 +67,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class CogServer:
-    """Cog's server as a child process on a free loopback port: a context manager.
-
-    `.cog/openapi_schema.json` must have been written. `output` takes the server's own output.
-    """
+class ChildServer(ABC):
+    """A server as a child process on a loopback port: a context manager. `output` takes what it prints."""
 
     def __init__(
-        self, environment: Mapping[str, str] | None = None, *, output: IO[bytes] | int = subprocess.DEVNULL
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        port: int,
+        output: IO[bytes] | int | None = subprocess.DEVNULL,
     ) -> None:
-        self.port = free_port()
-        self._environment = {**server_environment(self.port), **(environment or {})}
-        self._output = output
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=_NO_TIMEOUT)
+        self.port = port
+        self._command, self._environment, self._output = command, environment, output
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT)
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether it answers. Raises httpx.TransportError while it does not listen, ServerFailed when it
+        never will."""
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            server_command("127.0.0.1"),
+            self._command,
             cwd=ROOT,
             env=self._environment,
             stdin=subprocess.DEVNULL,
@@ -99,16 +106,10 @@ class CogServer:
             self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=30)
-        # The worker is a process of its own in the same group: nothing is left behind.
+        # Workers are processes of their own in the same group: nothing is left behind.
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-    def health(self) -> dict[str, Any]:
-        """The body of `/health-check`; its HTTP status is always 200."""
-        body = self.client.get("/health-check").json()
-        assert isinstance(body, dict)
-        return body
 
     def wait_until_ready(self, timeout: float = 600) -> None:
         """Raises ServerFailed with the setup's own words, or after `timeout` seconds."""
@@ -116,16 +117,37 @@ class CogServer:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerFailed(f"the server ended with exit code {self.process.returncode}")
-            try:
-                health = self.health()
-            except httpx.TransportError:
-                health = {"status": "STARTING"}
-            if health["status"] == "READY":
-                return
-            if health["status"] in ("SETUP_FAILED", "DEFUNCT"):
-                raise ServerFailed(str(health.get("setup", {}).get("logs", "")).strip() or health["status"])
+            with suppress(httpx.TransportError):
+                if self.ready():
+                    return
             time.sleep(0.05)
         raise ServerFailed(f"the server was not ready after {timeout:.0f} s")
+
+
+class CogServer(ChildServer):
+    """Cog's server on a free port. `.cog/openapi_schema.json` must have been written."""
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        *,
+        output: IO[bytes] | int | None = subprocess.DEVNULL,
+    ) -> None:
+        port = free_port()
+        environment = {**server_environment(port), **(environment or {})}
+        super().__init__(server_command("127.0.0.1"), environment, port, output)
+
+    def health(self) -> dict[str, Any]:
+        """The body of `/health-check`; its HTTP status is always 200."""
+        body = self.client.get("/health-check").json()
+        assert isinstance(body, dict)
+        return body
+
+    def ready(self) -> bool:
+        health = self.health()
+        if health["status"] in ("SETUP_FAILED", "DEFUNCT"):
+            raise ServerFailed(str(health.get("setup", {}).get("logs", "")).strip() or health["status"])
+        return bool(health["status"] == "READY")
 
     def stream(self, inputs: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Run a prediction over SSE: the name and data of each event, as they come."""

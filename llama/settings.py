@@ -11,13 +11,8 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field, PositiveInt, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from llama import ROOT
 from llama.errors import BadSettings
-
-ROOT = Path(__file__).resolve().parent.parent
-"""The repository."""
-
-
-MEMORY_FRACTION = 0.9
 
 
 class Settings(BaseSettings):
@@ -35,7 +30,7 @@ class Settings(BaseSettings):
     """A torch device such as `cuda:0` or `cpu`; `auto` takes the first GPU, else the CPU."""
     max_context: Annotated[int, Field(ge=64)] | None = None
     """Tokens of prompt and answer together; None means all that the model and the cache allow."""
-    cache_memory: ByteSize | None = None
+    cache_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     """Memory for keys and values, such as `8GB`; None means what a GPU has free, or half a CPU's memory."""
     prefix_reuse: bool = True
     """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
@@ -45,8 +40,8 @@ class Settings(BaseSettings):
     """Stages of layers, each on GPUs of its own; None means what `tensor_parallel` leaves over."""
     distributed: Literal["auto", "mp", "ray"] = "auto"
     """How vLLM's workers are started: processes of this machine, or Ray over several."""
-    memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Of each GPU's memory that vLLM takes for weights, cache and all else; None means MEMORY_FRACTION."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of each GPU's memory that vLLM takes for weights, cache and all else."""
     cache_dir: Path = Path("~/.cache/llama-cog")
     """Where the embedded model is kept once it has been converted."""
     pull: bool = False

@@ -57,7 +57,7 @@ class VLLMEngine:
         self._thread.start()
         try:
             self._vllm = self._wait_for(_start(arguments))
-        except BaseException as error:
+        except Exception as error:
             self._end_loop()
             raise EngineNotStarted(
                 f"vLLM has not started ({type(error).__name__}: {error}); its own log says why"
@@ -90,8 +90,7 @@ class VLLMEngine:
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
         stream = TokenStream()
-        prompt = tokens_input(list(token_ids))
-        answer = self._answer(prompt, vllm_params(params, self._eos, self._padding), stream)
+        answer = self._answer(tokens_input(list(token_ids)), params, stream)
         with self._lock:
             if not self.healthy:
                 answer.close()
@@ -107,13 +106,14 @@ class VLLMEngine:
         self._wait_for(self._end())
         self._end_loop()
 
-    async def _answer(self, prompt: TokensInput, params: VLLMParams, stream: TokenStream) -> None:
+    async def _answer(self, prompt: TokensInput, params: SamplingParams, stream: TokenStream) -> None:
         """Hand out tokens until there are no more. Being cancelled takes the request out of vLLM."""
         task = asyncio.current_task()
         assert task is not None
         self._answers.add(task)
         try:
-            async for output in self._vllm.generate(prompt, params, str(next(self._ids))):
+            theirs = vllm_params(params, self._eos, self._padding)
+            async for output in self._vllm.generate(prompt, theirs, str(next(self._ids))):
                 self._hand_out(output.outputs[0], stream)
         except asyncio.CancelledError:
             stream.fail(EngineStopped("the engine was stopped; restart the server"))
@@ -160,7 +160,7 @@ class VLLMEngine:
 
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
-    """Inside the loop, which vLLM's engine then belongs to; with the batch sizes of vLLM's own server."""
+    """Inside the loop, which vLLM's engine then belongs to; the usage decides how much it reads in a step."""
     return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
 
 

@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -19,12 +18,12 @@ from llama.checkpoint import Checkpoint
 from llama.errors import BadSettings
 from llama.loader import context_wanted, pick_dtype
 from llama.metrics import SetupTimes
-from llama.plan import Gpu, bytes_per_token, pick
+from llama.plan import Gpu, alike, bytes_per_token, parallel_sizes, pick
 from llama.quantization import Quantization, configured
-from llama.settings import MEMORY_FRACTION, Settings
+from llama.settings import Settings
 
-# Before vLLM is imported, which reads them then: it starts processes by itself, tells nobody of its use,
-# and a container has no hub.
+# Before vLLM is imported, and for its processes: it starts them by itself, tells nobody of its use, and
+# looks for nothing on a hub.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -57,17 +56,18 @@ def start_vllm_engine(
             "LLAMA_DEVICE is for the torch engine; unset it, and name GPUs in CUDA_VISIBLE_DEVICES"
         )
     Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
-    arguments = engine_arguments(folder, config, settings, local_gpus(settings))
+    gpus = local_gpus(settings)
+    arguments = engine_arguments(folder, config, settings, gpus)
     logger.info(
-        "vLLM: %s on %d x %d GPUs", arguments.quantization or arguments.dtype, *parallel_sizes_of(arguments)
+        "vLLM: %s, %d pipeline stages of %d %s",
+        _method(config) or arguments.quantization or arguments.dtype,
+        arguments.pipeline_parallel_size,
+        arguments.tensor_parallel_size,
+        "GPUs" if gpus else "ranks on the CPU",
     )
     with times.part("engine"):
         os.environ.pop("HF_TOKEN", None)  # which Ray would hand to every machine
         return VLLMEngine(arguments, vocabulary=vocabulary, eos_token_ids=eos_token_ids)
-
-
-def parallel_sizes_of(arguments: AsyncEngineArgs) -> tuple[int, int]:
-    return arguments.pipeline_parallel_size, arguments.tensor_parallel_size
 
 
 def local_gpus(settings: Settings) -> list[Gpu]:
@@ -79,9 +79,7 @@ def local_gpus(settings: Settings) -> list[Gpu]:
         return []
     gpus = []
     for index in range(torch.cuda.device_count()):
-        memory = int(
-            current_platform.get_device_total_memory(index) * (settings.memory_fraction or MEMORY_FRACTION)
-        )
+        memory = int(current_platform.get_device_total_memory(index) * settings.memory_fraction)
         capability = current_platform.get_device_capability(index)
         assert capability is not None  # a CUDA device has one
         gpus.append(
@@ -94,15 +92,21 @@ def engine_arguments(
     folder: Path, config: LlamaConfig, settings: Settings, gpus: list[Gpu]
 ) -> AsyncEngineArgs:
     """What vLLM is started with on these GPUs of this machine; none means the CPU."""
-    pipeline, tensor = parallel_sizes(config, settings, len(gpus))
+    pipeline, tensor = parallel_sizes(
+        config, len(gpus), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel
+    )
     workers = pipeline * tensor
     dtype = pick_dtype(settings, config, min((gpu.capability for gpu in gpus), default=None))
-    on_the_cpu: dict[str, Any] = {} if gpus else _for_a_cpu(config, settings, dtype, workers)
+    cache: int | None = settings.cache_memory
+    if not gpus:
+        if "memory_fraction" in settings.model_fields_set:
+            raise BadSettings("LLAMA_MEMORY_FRACTION is for GPUs; set LLAMA_CACHE_MEMORY, or unset it")
+        cache = cache or _cache_on_a_cpu(config, settings, dtype)
     return AsyncEngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
         dtype=str(dtype).removeprefix("torch."),
-        quantization=_quantization(config, settings, _alike(gpus, workers)),
+        quantization=_quantization(config, settings, alike(gpus, workers)),
         # vLLM's word for the FP8 of `weights pack`
         allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
@@ -113,17 +117,14 @@ def engine_arguments(
         max_num_seqs=settings.max_concurrency,
         enable_prefix_caching=settings.prefix_reuse,
         disable_log_stats=True,
-        **{
-            "gpu_memory_utilization": settings.memory_fraction or MEMORY_FRACTION,
-            "kv_cache_memory_bytes": settings.cache_memory and settings.cache_memory // workers,
-            **on_the_cpu,
-        },
+        gpu_memory_utilization=settings.memory_fraction,
+        kv_cache_memory_bytes=None if cache is None else cache // workers,
+        # Compiling for a CPU takes a minute a start.
+        enforce_eager=not gpus,
+        # On a CPU a seeded request whose prompt was read in parts would end vLLM (0.32: torch has no such
+        # generator). None: vLLM's own choice.
+        enable_chunked_prefill=None if gpus else False,
     )
-
-
-def _alike(gpus: list[Gpu], workers: int) -> list[Gpu]:
-    """All workers' cards: those of other machines are taken to be like the smallest here."""
-    return [min(gpus, key=lambda gpu: gpu.free)] * workers if gpus else []
 
 
 def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | type[Executor] | None:
@@ -138,7 +139,7 @@ def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | type[Ex
             f"LLAMA_DISTRIBUTED is mp and {workers} workers have {len(gpus)} GPUs here; set it to ray, or "
             "ask for fewer with LLAMA_TENSOR_PARALLEL and LLAMA_PIPELINE_PARALLEL"
         )
-    if workers > 1:
+    if workers > 1 or settings.distributed != "auto":
         return wanted
     # On a CPU vLLM gives even one worker a process of its own, and the two then wait for each other by
     # yielding their cores all the time: streams stood still for seconds on two cores. A class is left alone.
@@ -149,26 +150,6 @@ def _method(config: LlamaConfig) -> str | None:
     """In what way a checkpoint comes quantized."""
     raw = getattr(config, "quantization_config", None) or {}
     return raw.get("quant_method")
-
-
-def parallel_sizes(config: LlamaConfig, settings: Settings, gpus: int) -> tuple[int, int]:
-    """Pipeline stages and GPUs in each. Unset: all GPUs of this machine, tensor first, as far as the heads
-    divide evenly."""
-    heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-
-    def divides(size: int) -> bool:
-        return heads % size == mlp % size == 0 and 0 in (kv_heads % size, size % kv_heads)
-
-    tensor, pipeline = settings.tensor_parallel, settings.pipeline_parallel
-    if tensor is None:
-        left = max(gpus // (pipeline or 1), 1)
-        tensor = max(size for size in range(1, left + 1) if left % size == 0 and divides(size))
-    elif not divides(tensor):
-        raise BadSettings(
-            f"LLAMA_TENSOR_PARALLEL is {tensor} and the model has {heads} heads over {kv_heads} key/value "
-            f"heads, {mlp} wide in its MLP; set it to a number that divides them"
-        )
-    return pipeline or max(gpus // tensor, 1), tensor
 
 
 def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> str | None:
@@ -196,15 +177,8 @@ def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> s
     return _NAMES[pick(config, gpus, settings.quantization, context=context, stored="none", engine="vllm")]
 
 
-def _for_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype, workers: int) -> dict[str, Any]:
-    """Nothing compiled, which takes a minute a start; a cache for all requests, or half of what is free:
-    vLLM gives it out by blocks, one of them to nobody."""
+def _cache_on_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype) -> int:
+    """Bytes for all requests, or half of what is free. vLLM gives them out by blocks, and keeps one."""
     blocks = settings.max_concurrency * -(-context_wanted(settings, config) // _BLOCK) + 1
     wanted = blocks * _BLOCK * bytes_per_token(config, dtype)
-    budget = settings.cache_memory or min(wanted, int(psutil.virtual_memory().available) // 2)
-    return {
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": budget // workers,
-        # A seeded request whose prompt it read in parts would end it (0.32: torch has no such generator).
-        "enable_chunked_prefill": False,
-    }
+    return min(wanted, int(psutil.virtual_memory().available) // 2)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from llama import ROOT
 from llama.embedded import embedded_folder
 from llama.errors import BadManifest, BadSettings, DamagedWeights, WeightsNotFound
 from llama.form import INDEX, form_fault
 from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
 from llama.part import PACKED, alone, file_sha256
-from llama.settings import ROOT, Settings
+from llama.settings import Settings
 
 if TYPE_CHECKING:
     from llama.download import Source

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from llama import ROOT
+
 SHARED = ROOT.parent / "shared" / "data"
 LLAMA_2_TOKENIZER = SHARED / "llama-2-70b-chat"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import LLAMA_2_TOKENIZER, SHARED, needs_llama_2_tokenizer
 
+from llama import ROOT
 from llama.schema import openapi_schema
-from llama.server import ROOT
 from predict import Predictor
 
 COMMAND = [sys.executable, "-m", "llama"]

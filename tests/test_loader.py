@@ -99,7 +99,7 @@ def logits(model: LlamaForCausalLM) -> Tensor:
 def logits_of_a_step(model: LlamaForCausalLM) -> Tensor:
     """By ours, of the last token."""
     parts = take_apart(model, 128)
-    runner = Runner(parts, KVCache(model.config, CachePlan(2, 128), parts.dtype, CPU))
+    runner = Runner(parts, KVCache(model.config, CachePlan(2, 128), torch.float32, CPU))
     return runner.prefill([Chunk(0, 0, tokens())])[0]
 
 

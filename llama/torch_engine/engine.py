@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
 from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
+from llama.loader import cache_dtype
 from llama.sampling import SamplingParams
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
@@ -75,7 +76,7 @@ class TorchEngine:
             torch.backends.cuda.enable_cudnn_sdp(False)
         parts = take_apart(model, plan.length)
         self._plan, self._device = plan, parts.device
-        self._cache = KVCache(model.config, plan, parts.dtype, parts.device)
+        self._cache = KVCache(model.config, plan, cache_dtype(model.dtype, parts.device), parts.device)
         self._runner = Runner(parts, self._cache)
         self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
         self._scheduler = Scheduler(plan.rows, self._cache, prefix_reuse=self._prefix_reuse)

@@ -59,7 +59,7 @@ class Runner:
         self._all_positions = torch.arange(cache.plan.length, device=parts.device)
         # Of one query a request: in 16 bits on a CPU the fused kernel is the quickest (at 32 requests of 192
         # tokens 1.3 ms a layer, two products 2.9); in float32 and on a GPU two plain products are.
-        fused = parts.device.type == "cpu" and parts.dtype is torch.bfloat16
+        fused = parts.device.type == "cpu" and cache.dtype is torch.bfloat16
         self._attention = self._fused if fused else self._two_products
         self._replay = self._capture() if parts.device.type == "cuda" else self._step
 
@@ -157,7 +157,7 @@ class Runner:
     def _step(self, height: int, length: int) -> Tensor:
         positions = self._positions[:height]
         hidden = self._all_positions[:length] > positions[:, None]
-        bias = torch.zeros_like(hidden, dtype=self._parts.dtype).masked_fill_(hidden, float("-inf"))
+        bias = torch.zeros_like(hidden, dtype=self._cache.dtype).masked_fill_(hidden, float("-inf"))
         attention = self._attention(bias)
         places = self._places(positions)
 
@@ -201,17 +201,19 @@ class Runner:
         x: Tensor = parts.embedding(token_ids).to(parts.dtype)
         for layer, cached in zip(parts.layers, self._cache.layers, strict=True):
             queries, keys_values = self._projected(layer, x, cos, sin)
-            x = x + layer.output(attend(cached, queries, keys_values))
+            x = x + layer.output(attend(cached, queries, keys_values).to(x.dtype))
             x = x + layer.mlp(x)
         return x
 
     def _projected(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [N, heads, D], keys and values [N, 2, KV heads, D], rotated by their positions."""
+        """Queries [N, heads, D], keys and values [N, 2, KV heads, D], rotated by their positions, as the
+        cache holds them."""
         kv_heads = self._kv_heads
         heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self._head_dim)
         turned = _rotated(heads[:, :-kv_heads], cos, sin)
         queries, keys = turned[:, :-kv_heads], turned[:, -kv_heads:]
-        return queries, torch.stack((keys, heads[:, -kv_heads:]), dim=1)
+        keys_values = torch.stack((keys, heads[:, -kv_heads:]), dim=1)
+        return queries.to(self._cache.dtype), keys_values.to(self._cache.dtype)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._parts.head(self._parts.norm(hidden))

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.errors import BadSettings
 from llama.loader import (
-    arithmetic_dtype,
+    cache_dtype,
     context_wanted,
     load_model,
     pick_device,
@@ -41,13 +41,9 @@ def start_engine(
     eos_token_ids: Collection[int],
 ) -> TorchEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
-    for name, without in (
-        ("tensor_parallel", (None, 1)),
-        ("pipeline_parallel", (None, 1)),
-        ("distributed", ("auto",)),
-        ("memory_fraction", (None,)),
-    ):
-        if (value := getattr(settings, name)) not in without:
+    for name in ("tensor_parallel", "pipeline_parallel", "distributed", "memory_fraction"):
+        value = getattr(settings, name)
+        if value not in (Settings.model_fields[name].default, 1):  # 1: of a size, what one device is
             raise BadSettings(f"LLAMA_{name.upper()} is {value}; set LLAMA_ENGINE to vllm, or unset it")
     device = pick_device(settings)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -72,7 +68,7 @@ def plan_for(model: LlamaForCausalLM, settings: Settings) -> CachePlan:
     budget = _free_memory(model.device) if settings.cache_memory is None else settings.cache_memory
     return plan_cache(
         model.config,
-        arithmetic_dtype(model.dtype, model.device),
+        cache_dtype(model.dtype, model.device),
         budget=int(budget),
         context=context_wanted(settings, model.config),
         rows=settings.max_concurrency,
