@@ -42,6 +42,8 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
     parts = take_apart(model, plan.length)
     with torch.inference_mode():
         runner = Runner(parts, KVCache(config, plan, parts.dtype, device))
+        if device.type == "cuda":
+            runner.capture()
         sampler = Sampler(plan.rows, plan.length, config.vocab_size, [], device)
         steps = {height: _step(runner, sampler, height, device) for height in _HEIGHTS}
         prefill = _prefill(runner, device)
@@ -54,7 +56,6 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
         "bytes_of_weights_planned": bytes_of_weights(config, quantization),
         "bytes_of_cache": plan.rows * plan.length * per_token,
         "bytes_used_at_most": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "graphs": runner.captured,
         "decode": {
             height: {
                 "seconds": steps[height],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama.errors import EngineNotStarted
 from llama.loader import has_matrix_units
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
@@ -232,3 +233,8 @@ def test_weights_beyond_float16_are_not_bent() -> None:
     ids = random_ids(20)
     exact = copy.deepcopy(model).float()(ids[None]).logits[0, -1]
     assert (make_runner(model).prefill([Chunk(0, 0, ids)])[0] - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_step_that_cannot_be_captured_is_an_error_and_not_a_slower_step() -> None:
+    with pytest.raises(EngineNotStarted, match="^E3010 EngineNotStarted: .*Expected a cuda device"):
+        make_runner(make_model()).capture()

@@ -70,7 +70,6 @@ class TorchEngine:
 
     def _set_up(self, model: LlamaForCausalLM, plan: CachePlan) -> None:
         if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # of this thread: graphs are captured on the current one
             # On Hopper torch prefers cuDNN, which plans anew for every length of a prompt.
             torch.backends.cuda.enable_cudnn_sdp(False)
         parts = take_apart(model, plan.length)
@@ -79,7 +78,9 @@ class TorchEngine:
         self._runner = Runner(parts, self._cache)
         self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
         self._scheduler = Scheduler(plan.rows, self._cache, prefix_reuse=self._prefix_reuse)
-        if parts.device.type == "cuda":  # memory that is not enough shows now, and not in somebody's answer
+        if parts.device.type == "cuda":
+            self._runner.capture()
+            # Memory that is not enough shows now, and not in somebody's answer.
             most = min(_MOST_A_TURN["cuda"], plan.length)
             self._runner.prefill([Chunk(0, plan.length - most, self._tensor([0] * most))])
 

@@ -37,7 +37,8 @@ class StepGraphs:
     """A step, captured at every height and length; call it with any."""
 
     def __init__(self, step: Step, rows: int, context: int) -> None:
-        """Takes about a tenth of a second a graph. Raises RuntimeError when the step cannot be captured."""
+        """Takes about a tenth of a second a graph. After an error torch is not fit to compute any more: it
+        ends neither the capture's hold on the allocator nor its stream."""
         self._heights, self._lengths = heights(rows), lengths(context)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
