@@ -29,7 +29,8 @@ from llama.quantization import Quantization
 from llama.sampling import SamplingParams
 from llama.server import ROOT
 from llama.torch_engine.engine import TorchEngine
-from llama.torch_engine.kv_cache import CachePlan
+from llama.torch_engine.kv_cache import CachePlan, KVCache
+from llama.torch_engine.layers import Parts, take_apart
 
 
 def main() -> None:
@@ -131,9 +132,11 @@ def _answers(model: LlamaForCausalLM) -> list[list[int]]:
 
 
 def _engine(model: LlamaForCausalLM, plan: CachePlan) -> TorchEngine:
-    return TorchEngine(
-        lambda: (model, plan), vocabulary=model.config.vocab_size, eos_token_ids=[], prefix_reuse=False
-    )
+    def load() -> tuple[Parts, KVCache]:
+        parts = take_apart(model, plan.length)
+        return parts, KVCache(model.config, plan, parts.dtype, parts.device)
+
+    return TorchEngine(load, vocabulary=model.config.vocab_size, eos_token_ids=[], prefix_reuse=False)
 
 
 def _generator(seed: int) -> torch.Generator:

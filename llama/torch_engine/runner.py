@@ -60,6 +60,9 @@ class Runner:
         fused = parts.device.type == "cpu" and parts.dtype is torch.bfloat16
         self._attention = self._fused if fused else self._two_products
         self._replay: Step = self._step
+        if parts.device.type == "cuda":
+            # On Hopper torch prefers cuDNN, which plans anew for every length of a prompt.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
