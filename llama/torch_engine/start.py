@@ -92,7 +92,7 @@ def _free_memory(parts: Parts, config: LlamaConfig) -> int:
         gc.collect()  # a runner refers to itself
         torch.cuda.empty_cache()  # what loading has left there is free, and not seen to be
         free, _ = torch.cuda.mem_get_info(parts.device)
-        return max(int(free) - RESERVE, 0)
+        return max(int(free) - RESERVE["torch"], 0)
     return int(psutil.virtual_memory().available) // 2
 
 
