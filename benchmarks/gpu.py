@@ -102,6 +102,7 @@ def _describe(device: torch.device) -> dict[str, Any]:
         "memory": properties.total_memory,
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 
