@@ -53,8 +53,9 @@ def main() -> None:
     _write(results, arguments.results)
     print(json.dumps(results))
     failed = [name for name, row in results["precisions"].items() if "error" in row]
-    if failed or not results["tokens"]["equal"]:
-        sys.exit(f"failed: {', '.join(failed) or 'tokens differ'}")
+    failed += results["tokens"]["different"]
+    if failed:
+        sys.exit("\n".join(["failed:", *failed]))
 
 
 def _write(results: dict[str, Any], path: Path) -> None:
@@ -114,8 +115,17 @@ def check_tokens(device: torch.device) -> dict[str, Any]:
         torch.manual_seed(0)
         model = LlamaForCausalLM(SMALL).float().eval().requires_grad_(False).to(place)
         answers.append(_answers(model))
-    same = sum(a == b for a, b in zip(*answers, strict=True))
-    return {"requests": len(answers[0]), "same": same, "equal": same == len(answers[0])}
+    return {"requests": len(answers[0]), "different": list(_differences(*answers))}
+
+
+def _differences(right: list[list[int]], answers: list[list[int]]) -> Iterator[str]:
+    for index, (wanted, got) in enumerate(zip(right, answers, strict=True)):
+        if wanted != got:
+            at = next(i for i, pair in enumerate(zip(wanted, got, strict=True)) if len(set(pair)) == 2)
+            yield (
+                f"request {index} ({'sampled' if index % 2 else 'greedy'}) from token {at} on: "
+                f"{got[at:]}, on the CPU {wanted[at:]}"
+            )
 
 
 def _answers(model: LlamaForCausalLM) -> list[list[int]]:
