@@ -10,7 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+GPU_VENV := .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
 IMAGE_PYTHON := 3.12
+IMAGE_CUDA := 12.8
 IMAGE_PLATFORM := x86_64-manylinux_2_35
 
 .PHONY: help install predict serve test test-vllm check check-images bench bench-gpu clean
@@ -62,8 +65,15 @@ $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
 	$(BIN)/pip install --quiet -r requirements-bench.txt
 	@touch $@
 
-bench-gpu: $(VENV)/.bench ## check and measure a random 70B on this machine's GPU
-	$(BIN)/python -m benchmarks.gpu
+bench-gpu: $(GPU_VENV)/.installed ## check and measure a random 70B on this machine's GPU
+	$(GPU_BIN)/python -m benchmarks.gpu
+
+# The image's pins, torch built for its CUDA (from the index that Cog names), and Cog's server itself.
+$(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_BIN)/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA)) \
+		-r requirements-gpu.txt -r requirements-bench.txt $$(grep '^cog' requirements.txt)
+	@touch $@
 
 clean: ## remove what was made
-	rm -rf $(VENV) $(VLLM_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,6 @@ from transformers import LlamaConfig
 
 from benchmarks.gpu_model import write_packed
 from llama import ROOT
-from llama.loader import arithmetic_dtype
 from llama.plan import bytes_of_weights, bytes_per_token
 from llama.quantization import Quantization
 from llama.schema import write_schema
@@ -47,7 +46,7 @@ def serve_packed(config: LlamaConfig, folder: Path, device: torch.device) -> dic
         output.seek(0)
         log = output.read().decode(errors="replace")
     context, requests = map(int, re.search(r"context (\d+) tokens, (\d+) requests", log).groups())  # type: ignore[union-attr]
-    per_token = bytes_per_token(config, arithmetic_dtype(torch.bfloat16, device))
+    per_token = bytes_per_token(config, torch.bfloat16)
     planned = bytes_of_weights(config, _QUANTIZATION) + requests * context * per_token
     return {
         "quantization": _QUANTIZATION,

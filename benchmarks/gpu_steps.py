@@ -13,19 +13,22 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_model import random_model
-from llama.loader import arithmetic_dtype
 from llama.plan import bytes_of_weights, bytes_per_token
 from llama.quantization import Quantization
+from llama.sampling import SamplingParams
+from llama.schema import input_defaults
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
 from llama.torch_engine.runner import Chunk, Runner
 from llama.torch_engine.sampler import Sampler
+from predict import Predictor
 
 _HEIGHTS = (1, 4, 8, 16, 32)
 _PROMPT, _NEW = 512, 64
 _CONTEXT = _PROMPT + 2 * _NEW
 _ROWS = 32
 _CHUNK = 256
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 def measure(config: LlamaConfig, quantization: Quantization, device: torch.device) -> dict[str, Any]:
@@ -34,17 +37,24 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
     bandwidth = copy_bandwidth(device)
     model = random_model(config, quantization, device)
     built = time.perf_counter() - started
-    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    # With the scales of NF4 and int8, which are neither parameters nor buffers.
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     embedding = model.get_input_embeddings().weight.nbytes
     generate = {height: _generate(model, height, device) for height in (1, 32)}
-    per_token = bytes_per_token(config, arithmetic_dtype(torch.bfloat16, device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the peer's
+    published = SamplingParams.from_inputs(input_defaults(Predictor.run)).with_seed()
     plan = CachePlan(_ROWS, _CONTEXT)
     parts = take_apart(model, plan.length)
     with torch.inference_mode():
-        runner = Runner(parts, KVCache(config, plan, parts.dtype, device))
+        runner = Runner(parts, KVCache(config, plan, parts.cache_dtype, device))
+        if device.type == "cuda":
+            runner.capture()
         sampler = Sampler(plan.rows, plan.length, config.vocab_size, [], device)
-        steps = {height: _step(runner, sampler, height, device) for height in _HEIGHTS}
+        steps = {height: _step(runner, sampler, height, _GREEDY, device) for height in _HEIGHTS}
+        sampled = {height: _step(runner, sampler, height, published, device) for height in _HEIGHTS}
         prefill = _prefill(runner, device)
+    per_token = bytes_per_token(config, parts.cache_dtype)
     # One row of the embedding is read a request.
     floors = {height: (weights - embedding + height * _PROMPT * per_token) / bandwidth for height in _HEIGHTS}
     return {
@@ -54,10 +64,10 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
         "bytes_of_weights_planned": bytes_of_weights(config, quantization),
         "bytes_of_cache": plan.rows * plan.length * per_token,
         "bytes_used_at_most": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "graphs": runner.captured,
         "decode": {
             height: {
                 "seconds": steps[height],
+                "seconds_sampled": sampled[height],
                 "floor": floors[height],
                 "floor_over_measured": floors[height] / steps[height],
                 "tokens_per_second": height / steps[height],
@@ -66,7 +76,7 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
         },
         "prefill_tokens_per_second": prefill,
         "generate_tokens_per_second": generate,
-        "over_generate_at_1": 1 / steps[1] / generate[1],
+        "over_generate_at_1": 1 / steps[1] / generate[1] if generate[1] else None,
         "throughput_32_over_1": 32 * steps[1] / steps[32],
     }
 
@@ -79,9 +89,13 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
-def _step(runner: Runner, sampler: Sampler, height: int, device: torch.device) -> float:
-    """Seconds of a decode step of `height` greedy requests that have _PROMPT tokens and get some more."""
+def _step(
+    runner: Runner, sampler: Sampler, height: int, params: SamplingParams, device: torch.device
+) -> float:
+    """Seconds of a decode step of `height` requests that have _PROMPT tokens and get some more."""
+    prompt = torch.randint(3, 1000, (_PROMPT,), device=device)
     for row in range(height):
+        sampler.add(row, prompt, params)
         runner.place(row, _PROMPT)
 
     def step() -> list[int]:
@@ -102,8 +116,9 @@ def _prefill(runner: Runner, device: torch.device) -> float:
     return _PROMPT / _seconds(read, device)
 
 
-def _generate(model: LlamaForCausalLM, height: int, device: torch.device) -> float:
-    """Tokens per second of transformers' own decoding: the difference of two lengths, so without prefill."""
+def _generate(model: LlamaForCausalLM, height: int, device: torch.device) -> float | None:
+    """Tokens per second of transformers' own decoding: the difference of two lengths, so without prefill.
+    None where it runs out of memory."""
     prompts = torch.randint(3, 1000, (height, _PROMPT), device=device)
 
     def seconds(new_tokens: int) -> float:
@@ -115,9 +130,12 @@ def _generate(model: LlamaForCausalLM, height: int, device: torch.device) -> flo
         _wait(device)
         return time.perf_counter() - started
 
-    with torch.inference_mode():
-        seconds(2)
-        return height * 16 / max(seconds(18) - seconds(2), 1e-9)
+    try:
+        with torch.inference_mode():
+            seconds(2)
+            return height * 16 / max(seconds(18) - seconds(2), 1e-9)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:

@@ -177,6 +177,6 @@ class DamagedWeights(WeightsError):
 
 
 class EngineNotStarted(WeightsError):
-    """An engine that is not ours did not start with these weights and settings."""
+    """An engine did not start with these weights and settings."""
 
     code = "E3010"

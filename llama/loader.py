@@ -156,20 +156,11 @@ def has_quick_bfloat16() -> bool:
     0.4 and 1.4 on a Xeon with AMX, 2.1 and 1.4 there without it, 1.1 and 2.2 on an EPYC."""
     can = torch.cpu.get_capabilities()
     amd = str(can.get("cpu_name")).startswith("AMD")
-    return bool(torch._C._has_mkldnn and (_has_matrix_units() or (amd and can.get("avx512_bf16"))))
+    return bool(torch._C._has_mkldnn and (has_matrix_units() or (amd and can.get("avx512_bf16"))))
 
 
-def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys and values are held in, and attention computed in, for weights held in `dtype`. Of one query
-    a request, 32 requests of 192 tokens, a layer of the benchmark takes, in ms, in bfloat16 and in float32:
-    1.3 and 2.9 on a Xeon with AMX, 5.0 and 2.2 on an EPYC."""
-    if device.type == "cpu" and not _has_matrix_units():
-        return torch.float32
-    return arithmetic_dtype(dtype, device)
-
-
-def _has_matrix_units() -> bool:
-    """AMX."""
+def has_matrix_units() -> bool:
+    """AMX, for bfloat16."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 

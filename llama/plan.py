@@ -26,8 +26,9 @@ from llama.quantization import Quantization, bytes_of_weight
 ENOUGH_REQUESTS = 8
 """At full context: what a precision must leave room for, for `auto` to take it over a narrower one."""
 
-RESERVE = 2 * 2**30
-"""Bytes of a GPU that neither weights nor cache may have: activations, graphs, workspaces, the driver's."""
+RESERVE = {"torch": 3 * 2**30, "vllm": 2 * 2**30}
+"""Bytes of a GPU that neither weights nor cache may have, by engine: activations, graphs, workspaces.
+Guesses until `make bench-gpu` has run; vLLM leaves a tenth of each card free besides."""
 
 LLAMA_2_70B = LlamaConfig(
     vocab_size=32000,
@@ -194,7 +195,7 @@ def _choice(
 ) -> Choice:
     weights = bytes_of_weights(config, quantization)
     # Layers are divided evenly: the smallest card bounds them all.
-    room = len(gpus) * max(min(gpu.free for gpu in gpus) - RESERVE, 0)
+    room = len(gpus) * max(min(gpu.free for gpu in gpus) - RESERVE[engine], 0)
     cache = max(room - weights, 0)
     requests = cache // (context * bytes_per_token(config, torch.bfloat16))
     return Choice(
@@ -234,7 +235,8 @@ def _listed(table: Plan) -> str:
 
 def _advice(config: LlamaConfig, context: int, stored: Quantization) -> str:
     narrowest = stored if stored != "none" else "nf4"
-    needed = bytes_of_weights(config, narrowest) + context * bytes_per_token(config, torch.bfloat16) + RESERVE
+    cache = context * bytes_per_token(config, torch.bfloat16)
+    needed = bytes_of_weights(config, narrowest) + cache + RESERVE["torch"]
     return (
         f"take a GPU with {needed / 1e9:.0f} GB free ({narrowest}, one request of {context} tokens), "
         "set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"

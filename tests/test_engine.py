@@ -17,7 +17,8 @@ from llama.engine import TokenStream
 from llama.errors import EngineStopped, GenerationFailed
 from llama.sampling import SamplingParams
 from llama.torch_engine.engine import TorchEngine
-from llama.torch_engine.kv_cache import CachePlan
+from llama.torch_engine.kv_cache import CachePlan, KVCache
+from llama.torch_engine.layers import Parts, take_apart
 
 EOS = 2
 LENGTH = 512
@@ -56,8 +57,13 @@ def running(
     taken = copy.deepcopy(model)  # an engine takes its model apart
     if head is not None:
         head.inner, taken.lm_head = taken.lm_head, head
+
+    def load() -> tuple[Parts, KVCache]:
+        parts = take_apart(taken, LENGTH)
+        return parts, KVCache(model.config, CachePlan(rows, LENGTH), parts.cache_dtype, parts.device)
+
     engine = TorchEngine(
-        lambda: (taken, CachePlan(rows, LENGTH)),
+        load,
         vocabulary=model.config.vocab_size,
         eos_token_ids=eos,
         prefix_reuse=prefix_reuse,

@@ -137,6 +137,10 @@ def test_the_pins_of_an_image_are_resolved_for_the_python_that_it_has(name: str)
     assert f"$(IMAGE_PLATFORM) {build['python_requirements']} " in makefile
 
 
+def test_the_gpu_benchmark_has_torch_for_the_cuda_of_the_image() -> None:
+    assert f"IMAGE_CUDA := {cog_yaml()['build']['cuda']}\n" in (ROOT / "Makefile").read_text("utf-8")
+
+
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text("utf-8").splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r")))

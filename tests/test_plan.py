@@ -75,12 +75,12 @@ def test_planned_bytes_are_those_that_a_model_has(quantization: str, tied: bool)
         # requests at once in 16 bits, FP8, int8 and NF4; None: does not fit
         (gpus(24), (None, None, None, None), None),
         (gpus(40), (None, None, None, None), None),
-        (gpus(48), (None, None, None, 4), "nf4"),
-        (gpus(80), (None, 6, 6, 28), "nf4"),
-        (gpus(85), (None, 9, 9, 32), "fp8"),
-        (gpus(85, capability=AMPERE), (None, None, 9, 32), "int8"),
-        (gpus(141), (None, 51, 51, 73), "fp8"),
-        (gpus(192), (38, 89, 89, 111), "none"),
+        (gpus(48), (None, None, None, 3), "nf4"),
+        (gpus(80), (None, 5, 5, 27), "nf4"),
+        (gpus(85), (None, 9, 9, 31), "fp8"),
+        (gpus(85, capability=AMPERE), (None, None, 9, 31), "int8"),
+        (gpus(141), (None, 50, 50, 73), "fp8"),
+        (gpus(192), (37, 88, 88, 111), "none"),
         (gpus(24, 24), (None, None, None, None), None),
         (gpus(48, 48), (None, 16, None, None), "fp8"),
         (gpus(80, 80), (13, 64, None, None), "none"),
@@ -90,7 +90,7 @@ def test_planned_bytes_are_those_that_a_model_has(quantization: str, tied: bool)
         (gpus(80, 48), (None, 16, None, None), "fp8"),
         (gpus(*[141] * 8), (724, 775, None, None), "none"),
         (gpus(80, capability=PASCAL), (None, None, None, None), None),
-        (gpus(48, capability=TURING), (None, None, None, 4), "nf4"),
+        (gpus(48, capability=TURING), (None, None, None, 3), "nf4"),
     ],
 )
 def test_the_70b_on_every_kind_of_machine(
@@ -105,12 +105,12 @@ def test_the_70b_on_every_kind_of_machine(
 
 def test_weights_cache_and_reserve_are_what_the_card_has() -> None:
     (*_, nf4) = plan(LLAMA_2_70B, gpus(80), context=CONTEXT).choices
-    assert nf4.weights + nf4.cache + RESERVE == 80 * 10**9
+    assert nf4.weights + nf4.cache + RESERVE["torch"] == 80 * 10**9
 
 
 def test_a_shorter_context_leaves_room_for_more_requests() -> None:
     (*_, nf4) = plan(LLAMA_2_70B, gpus(48), context=1024).choices
-    assert nf4.requests == 18
+    assert nf4.requests == 15
 
 
 def test_a_checkpoint_stays_as_it_is_stored() -> None:
@@ -123,11 +123,11 @@ def test_a_checkpoint_stays_as_it_is_stored() -> None:
 @pytest.mark.parametrize(
     ("card", "wanted", "stored", "words"),
     [
-        (gpus(24), "auto", "none", "nothing fits: .*take a GPU with 43 GB free .nf4"),
+        (gpus(24), "auto", "none", "nothing fits: .*take a GPU with 44 GB free .nf4"),
         (gpus(48), "int8", "none", "int8 on a GPU of 48 GB: needs 69.5 GB .*; set LLAMA_QUANTIZATION to nf4"),
         (gpus(80, capability=AMPERE), "fp8", "none", "needs compute capability 8.9 and has 8.0"),
         (gpus(80), "none", "none", "set LLAMA_QUANTIZATION to fp8 or int8 or nf4"),
-        (gpus(48), "auto", "int8", "take a GPU with 73 GB free .int8"),
+        (gpus(48), "auto", "int8", "take a GPU with 74 GB free .int8"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(
@@ -189,5 +189,5 @@ def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
 def test_the_table_has_a_row_a_choice() -> None:
     lines = table(plan(LLAMA_2_70B, gpus(80), context=CONTEXT), CONTEXT).splitlines()
     assert [line.split()[0] for line in lines] == ["precision", "16", "fp8", "int8", "nf4"]
-    assert "needs 138.0 GB for weights and has 77.9" in lines[1]
+    assert "needs 138.0 GB for weights and has 76.8" in lines[1]
     assert lines[4].endswith("torch   what auto takes")

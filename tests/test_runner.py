@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama.loader import cache_dtype, has_quick_bfloat16
+from llama.errors import EngineNotStarted
+from llama.loader import has_quick_bfloat16
+from llama.torch_engine.graphs import doubling
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
 from llama.torch_engine.runner import Chunk, Runner
@@ -66,7 +68,7 @@ def make_runner(
 ) -> Runner:
     """`cached`: of keys and values; by default what this machine takes."""
     parts = take_apart(copy.deepcopy(model), length)
-    cached = cached or cache_dtype(model.dtype, parts.device)
+    cached = cached or parts.cache_dtype
     return Runner(parts, KVCache(model.config, CachePlan(rows, length), cached, parts.device))
 
 
@@ -244,3 +246,23 @@ def test_weights_beyond_float16_are_not_bent() -> None:
     ids = random_ids(20)
     exact = copy.deepcopy(model).float()(ids[None]).logits[0, -1]
     assert (make_runner(model).prefill([Chunk(0, 0, ids)])[0] - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "sizes"),
+    [
+        (1, 32, [1, 2, 4, 8, 16, 32]),
+        (1, 9, [1, 2, 4, 8, 9]),
+        (1, 1, [1]),
+        (256, 4096, [256, 512, 1024, 2048, 4096]),
+        (256, 640, [256, 512, 640]),
+        (256, 100, [100]),
+    ],
+)
+def test_captured_sizes_double_up_to_the_largest(first: int, last: int, sizes: list[int]) -> None:
+    assert doubling(first, last) == sizes
+
+
+def test_a_step_that_cannot_be_captured_is_an_error_and_not_a_slower_step() -> None:
+    with pytest.raises(EngineNotStarted, match="^E3010 EngineNotStarted: .*Expected a cuda device"):
+        make_runner(make_model()).capture()

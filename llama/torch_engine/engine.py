@@ -17,14 +17,12 @@ from queue import Empty, SimpleQueue
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
 from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
-from llama.loader import cache_dtype
 from llama.sampling import SamplingParams
-from llama.torch_engine.kv_cache import CachePlan, KVCache
-from llama.torch_engine.layers import take_apart
+from llama.torch_engine.kv_cache import KVCache
+from llama.torch_engine.layers import Parts
 from llama.torch_engine.runner import Chunk, Runner
 from llama.torch_engine.sampler import UNUSABLE, Sampler
 from llama.torch_engine.scheduler import Scheduler, Sequence
@@ -34,7 +32,7 @@ logger = logging.getLogger(__name__)
 # Prompt tokens a turn, so that nobody's stream stands still for more than about two decode steps: a
 # share for each prompt that waits, which grows with the step's own length, and a bound on the whole.
 _SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
-_MOST_A_TURN = {"cuda": 1024, "cpu": 512}
+MOST_A_TURN = {"cuda": 1024, "cpu": 512}
 _REPORT_EVERY = 60.0  # seconds
 
 
@@ -43,14 +41,14 @@ class TorchEngine:
 
     def __init__(
         self,
-        load: Callable[[], tuple[LlamaForCausalLM, CachePlan]],
+        load: Callable[[], tuple[Parts, KVCache]],
         *,
         vocabulary: int,
         eos_token_ids: Collection[int],
         prefix_reuse: bool,
     ) -> None:
-        """Waits until the model is loaded; raises what `load` raises. The model is taken apart: it is not
-        usable afterwards. `vocabulary`: ids below this are tokens; a checkpoint may pad its table.
+        """Waits until the model is loaded; raises what `load` raises. `vocabulary`: ids below this are
+        tokens; a checkpoint may pad its table.
 
         `load` runs on the engine's thread. OpenMP gives every thread that computes a crew of its own, and
         once there are more workers than cores they stop to wait for each other's turn (measured on two
@@ -69,19 +67,16 @@ class TorchEngine:
         self._thread.start()
         ready.result()
 
-    def _set_up(self, model: LlamaForCausalLM, plan: CachePlan) -> None:
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # of this thread: graphs are captured on the current one
-            # On Hopper torch prefers cuDNN, which plans anew for every length of a prompt.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        parts = take_apart(model, plan.length)
-        self._plan, self._device = plan, parts.device
-        self._cache = KVCache(model.config, plan, cache_dtype(model.dtype, parts.device), parts.device)
-        self._runner = Runner(parts, self._cache)
+    def _set_up(self, parts: Parts, cache: KVCache) -> None:
+        plan = cache.plan
+        self._plan, self._device, self._cache = plan, parts.device, cache
+        self._runner = Runner(parts, cache)
         self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
-        self._scheduler = Scheduler(plan.rows, self._cache, prefix_reuse=self._prefix_reuse)
-        if parts.device.type == "cuda":  # memory that is not enough shows now, and not in somebody's answer
-            most = min(_MOST_A_TURN["cuda"], plan.length)
+        self._scheduler = Scheduler(plan.rows, cache, prefix_reuse=self._prefix_reuse)
+        if parts.device.type == "cuda":
+            self._runner.capture()
+            # Memory that is not enough shows now, and not in somebody's answer.
+            most = min(MOST_A_TURN["cuda"], plan.length)
             self._runner.prefill([Chunk(0, plan.length - most, self._tensor([0] * most))])
 
     @property
@@ -116,7 +111,7 @@ class TorchEngine:
         self._arrivals.put(None)
         self._thread.join()
 
-    def _run(self, load: Callable[[], tuple[LlamaForCausalLM, CachePlan]], ready: Future[None]) -> None:
+    def _run(self, load: Callable[[], tuple[Parts, KVCache]], ready: Future[None]) -> None:
         try:
             self._set_up(*load())
         except torch.OutOfMemoryError as error:
@@ -207,9 +202,9 @@ class TorchEngine:
     def _prefill_budget(self) -> int:
         decoding, device = self._scheduler.decoding, self._device.type
         if not decoding:
-            return _MOST_A_TURN[device]
+            return MOST_A_TURN[device]
         base, a_stream = _SHARE[device]
-        return min((base + a_stream * decoding) * (1 + self._scheduler.waiting), _MOST_A_TURN[device])
+        return min((base + a_stream * decoding) * (1 + self._scheduler.waiting), MOST_A_TURN[device])
 
     def _decode(self) -> None:
         running = self._scheduler.running

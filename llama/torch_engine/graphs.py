@@ -20,16 +20,14 @@ Step = Callable[[int, int], Tensor]
 _SHORTEST = 256
 
 
-def heights(rows: int) -> list[int]:
-    """Batch sizes that are captured: a smaller batch is filled up to the next."""
-    return sorted({min(n, rows) for n in (1, 2, 4, *range(8, rows + 8, 8))})
+def doubling(first: int, last: int) -> list[int]:
+    """Sizes that are captured, up to `last`: a smaller one is filled up to the next.
 
-
-def lengths(context: int) -> list[int]:
-    """Lengths of the cache that are captured, doubling up to the context."""
-    result = [min(_SHORTEST, context)]
-    while result[-1] < context:
-        result.append(min(2 * result[-1], context))
+    30 graphs for the 70B with 32 rows; lengths by 512 from 1,024 on would be 54, at the cache's expense.
+    """
+    result = [min(first, last)]
+    while result[-1] < last:
+        result.append(min(2 * result[-1], last))
     return result
 
 
@@ -37,8 +35,9 @@ class StepGraphs:
     """A step, captured at every height and length; call it with any."""
 
     def __init__(self, step: Step, rows: int, context: int) -> None:
-        """Takes about a tenth of a second a graph. Raises RuntimeError when the step cannot be captured."""
-        self._heights, self._lengths = heights(rows), lengths(context)
+        """Takes about a tenth of a second a graph. After an error torch is not fit to compute any more: it
+        ends neither the capture's hold on the allocator nor its stream."""
+        self._heights, self._lengths = doubling(1, rows), doubling(_SHORTEST, context)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others find their memory in its pool.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llama.loader import arithmetic_dtype
+from llama.loader import arithmetic_dtype, has_matrix_units
 from llama.torch_engine.linears import joined, packed
 
 
@@ -64,6 +64,13 @@ class Parts:
     device: torch.device
     scale: float
     """Of attention scores."""
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What keys and values are held in, and attention computed in. Of one query a request, 32 requests
+        of 192 tokens, a layer of the benchmark takes in bfloat16 and in float32 1.3 and 2.9 ms on a Xeon with
+        AMX, 5.0 and 2.2 ms on an EPYC."""
+        return self.dtype if self.device.type == "cuda" or has_matrix_units() else torch.float32
 
 
 @torch.inference_mode()

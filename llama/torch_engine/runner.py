@@ -7,7 +7,6 @@ the tests is `model(ids).logits`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.errors import EngineNotStarted
 from llama.torch_engine.graphs import Step, StepGraphs
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import Layer, Parts
-
-logger = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A layer's cache, queries [N, heads, D], keys and values [N, 2, KV heads, D] to [N, heads x D]."""
@@ -61,12 +59,10 @@ class Runner:
         # tokens 1.3 ms a layer, two products 2.9); in float32 and on a GPU two plain products are.
         fused = parts.device.type == "cpu" and cache.dtype is torch.bfloat16
         self._attention = self._fused if fused else self._two_products
-        self._replay = self._capture() if parts.device.type == "cuda" else self._step
-
-    @property
-    def captured(self) -> bool:
-        """Whether decode steps are replayed from CUDA graphs."""
-        return isinstance(self._replay, StepGraphs)
+        self._replay: Step = self._step
+        if parts.device.type == "cuda":
+            # On Hopper torch prefers cuDNN, which plans anew for every length of a prompt.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -145,14 +141,21 @@ class Runner:
         self._positions[row] = self._nowhere
 
     @torch.inference_mode()
-    def _capture(self) -> Step:
+    def capture(self) -> None:
+        """Replay decode steps from CUDA graphs from now on. Raises EngineNotStarted and OutOfMemoryError."""
         try:
-            return StepGraphs(self._step, self._cache.plan.rows, self._cache.plan.length)
-        except torch.OutOfMemoryError:
-            raise  # a RuntimeError too, and no reason to serve slowly
-        except RuntimeError as error:  # a layer that asks the host, such as int8 with outliers
-            logger.warning("decoding without CUDA graphs, which is slower: %s", error)
-            return self._step
+            torch.cuda.set_device(self._parts.device)  # this thread's: graphs are captured there
+            self._replay = StepGraphs(self._step, self._cache.plan.rows, self._cache.plan.length)
+        except Exception as error:
+            # What goes wrong within a capture ends in an error of the capture itself: the first says why.
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            # No step without graphs instead: torch's allocator and stream are left as in the capture.
+            raise EngineNotStarted(
+                f"a step cannot be captured as a CUDA graph ({cause}); set another LLAMA_QUANTIZATION, or "
+                "LLAMA_ENGINE to vllm"
+            ) from error
 
     def _step(self, height: int, length: int) -> Tensor:
         positions = self._positions[:height]

@@ -5,17 +5,17 @@ Knows settings and memory; knows nothing of requests.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from llama.errors import BadSettings
 from llama.loader import (
-    cache_dtype,
     context_wanted,
     load_model,
     pick_device,
@@ -25,8 +25,10 @@ from llama.loader import (
 from llama.metrics import SetupTimes
 from llama.plan import RESERVE
 from llama.settings import Settings
-from llama.torch_engine.engine import TorchEngine
-from llama.torch_engine.kv_cache import CachePlan, plan_cache
+from llama.torch_engine.engine import MOST_A_TURN, TorchEngine
+from llama.torch_engine.kv_cache import CachePlan, KVCache, plan_cache
+from llama.torch_engine.layers import Parts, take_apart
+from llama.torch_engine.runner import Chunk, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +53,14 @@ def start_engine(
     quantization = pick_quantization(settings, device, config)
     precision = str(dtype).removeprefix("torch.") if quantization == "none" else quantization
 
-    def load() -> tuple[LlamaForCausalLM, CachePlan]:
+    def load() -> tuple[Parts, KVCache]:
         with times.part("weights"):
             model = load_model(folder, config, dtype, device, quantization)
         logger.info("loaded %s: %s on %s", folder.name, precision, device)
-        return model, plan_for(model, settings)
+        parts = take_apart(model, context_wanted(settings, config))
+        del model  # what was joined or packed is there once
+        plan = plan_for(parts, config, settings)
+        return parts, KVCache(config, plan, parts.cache_dtype, parts.device)
 
     with times.part("engine"):
         return TorchEngine(
@@ -63,23 +68,34 @@ def start_engine(
         )
 
 
-def plan_for(model: LlamaForCausalLM, settings: Settings) -> CachePlan:
-    """The cache that fits beside a loaded model. Raises DoesNotFit."""
-    budget = _free_memory(model.device) if settings.cache_memory is None else settings.cache_memory
+def plan_for(parts: Parts, config: LlamaConfig, settings: Settings) -> CachePlan:
+    """The cache that fits beside a model that is taken apart. Raises DoesNotFit."""
+    budget = _free_memory(parts, config) if settings.cache_memory is None else settings.cache_memory
     return plan_cache(
-        model.config,
-        cache_dtype(model.dtype, model.device),
+        config,
+        parts.cache_dtype,
         budget=int(budget),
-        context=context_wanted(settings, model.config),
+        context=context_wanted(settings, config),
         rows=settings.max_concurrency,
     )
 
 
-def _free_memory(device: torch.device) -> int:
+def _free_memory(parts: Parts, config: LlamaConfig) -> int:
     """Bytes that the cache may take: on a GPU what is free but a reserve; on a CPU, which others use
     too, half of what is available."""
-    if device.type == "cuda":
+    if parts.device.type == "cuda":
+        _run_once(parts, config)
+        gc.collect()  # a runner refers to itself
         torch.cuda.empty_cache()  # what loading has left there is free, and not seen to be
-        free, _ = torch.cuda.mem_get_info(device)
-        return max(int(free) - RESERVE, 0)
+        free, _ = torch.cuda.mem_get_info(parts.device)
+        return max(int(free) - RESERVE["torch"], 0)
     return int(psutil.virtual_memory().available) // 2
+
+
+def _run_once(parts: Parts, config: LlamaConfig) -> None:
+    """A prompt and a step in a small cache: what libraries then keep, such as workspaces, is not free."""
+    length = min(MOST_A_TURN["cuda"], len(parts.cos))
+    cache = KVCache(config, CachePlan(1, length), parts.cache_dtype, parts.device)
+    runner = Runner(parts, cache)
+    runner.prefill([Chunk(0, 0, torch.zeros(length, dtype=torch.long, device=parts.device))])
+    runner.decode(1, length)
