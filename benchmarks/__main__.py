@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,20 @@ def _measure(peers: Sequence[PeerProcess]) -> dict[str, Any]:
     with_reuse = [peer for peer in peers if peer.spec.module in _REUSE_PREFIXES]
     return {
         "throughput": {str(batch): scenarios.throughput(peers, batch) for batch in scenarios.CONCURRENCY},
+        "beside_vllm": _beside_vllm(by_name),
         "arriving": scenarios.arriving(peers, 32),
         "long_prompt_beside": scenarios.long_prompt_beside(ours, streams=8),
         "next_turn": {peer.spec.name: scenarios.next_turn(peer) for peer in with_reuse},
         "soak": scenarios.soak(ours),
     }
+
+
+def _beside_vllm(by_name: Mapping[str, PeerProcess]) -> dict[str, dict[str, scenarios.Row]]:
+    """Our server and vLLM's own, on the same engine; nothing where they are not both here."""
+    pair = [by_name[name] for name in (SERVED_ON_VLLM, VLLM_SERVER) if name in by_name]
+    if len(pair) < 2:
+        return {}
+    return {str(batch): scenarios.side_by_side(pair, batch) for batch in scenarios.CONCURRENCY}
 
 
 def _starts(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def _setting(results: Results) -> Iterator[str]:
     yield (
         f"A random Llama of {workload['parameters'] / 1e6:.0f} million parameters, prompts of "
         f"{workload['prompt_tokens']} tokens, {workload['new_tokens']} new ones, greedy. Medians of rounds "
-        "in which peers take turns; the whole call, prefill included. vLLM has its worker in the engine's "
+        "in which peers take turns; the whole call, prefill included. To the first token: the mean of a "
+        "turn's requests. vLLM has its worker in the engine's "
         "process for everybody: by default it leaves a core to its scheduler, half of a small machine."
     )
 
@@ -65,7 +66,12 @@ def _speeds(results: Results) -> Iterator[str]:
     for name in results["not_measured"]:
         yield f"Not measured, since it did not run here: {name}."
     yield "## Time to first token, ms, by requests at once"
-    yield _by_batch(results, lambda row: f"{1000 * row['time_to_first_token']:.0f}")
+    yield _by_batch(results["throughput"], _first_token)
+    if results["beside_vllm"]:
+        yield "## Our server on vLLM beside vLLM's own, in more rounds"
+        yield "Tokens per second, then ms to the first token:"
+        yield _by_batch(results["beside_vllm"], _speed)
+        yield _by_batch(results["beside_vllm"], _first_token)
     yield "## Targets"
     yield targets_table(results)
     yield "## Arriving one every 50 ms, 32 requests"
@@ -123,12 +129,11 @@ def _starts(results: Results) -> Iterator[str]:
 
 def throughput_table(results: Results) -> str:
     """The README shows this one too."""
-    return _by_batch(results, lambda row: f"{row['tokens_per_second']:.0f}")
+    return _by_batch(results["throughput"], _speed)
 
 
-def _by_batch(results: Results, figure: Callable[[Results], str]) -> str:
+def _by_batch(by_batch: Results, figure: Callable[[Results], str]) -> str:
     """A row a peer, a column a number of requests; blank where that was not measured."""
-    by_batch = results["throughput"]
     peers = list(dict.fromkeys(peer for rows in by_batch.values() for peer in rows))
     return _table(
         ("", *by_batch),
@@ -183,6 +188,14 @@ def draw(results: Results, path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _speed(row: Results) -> str:
+    return f"{row['tokens_per_second']:.0f}"
+
+
+def _first_token(row: Results) -> str:
+    return f"{1000 * row['time_to_first_token']:.0f}"
 
 
 def _ms(seconds: float) -> str:

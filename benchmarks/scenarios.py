@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import count, pairwise
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import psutil
@@ -23,9 +23,6 @@ CONCURRENCY = (1, 8, 32)
 ARRIVAL_INTERVAL = 0.05  # seconds
 LONG_PROMPT = 2000
 HISTORY = 1500
-_MOST_ROUNDS = 4
-_ENOUGH_SECONDS = 25  # a turn that takes longer is not repeated more than once
-
 _QUIET, _PATIENCE = 10.0, 5.0  # percent of the processor; seconds
 
 _seeds = count()
@@ -62,6 +59,12 @@ def throughput(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
     return _in_rounds(peers, f"{batch} at once", lambda: [fresh() for _ in range(batch)])
 
 
+def side_by_side(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
+    """The same in so many rounds that small differences show."""
+    turns = f"side by side, {batch} at once"
+    return _in_rounds(peers, turns, lambda: [fresh() for _ in range(batch)], rounds=12, seconds=120.0)
+
+
 def arriving(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
     """`batch` requests that arrive one by one."""
     return _in_rounds(
@@ -72,12 +75,19 @@ def arriving(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
 
 
 def _in_rounds(
-    peers: Sequence[PeerProcess], title: str, requests: Callable[[], list[Request]]
+    peers: Sequence[PeerProcess],
+    title: str,
+    requests: Callable[[], list[Request]],
+    *,
+    rounds: int = 4,
+    seconds: float = 25.0,
 ) -> dict[str, Row]:
+    """Peers take turns, every other round in reverse; who has taken so many seconds in two turns or more is
+    left out of the later ones."""
     rows: dict[str, list[Row]] = {peer.spec.name: [] for peer in peers}
     left = list(peers)
-    for number in range(1, _MOST_ROUNDS + 1):
-        for peer in list(left):
+    for number in range(1, rounds + 1):
+        for peer in left[:: 1 if number % 2 else -1]:
             turn = requests()
             try:
                 figures = _figures(turn, _ask(peer, turn))
@@ -87,7 +97,7 @@ def _in_rounds(
                 continue
             rows[peer.spec.name].append(figures)
             log(f"{title}, round {number}: {peer.spec.name} {figures['tokens_per_second']:.1f} tokens/s")
-            if number > 1 and sum(row["seconds"] for row in rows[peer.spec.name]) > _ENOUGH_SECONDS:
+            if number > 1 and sum(row["seconds"] for row in rows[peer.spec.name]) > seconds:
                 left.remove(peer)
     return {name: _medians(turns) for name, turns in rows.items() if turns}
 
@@ -98,7 +108,8 @@ def _figures(requests: Sequence[Request], times: Times) -> Row:
     return {
         "seconds": seconds,
         "tokens_per_second": sum(request.new_tokens for request in requests) / seconds,
-        "time_to_first_token": median(
+        # The mean: prompts are read several in a step, and the median would be whichever step it fell into.
+        "time_to_first_token": fmean(
             mine[0] - request.at for request, mine in zip(requests, times, strict=True)
         ),
         # Over the whole answer: tokens may be handed over several at a time.

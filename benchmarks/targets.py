@@ -77,7 +77,7 @@ def _ours_alone(results: Results) -> Iterator[Row]:
 
 
 def _served_on_vllm(results: Results) -> Iterator[Row]:
-    by_batch = results["throughput"]
+    by_batch = {batch: results["beside_vllm"].get(batch, {}) for batch in results["throughput"]}
     for batch, rows in by_batch.items():
         got = _over(rows, SERVED_ON_VLLM, VLLM_SERVER)
         yield f"our server on vLLM over vLLM's own, {batch} at once", 0.95, got, False
