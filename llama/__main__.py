@@ -12,17 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama import ROOT
 from llama.errors import InvalidInput, LlamaError
-from llama.operations import add_plan, add_weights
+from llama.operations import add_plan, add_weights, tokenize
 
 if TYPE_CHECKING:
     from llama.generation import Llama
-
-_LLAMA_2_CONTEXT = 4096
 
 
 def main() -> int:
@@ -61,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     complete = add("complete", _complete, "answer one prompt")
     complete.add_argument("prompt", nargs="?", help="read from standard input when left out")
     add_inputs(complete)
-    add("tokenize", _tokenize, "read inputs as JSON objects, one a line, and print their token ids")
+    add("tokenize", tokenize, "read inputs as JSON objects, one a line, and print their token ids")
     add("schema", _schema, "write .cog/openapi_schema.json, as `cog build` does")
     predict = add("predict", _predict, "answer one prompt through Cog's server, started for it")
     predict.add_argument("--prompt", required=True)
@@ -74,19 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_method() -> Any:
-    """`Predictor.run`, whose signature is the published schema."""
-    sys.path.insert(0, str(ROOT))
-    from predict import Predictor
-
-    return Predictor.run
-
-
 def _read_inputs(pairs: list[str]) -> dict[str, Any]:
     """The published defaults with NAME=VALUE pairs over them."""
-    from llama.schema import input_defaults, input_properties
+    from llama.schema import input_defaults, input_properties, published_run
 
-    run = _run_method()
+    run = published_run()
     inputs, properties = input_defaults(run), input_properties(run)
     for pair in pairs:
         name, separator, value = pair.partition("=")
@@ -172,70 +161,19 @@ def _turn(llama: Llama, inputs: dict[str, Any]) -> str:
     return "".join(said)
 
 
-def _tokenize(_: argparse.Namespace) -> int:
-    """Exit code 1 when any line was refused; the others are answered all the same."""
-    from llama.request import PromptLimits
-    from llama.schema import input_defaults
-    from llama.settings import Settings
-    from llama.tokenizer import load_tokenizer
-    from llama.weights import weights_folder
-
-    settings = Settings.from_environment()
-    folder = weights_folder(settings)
-    tokenizer = load_tokenizer(folder)
-    limits = PromptLimits(_context(folder, settings.max_context), tokenizer.longest_piece)
-    defaults = input_defaults(_run_method())
-    refused = False
-    for line in filter(str.strip, sys.stdin):
-        result = _tokenize_line(line, defaults, tokenizer, limits)
-        refused |= "error" in result
-        print(json.dumps(result), flush=True)
-    return int(refused)
-
-
-def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: Any) -> dict[str, Any]:
-    from llama.request import Request
-
-    try:
-        try:
-            inputs = json.loads(line)
-        except (ValueError, RecursionError):
-            inputs = None
-        if not isinstance(inputs, dict):
-            raise InvalidInput("a line is not a JSON object; write one object of inputs a line")
-        for name in inputs.keys() - defaults.keys():
-            print(f"unknown input dropped: {name}", file=sys.stderr)
-        request = Request.from_inputs({**defaults, **inputs}, limits)
-        token_ids = tokenizer.encode(request.prompt)
-        limits.check_tokens(len(token_ids))
-        return {"token_ids": token_ids, "text": tokenizer.render(request.prompt)}
-    except LlamaError as error:
-        return {"error": str(error)}
-
-
-def _context(folder: Path, most: int | None) -> int:
-    """The context of a model whose weights need not be there."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        context = int(config["max_position_embeddings"])
-    except FileNotFoundError:
-        context = _LLAMA_2_CONTEXT
-    return min(most or context, context)
-
-
 def _schema(_: argparse.Namespace) -> None:
-    from llama.schema import write_schema
+    from llama.schema import published_run, write_schema
 
-    print(write_schema(_run_method(), ROOT))
+    print(write_schema(published_run(), ROOT))
 
 
 def _predict(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
-    from llama.schema import write_schema
+    from llama.schema import published_run, write_schema
     from llama.server import CogServer, ServerFailed
 
     inputs = {k: v for k, v in _read_inputs(arguments.inputs).items() if v is not None}
-    write_schema(_run_method(), ROOT)
+    write_schema(published_run(), ROOT)
     print("starting the server ...", file=sys.stderr)
     with CogServer() as server:
         try:
@@ -255,12 +193,12 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from llama.schema import write_schema
+    from llama.schema import published_run, write_schema
     from llama.server import is_free, server_command, server_environment
 
     if not is_free(arguments.host, arguments.port):
         sys.exit(f"cannot listen on {arguments.host}:{arguments.port}; name another port with --port")
-    write_schema(_run_method(), ROOT)
+    write_schema(published_run(), ROOT)
     command = server_command(arguments.host)
     os.chdir(ROOT)
     os.execvpe(command[0], command, server_environment(arguments.port))

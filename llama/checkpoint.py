@@ -6,29 +6,14 @@ the largest file. Knows files, headers and names; knows nothing of models or dev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.errors import BadCheckpoint, BadConfig, WeightsError
-from llama.form import INDEX, SINGLE
-
-
-def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
-    """A JSON object. Raises `kind`."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise kind(f"{path} is not there; copy the whole folder of the model") from error
-    except (OSError, ValueError) as error:
-        raise kind(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
-    if not isinstance(raw, dict):
-        raise kind(f"{path} holds no JSON object; copy it again")
-    return raw
+from llama.errors import BadCheckpoint
+from llama.form import file_names
 
 
 class Checkpoint:
@@ -36,7 +21,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         """Reads headers only. Raises BadCheckpoint naming the file at fault."""
-        self.files = [folder / name for name in _file_names(folder)]
+        self.files = [folder / name for name in file_names(folder)]
         self.names: frozenset[str] = frozenset().union(*map(_tensor_names, self.files))
 
     @property
@@ -52,17 +37,6 @@ class Checkpoint:
                     yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise BadCheckpoint(f"{path} cannot be read ({error}); copy it again") from error
-
-
-def _file_names(folder: Path) -> list[str]:
-    """As the index has them, or the only one."""
-    index = folder / INDEX
-    if not index.is_file():
-        return [SINGLE]
-    weight_map = read_object(index, BadCheckpoint).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadCheckpoint(f"{index} names no files; copy it again")
-    return sorted(set(weight_map.values()))
 
 
 def _tensor_names(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""How the files of a checkpoint are named, and what can be seen to be wrong with one whose hash nobody knows.
+"""How the files of a checkpoint are named, and what can be seen to be wrong with one without loading it.
 
 Knows safetensors headers and JSON; knows nothing of manifests or networks.
 """
@@ -8,8 +8,35 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llama.errors import BadCheckpoint, BadConfig, WeightsError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
+    """A JSON object. Raises `kind`."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise kind(f"{path} is not there; copy the whole folder of the model") from error
+    except (OSError, ValueError) as error:
+        raise kind(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
+    if not isinstance(raw, dict):
+        raise kind(f"{path} holds no JSON object; copy it again")
+    return raw
+
+
+def file_names(folder: Path) -> list[str]:
+    """Of the safetensors of a folder: as the index has them, or the only one. Raises BadCheckpoint."""
+    index = folder / INDEX
+    if not index.is_file():
+        return [SINGLE]
+    weight_map = read_object(index, BadCheckpoint).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadCheckpoint(f"{index} names no files; copy it again")
+    return sorted(set(weight_map.values()))
 
 
 def form_fault(path: Path, name: str) -> str | None:

@@ -15,15 +15,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama.checkpoint import Checkpoint, read_object
+from llama.checkpoint import Checkpoint
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, DoesNotFit
 from llama.filling import Filling
+from llama.form import read_object
 from llama.plan import Gpu, pick
 from llama.progress import LogProgress
-from llama.quantization import (
-    Quantization,
-    configured,
-)
+from llama.quantization import Quantization, configured
 from llama.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -1,19 +1,21 @@
-"""`python -m llama plan` and `python -m llama weights`: what an operator does before anything is served.
+"""`python -m llama plan`, `weights` and `tokenize`: what is done before, and without, serving.
 
-Translates arguments and prints; knows settings and folders, and nothing of requests.
+Translates arguments and prints; knows settings and folders, and nothing of engines.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llama.errors import BadSettings
+from llama.errors import BadConfig, BadSettings, InvalidInput, LlamaError
+from llama.form import read_object
 from llama.settings import Settings
 from llama.weights import Inspection, folder_to_fill, lock, pull, verify, weights_folder
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 # What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
 _ASSUMED_CAPABILITY = (9, 0)
+_LLAMA_2_CONTEXT = 4096
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -178,3 +181,51 @@ def _pack(arguments: argparse.Namespace) -> int:
     pack(weights_folder(settings), arguments.target, arguments.quantization, pick_device(settings))
     print(f"{arguments.target} is whole; serve it with LLAMA_WEIGHTS={arguments.target}")
     return 0
+
+
+def tokenize(_: argparse.Namespace) -> int:
+    """Exit code 1 when any line was refused; the others are answered all the same."""
+    from llama.request import PromptLimits
+    from llama.schema import input_defaults, published_run
+    from llama.tokenizer import load_tokenizer
+
+    settings = Settings.from_environment()
+    folder = weights_folder(settings)
+    tokenizer = load_tokenizer(folder)
+    limits = PromptLimits(_context(folder, settings.max_context), tokenizer.longest_piece)
+    defaults = input_defaults(published_run())
+    refused = False
+    for line in filter(str.strip, sys.stdin):
+        result = _tokenize_line(line, defaults, tokenizer, limits)
+        refused |= "error" in result
+        print(json.dumps(result), flush=True)
+    return int(refused)
+
+
+def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: Any) -> dict[str, Any]:
+    from llama.request import Request
+
+    try:
+        try:
+            inputs = json.loads(line)
+        except (ValueError, RecursionError):
+            inputs = None
+        if not isinstance(inputs, dict):
+            raise InvalidInput("a line is not a JSON object; write one object of inputs a line")
+        for name in inputs.keys() - defaults.keys():
+            print(f"unknown input dropped: {name}", file=sys.stderr)
+        request = Request.from_inputs({**defaults, **inputs}, limits)
+        token_ids = tokenizer.encode(request.prompt)
+        limits.check_tokens(len(token_ids))
+        return {"token_ids": token_ids, "text": tokenizer.render(request.prompt)}
+    except LlamaError as error:
+        return {"error": str(error)}
+
+
+def _context(folder: Path, most: int | None) -> int:
+    """The context of a model whose weights need not be there, nor its configuration."""
+    path = folder / "config.json"
+    context = read_object(path).get("max_position_embeddings") if path.is_file() else _LLAMA_2_CONTEXT
+    if not isinstance(context, int) or context < 1:
+        raise BadConfig(f"{path} has {context!r} as max_position_embeddings; copy it again")
+    return min(most or context, context)

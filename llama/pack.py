@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama.checkpoint import Checkpoint, read_object
+from llama.checkpoint import Checkpoint
 from llama.errors import BadSettings, DiskFull, DoesNotFit
-from llama.form import INDEX, SINGLE
+from llama.form import INDEX, SINGLE, read_object
 from llama.loader import load_config, stored_quantization
 from llama.manifest import is_read
 from llama.part import LOCK, PACKED, alone, disk_errors

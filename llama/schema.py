@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import cog
+
+from llama import ROOT
 
 _JSON_TYPES: dict[Any, str] = {
     bool: "boolean",
@@ -25,6 +28,14 @@ _JSON_TYPES: dict[Any, str] = {
     dict: "object",
 }
 _REF = "#/components/schemas/"
+
+
+def published_run() -> Callable[..., object]:
+    """`Predictor.run`, whose signature is the published schema."""
+    sys.path.insert(0, str(ROOT))
+    from predict import Predictor
+
+    return Predictor.run
 
 
 def openapi_schema(run: Callable[..., object]) -> dict[str, Any]:

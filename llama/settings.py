@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     """Memory for keys and values, such as `8GB`; None means what a GPU has free, or half a CPU's memory."""
     prefix_reuse: bool = True
     """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
+    cuda_graphs: bool = True
+    """Replay decode steps on a GPU from CUDA graphs; 0 where one cannot be captured, which is slower."""
     tensor_parallel: PositiveInt | None = None
     """GPUs that share every layer; None means all of this machine that divide the heads evenly."""
     pipeline_parallel: PositiveInt | None = None

@@ -120,7 +120,7 @@ def engine_arguments(
         gpu_memory_utilization=settings.memory_fraction,
         kv_cache_memory_bytes=None if cache is None else cache // workers,
         # Compiling for a CPU takes a minute a start.
-        enforce_eager=not gpus,
+        enforce_eager=not (gpus and settings.cuda_graphs),
         # On a CPU a seeded request whose prompt was read in parts would end vLLM (0.32: torch has no such
         # generator). None: vLLM's own choice.
         enable_chunked_prefill=None if gpus else False,

@@ -6,6 +6,7 @@ Knows folders, the manifest and the settings; knows nothing of HTTP (`download.p
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,8 +17,8 @@ from urllib.parse import urlsplit
 
 from llama import ROOT
 from llama.embedded import embedded_folder
-from llama.errors import BadManifest, BadSettings, DamagedWeights, WeightsNotFound
-from llama.form import INDEX, form_fault
+from llama.errors import BadCheckpoint, BadManifest, BadSettings, DamagedWeights, WeightsNotFound
+from llama.form import INDEX, file_names, form_fault
 from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
 from llama.part import PACKED, alone, file_sha256
 from llama.settings import Settings
@@ -35,7 +36,7 @@ def weights_folder(settings: Settings) -> Path:
     if settings.weights is None:
         return embedded_folder(settings.cache_dir)
     folder = settings.weights.expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path's own raises where it may not look
         raise WeightsNotFound(
             f"LLAMA_WEIGHTS is {folder}, which is not a folder; set it to one in Hugging Face format "
             "(config.json, safetensors, tokenizer), or set LLAMA_PULL to 1"
@@ -170,6 +171,6 @@ def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -
 
 def _indexed(folder: Path) -> list[str]:
     """The shards that the index names; none without a readable one, which is a fault of its own."""
-    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-        return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    with suppress(BadCheckpoint):
+        return file_names(folder) if (folder / INDEX).is_file() else []
     return []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,6 +69,15 @@ def test_tokenize_answers_every_line_with_ids_or_an_error(llama_folder: Path) ->
     assert result.stderr == "unknown input dropped: unknown\n"
     assert printed[0]["text"] == "<s>[INST] Hi! [/INST]"
     assert printed[0]["token_ids"][0] == 1
+
+
+def test_tokenize_names_a_configuration_that_it_cannot_use(llama_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "damaged")
+    for written in ('{"max_position_embeddings": "many"}', "{"):
+        (folder / "config.json").write_text(written)
+        result = run("tokenize", weights=folder, text='{"prompt": "Hi!"}')
+        assert (result.returncode, result.stdout) == (1, "")
+        assert re.match(r"E3002 BadConfig: .*config\.json .*; copy it again$", result.stderr.strip())
 
 
 def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None:

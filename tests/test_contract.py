@@ -298,10 +298,14 @@ def test_a_stop_sequence_ends_the_answer_and_is_not_in_it(llama: Llama) -> None:
     )
 
 
-def test_an_engine_refuses_by_name_what_it_cannot_do(request: pytest.FixtureRequest, llama: Llama) -> None:
-    if request.node.callspec.params["llama"] == "torch":
-        assert answer_of(llama, prompt="Hi", temperature=5, seed=1, max_new_tokens=5, min_new_tokens=5)
-        return
+@pytest.mark.parametrize("llama", ["torch"], indirect=True)
+def test_our_engine_takes_every_temperature_of_the_api(llama: Llama) -> None:
+    for temperature in (0.001, 5):
+        assert answer_of(llama, prompt="Hi", temperature=temperature, max_new_tokens=5, min_new_tokens=5)
+
+
+@pytest.mark.parametrize("llama", ENGINES[1:], indirect=True)
+def test_vllm_refuses_by_name_the_temperatures_that_it_cannot_do(llama: Llama) -> None:
     for temperature in (2.5, 0.001):
         with pytest.raises(NotSupported, match=f"^E1103 NotSupported: temperature is {temperature:g} and"):
             answer_of(llama, prompt="Hi", temperature=temperature)

@@ -20,8 +20,8 @@ from serving import text
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from llama.checkpoint import read_object
 from llama.errors import BadCheckpoint, BadSettings, WeightsError
+from llama.form import read_object
 from llama.generation import Llama
 from llama.loader import load_config, load_model, pick_quantization
 from llama.pack import pack

@@ -84,6 +84,18 @@ def test_the_precision_is_what_all_gpus_together_hold(
     assert arguments.gpu_memory_utilization == 0.9
 
 
+def test_graphs_are_captured_on_gpus_unless_told_otherwise(tmp_path: Path) -> None:
+    eager = [
+        engine_arguments(tmp_path, LLAMA_2_70B, settings, gpus).enforce_eager
+        for settings, gpus in (
+            (Settings(), [HOPPER] * 2),
+            (Settings(cuda_graphs=False), [HOPPER] * 2),
+            (Settings(), []),
+        )
+    ]
+    assert eager == [False, True, True]
+
+
 def test_more_workers_than_the_machine_has_gpus_are_rays(tmp_path: Path) -> None:
     two_machines = Settings(tensor_parallel=4, pipeline_parallel=2)
     assert (

@@ -46,6 +46,7 @@ class TorchEngine:
         vocabulary: int,
         eos_token_ids: Collection[int],
         prefix_reuse: bool,
+        cuda_graphs: bool = True,
     ) -> None:
         """Waits until the model is loaded; raises what `load` raises. `vocabulary`: ids below this are
         tokens; a checkpoint may pad its table.
@@ -55,7 +56,7 @@ class TorchEngine:
         cores: 32 ms a step, not 20). So one thread does all there is to compute.
         """
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
-        self._prefix_reuse = prefix_reuse
+        self._prefix_reuse, self._cuda_graphs = prefix_reuse, cuda_graphs
         self._arrivals: SimpleQueue[Sequence | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._stopped = False  # under the lock: nothing is queued behind the loop's last look
@@ -74,7 +75,8 @@ class TorchEngine:
         self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
         self._scheduler = Scheduler(plan.rows, cache, prefix_reuse=self._prefix_reuse)
         if parts.device.type == "cuda":
-            self._runner.capture()
+            if self._cuda_graphs:
+                self._runner.capture()
             # Memory that is not enough shows now, and not in somebody's answer.
             most = min(MOST_A_TURN["cuda"], plan.length)
             self._runner.prefill([Chunk(0, plan.length - most, self._tensor([0] * most))])

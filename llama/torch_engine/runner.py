@@ -151,10 +151,10 @@ class Runner:
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            # No step without graphs instead: torch's allocator and stream are left as in the capture.
+            # Not a step without graphs instead: torch's allocator and stream are left as in the capture.
             raise EngineNotStarted(
-                f"a step cannot be captured as a CUDA graph ({cause}); set another LLAMA_QUANTIZATION, or "
-                "LLAMA_ENGINE to vllm"
+                f"a step cannot be captured as a CUDA graph ({cause}); set LLAMA_CUDA_GRAPHS to 0, which is "
+                "slower, or another LLAMA_QUANTIZATION"
             ) from error
 
     def _step(self, height: int, length: int) -> Tensor:

@@ -64,7 +64,11 @@ def start_engine(
 
     with times.part("engine"):
         return TorchEngine(
-            load, vocabulary=vocabulary, eos_token_ids=eos_token_ids, prefix_reuse=settings.prefix_reuse
+            load,
+            vocabulary=vocabulary,
+            eos_token_ids=eos_token_ids,
+            prefix_reuse=settings.prefix_reuse,
+            cuda_graphs=settings.cuda_graphs,
         )
 
 
