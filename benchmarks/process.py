@@ -76,8 +76,9 @@ class PeerProcess:
     def run(self, requests: Sequence[Request]) -> Times:
         """Raises CannotDo."""
         assert self._process.stdin is not None
-        self._process.stdin.write(to_line(requests))
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has died: its answer says so
+            self._process.stdin.write(to_line(requests))
+            self._process.stdin.flush()
         answer = self._answer()
         if isinstance(answer, dict):
             raise CannotDo(answer["cannot"])

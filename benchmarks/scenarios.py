@@ -161,7 +161,7 @@ def next_turn(peer: PeerProcess, rounds: int = 3) -> Row:
     for _ in range(rounds):
         history = fresh(HISTORY, new_tokens=8)
         cold.append(_ask(peer, [history])[0][0])
-        turn = Request([*history.prompt, *fresh(64).prompt], new_tokens=8)
+        turn = Request([*history.prompt, *fresh(65).prompt[1:]], new_tokens=8)
         warm.append(_ask(peer, [turn])[0][0])
     return {"history_tokens": HISTORY, "cold": median(cold), "next_turn": median(warm), "rounds": rounds}
 

@@ -35,7 +35,8 @@ def published_run() -> Callable[..., object]:
     sys.path.insert(0, str(ROOT))
     from predict import Predictor
 
-    return Predictor.run
+    run: Callable[..., object] = Predictor.run
+    return run
 
 
 def openapi_schema(run: Callable[..., object]) -> dict[str, Any]:

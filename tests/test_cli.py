@@ -184,10 +184,10 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--gpus", "80"], 0, "nf4        39.6 GB   36.2 GB  26"),
+        (["--gpus", "80"], 0, "nf4        39.6 GB   37.2 GB  27"),
         (["--gpus", "80,80"], 0, "vllm    what auto takes"),
         (["--gpus", "80,80", "--capability", "8.0"], 0, "needs compute capability 8.9 and has 8.0"),
-        (["--gpus", "24"], 1, "needs 39.6 GB for weights and has 19.7"),
+        (["--gpus", "24"], 1, "needs 39.6 GB for weights and has 20.8"),
     ],
 )
 def test_plan_says_what_fits_and_its_exit_code_whether_anything_does(
@@ -203,7 +203,7 @@ def test_plan_takes_the_model_and_the_context_of_the_settings(monkeypatch: pytes
     monkeypatch.setenv("LLAMA_MAX_CONTEXT", "1024")
     result = run("plan", "--gpus", "48", weights=LLAMA_2_TOKENIZER)
     assert "requests of 1024 tokens" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("nf4        39.6 GB   4.2 GB  12")
+    assert result.stdout.splitlines()[-1].startswith("nf4        39.6 GB   5.2 GB  15")
 
 
 def test_pack_writes_a_folder_that_serves(llama_folder: Path, tmp_path: Path) -> None:
