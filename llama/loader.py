@@ -141,8 +141,8 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def arithmetic_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a model held in `dtype` computes in: the same on a GPU, and float32 on a CPU, few of which have
-    16-bit arithmetic that is not slower: those with matrix units, for bfloat16."""
+    """What a model held in `dtype` computes in: the same on a GPU, and float32 on a CPU, unless it has
+    bfloat16 arithmetic that is not slower."""
     if device.type != "cpu" or (dtype is torch.bfloat16 and has_quick_bfloat16()):
         return dtype
     return torch.float32

@@ -1,6 +1,6 @@
 """`python -m llama plan`, `weights` and `tokenize`: what is done before, and without, serving.
 
-Translates arguments and prints; knows settings and folders, and nothing of engines.
+Translates arguments and prints; knows settings, folders and which engine would serve; starts none.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
     gpus = _gpus(arguments)
     context = context_wanted(settings, config)
-    engine: Literal["torch", "vllm"] = settings.engine if len(gpus) == 1 else "vllm"
+    several = max(len(gpus), settings.tensor_parallel or 1, settings.pipeline_parallel or 1) > 1
+    engine: Literal["torch", "vllm"] = "vllm" if several else settings.engine
     if engine == "vllm":
         stages, tensor = parallel_sizes(
             config, len(gpus), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel

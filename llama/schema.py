@@ -1,7 +1,8 @@
 """`.cog/openapi_schema.json`, as `cog build` writes it for `Predictor.run`.
 
 Cog's server loads this file and never makes it, so a run without Docker needs it from here. The
-shape follows Cog's own generator (pkg/schema in its source). Knows signatures and OpenAPI only.
+shape follows Cog's own generator (pkg/schema in its source). Knows signatures, OpenAPI and where
+`predict.py` is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _REF = "#/components/schemas/"
 
 def published_run() -> Callable[..., object]:
     """`Predictor.run`, whose signature is the published schema."""
-    sys.path.insert(0, str(ROOT))
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     from predict import Predictor
 
     run: Callable[..., object] = Predictor.run

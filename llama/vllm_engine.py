@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
+import signal
 import threading
 from collections.abc import Collection, Coroutine, Sequence
 from itertools import count
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from vllm import AsyncEngineArgs
@@ -62,6 +65,9 @@ class VLLMEngine:
             raise EngineNotStarted(
                 f"vLLM has not started ({type(error).__name__}: {error}); its own log says why"
             ) from error
+        except BaseException:  # Ctrl-C: vLLM's processes would load to their end before ours may end
+            self._abandon()
+            raise
         self._reporting = asyncio.run_coroutine_threadsafe(self._report(), self._loop)
 
     @property
@@ -103,8 +109,10 @@ class VLLMEngine:
             if self._stopped:
                 return
             self._stopped = True
-        self._wait_for(self._end())
-        self._end_loop()
+        try:
+            self._wait_for(self._end())
+        finally:
+            self._end_loop()
 
     async def _answer(self, prompt: TokensInput, params: SamplingParams, stream: TokenStream) -> None:
         """Hand out tokens until there are no more. Being cancelled takes the request out of vLLM."""
@@ -158,9 +166,20 @@ class VLLMEngine:
         self._thread.join()
         self._loop.close()
 
+    def _abandon(self) -> None:
+        """End what is still starting."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        while self._thread.is_alive():
+            for process in multiprocessing.active_children():
+                process.kill()
+            self._thread.join(0.1)
+
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
     """Inside the loop, which vLLM's engine then belongs to; the usage decides how much it reads in a step."""
+    # A terminal's Ctrl-C goes to vLLM's processes too, which would end; they inherit what is blocked here.
+    resource_tracker.ensure_running()  # which unblocks it when it is started
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
 
 

@@ -72,9 +72,11 @@ def start_vllm_engine(
 
 def local_gpus(settings: Settings) -> list[Gpu]:
     """Cards, with what vLLM may take of each. Asked of the driver: a process that has used CUDA itself
-    holds memory on a card that its children need."""
+    holds memory on a card that its children need. Raises BadSettings."""
     from vllm.platforms import current_platform
 
+    if current_platform.is_unspecified():
+        raise BadSettings("LLAMA_ENGINE is vllm, which finds no GPU; start the container with --gpus all")
     if not current_platform.is_cuda_alike():
         return []
     gpus = []
@@ -101,7 +103,8 @@ def engine_arguments(
     if not gpus:
         if "memory_fraction" in settings.model_fields_set:
             raise BadSettings("LLAMA_MEMORY_FRACTION is for GPUs; set LLAMA_CACHE_MEMORY, or unset it")
-        cache = cache or _cache_on_a_cpu(config, settings, dtype)
+        if cache is None:
+            cache = _cache_on_a_cpu(config, settings, dtype)
     return AsyncEngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,

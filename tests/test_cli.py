@@ -155,6 +155,7 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,  # a terminal sends Ctrl-C to all of a group
     ) as chat:
         assert chat.stdin is not None
         try:
@@ -162,12 +163,12 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
             chat.stdin.write(b"first question\n")
             chat.stdin.flush()
             os.read(chat.stdout.fileno(), 1)  # the answer has begun
-            chat.send_signal(signal.SIGINT)
+            os.killpg(chat.pid, signal.SIGINT)
             read_until(chat.stdout, b"> ")
             chat.stdin.write(b"second question\n")
             chat.stdin.flush()
             os.read(chat.stdout.fileno(), 1)
-            chat.send_signal(signal.SIGINT)
+            os.killpg(chat.pid, signal.SIGINT)
             read_until(chat.stdout, b"> ")
             _, errors = chat.communicate(timeout=60)  # the end of input
         finally:

@@ -67,6 +67,7 @@ def running(
         vocabulary=model.config.vocab_size,
         eos_token_ids=eos,
         prefix_reuse=prefix_reuse,
+        cuda_graphs=True,
     )
     try:
         yield engine

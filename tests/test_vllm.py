@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -11,6 +14,7 @@ import pytest
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
+from conftest import ROOT  # noqa: E402
 from serving import until  # noqa: E402
 from test_contract import CONTEXT, PROMPT, collect, greedy, load, prompt_of  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
@@ -26,6 +30,14 @@ from llama.vllm_start import engine_arguments  # noqa: E402
 HOPPER = Gpu("H100", 72 * 10**9, (9, 0))
 AMPERE = Gpu("A100", 72 * 10**9, (8, 0))
 SMALL = Gpu("L4", 21 * 10**9, (8, 9))
+
+
+def engine_cores(pid: int | None = None) -> list[psutil.Process]:
+    """vLLM's own processes below this one, or another."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [
+        p for p in children if p.status() != psutil.STATUS_ZOMBIE and "EngineCore" in "".join(p.cmdline())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +164,10 @@ def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:
         Llama.load(Settings(weights=llama_folder, engine="torch", tensor_parallel=2))
     with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 0.5; set LLAMA_ENGINE to vllm"):
         Llama.load(Settings(weights=llama_folder, engine="torch", memory_fraction=0.5))
+    with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 1.0; set LLAMA_ENGINE to vllm"):
+        Llama.load(Settings(weights=llama_folder, engine="torch", memory_fraction=1))
+    with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is for GPUs"):
+        Llama.load(Settings(weights=llama_folder, engine="vllm", memory_fraction=0.5))
     with pytest.raises(BadSettings, match="LLAMA_QUANTIZATION is nf4, which vLLM cannot do on a CPU"):
         Llama.load(Settings(weights=llama_folder, engine="vllm", quantization="nf4"))
 
@@ -163,6 +179,21 @@ def test_a_cache_that_is_too_small_is_known_at_setup(llama_folder: Path) -> None
                 weights=llama_folder, engine="vllm", max_context=CONTEXT, cache_memory="64KB", dtype="float32"
             )
         )
+    assert "llama-vllm" not in {thread.name for thread in threading.enumerate()}
+    until(lambda: not engine_cores())
+
+
+def test_ctrl_c_while_it_loads_ends_it_and_what_it_started(llama_folder: Path) -> None:
+    environment = {**os.environ, "LLAMA_ENGINE": "vllm", "LLAMA_WEIGHTS": str(llama_folder)}
+    command = [sys.executable, "-m", "llama", "complete", "Hi!"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as started:
+        until(lambda: engine_cores(started.pid))
+        cores = engine_cores(started.pid)
+        os.killpg(started.pid, signal.SIGINT)
+        assert started.wait(timeout=60) == 130
+    assert psutil.wait_procs(cores, timeout=60)[1] == []
 
 
 def test_a_killed_engine_fails_who_is_served_and_who_comes_and_hangs_nobody(llama_folder: Path) -> None:
@@ -171,12 +202,10 @@ def test_a_killed_engine_fails_who_is_served_and_who_comes_and_hangs_nobody(llam
     try:
         streams = [engine.submit(prompt_of(s, 5), greedy(400, min_new_tokens=400)) for s in range(6)]
         next(iter(streams[0]))
-        workers = [
-            p for p in psutil.Process().children(recursive=True) if "EngineCore" in "".join(p.cmdline())
-        ]
+        workers = engine_cores()
         assert workers
         for process in workers:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         for stream in streams:
             with pytest.raises(EngineError, match="^E200[12] "):
                 collect(stream)

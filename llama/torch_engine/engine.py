@@ -46,7 +46,7 @@ class TorchEngine:
         vocabulary: int,
         eos_token_ids: Collection[int],
         prefix_reuse: bool,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool,
     ) -> None:
         """Waits until the model is loaded; raises what `load` raises. `vocabulary`: ids below this are
         tokens; a checkpoint may pad its table.

@@ -55,8 +55,8 @@ class Runner:
         starts = torch.arange(2 * rows * self._kv_heads, device=parts.device) * length
         self._starts = starts.view(2, rows, self._kv_heads).transpose(0, 1)
         self._all_positions = torch.arange(cache.plan.length, device=parts.device)
-        # Of one query a request: in 16 bits on a CPU the fused kernel is the quickest (at 32 requests of 192
-        # tokens 1.3 ms a layer, two products 2.9); in float32 and on a GPU two plain products are.
+        # Of one query a request, in bfloat16 on a CPU the fused kernel is the quickest (`Parts.cache_dtype`
+        # has the figures); in float32 and on a GPU two plain products are.
         fused = parts.device.type == "cpu" and cache.dtype is torch.bfloat16
         self._attention = self._fused if fused else self._two_products
         self._replay: Step = self._step

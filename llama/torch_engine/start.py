@@ -43,10 +43,16 @@ def start_engine(
     eos_token_ids: Collection[int],
 ) -> TorchEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
-    for name in ("tensor_parallel", "pipeline_parallel", "distributed", "memory_fraction"):
-        value = getattr(settings, name)
-        if value not in (Settings.model_fields[name].default, 1):  # 1: of a size, what one device is
-            raise BadSettings(f"LLAMA_{name.upper()} is {value}; set LLAMA_ENGINE to vllm, or unset it")
+    for name, is_vllms in (
+        ("tensor_parallel", settings.tensor_parallel not in (None, 1)),
+        ("pipeline_parallel", settings.pipeline_parallel not in (None, 1)),
+        ("distributed", settings.distributed != "auto"),
+        ("memory_fraction", "memory_fraction" in settings.model_fields_set),
+    ):
+        if is_vllms:
+            raise BadSettings(
+                f"LLAMA_{name.upper()} is {getattr(settings, name)}; set LLAMA_ENGINE to vllm, or unset it"
+            )
     device = pick_device(settings)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     dtype = pick_dtype(settings, config, capability)
