@@ -59,11 +59,11 @@ def start_vllm_engine(
     gpus = local_gpus(settings)
     arguments = engine_arguments(folder, config, settings, gpus)
     logger.info(
-        "vLLM: %s, %d pipeline stages of %d %s",
+        "vLLM: %s, pipeline parallel %d, tensor parallel %d, on %s",
         _method(config) or arguments.quantization or arguments.dtype,
         arguments.pipeline_parallel_size,
         arguments.tensor_parallel_size,
-        "GPUs" if gpus else "ranks on the CPU",
+        "GPUs" if gpus else "the CPU",
     )
     with times.part("engine"):
         os.environ.pop("HF_TOKEN", None)  # which Ray would hand to every machine
