@@ -5,7 +5,6 @@ Knows folders, the manifest and the settings; knows nothing of HTTP (`download.p
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,8 @@ from urllib.parse import urlsplit
 
 from llama import ROOT
 from llama.embedded import embedded_folder
-from llama.errors import BadCheckpoint, BadManifest, BadSettings, DamagedWeights, WeightsNotFound
-from llama.form import INDEX, file_names, form_fault
+from llama.errors import BadCheckpoint, BadConfig, BadManifest, BadSettings, DamagedWeights, WeightsNotFound
+from llama.form import INDEX, file_names, form_fault, read_object
 from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
 from llama.part import PACKED, alone, file_sha256
 from llama.settings import Settings
@@ -36,12 +35,16 @@ def weights_folder(settings: Settings) -> Path:
     if settings.weights is None:
         return embedded_folder(settings.cache_dir)
     folder = settings.weights.expanduser()
-    if not os.path.isdir(folder):  # noqa: PTH112 - Path's own raises where it may not look
+    if not _is_folder(folder):
         raise WeightsNotFound(
             f"LLAMA_WEIGHTS is {folder}, which is not a folder; set it to one in Hugging Face format "
             "(config.json, safetensors, tokenizer), or set LLAMA_PULL to 1"
         )
     return folder
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - Path's own raises where it may not look
 
 
 def folder_to_serve(settings: Settings) -> Path:
@@ -73,9 +76,8 @@ def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> 
 
 def _check_not_packed(folder: Path) -> None:
     """The files of a packed folder have the names of the manifest's, and are others."""
-    with suppress(OSError, ValueError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config, dict) and PACKED in config:
+    with suppress(BadConfig):
+        if PACKED in read_object(folder / "config.json"):
             raise BadSettings(f"{folder} holds packed weights, not the manifest's; set another folder")
 
 
@@ -124,7 +126,7 @@ def verify(folder: Path, entries: Sequence[Entry], *, hash_all: bool = False) ->
 
     Raises WeightsNotFound when there is no folder; all other faults are returned.
     """
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise WeightsNotFound(f"{folder} is not a folder; `python -m llama weights pull` makes it")
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(_READERS) as pool:
