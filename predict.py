@@ -104,7 +104,7 @@ class Predictor(BaseRunner):
         ),
         stop_sequences: Optional[str] = Input(
             default=None,
-            description="Texts that end the answer, separated by commas and taken literally; they do not appear in it. A typed backslash-n is a newline.",
+            description="Texts that end the answer, separated by commas and taken literally; they do not appear in it. At most 64 of 256 characters. A typed backslash-n is a newline, a backslash before a comma makes the comma part of the text, and two backslashes are one.",
         ),
         seed: Optional[int] = Input(
             default=None,
@@ -127,10 +127,10 @@ class Predictor(BaseRunner):
     ) -> ConcatenateIterator[str]:
         """Answer a prompt, as a stream of text."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        prediction = self.llama.prepare(inputs)
-        # The generator runs on a thread of its own, outside this prediction's log.
+        # Before anything is awaited: later, they could be another prediction's.
+        scope, cancellation = current_scope(), cancellation_of_current_task()
+        # The generator runs in a thread of its own, outside this prediction's log.
         log = partial(contextvars.copy_context().run, partial(print, flush=True))
+        prediction = await self.llama.prepare_in_thread(inputs)
         # Cog streams a plain generator and runs many at once only when an async method returns it.
-        return self.llama.stream(
-            prediction, scope=current_scope(), log=log, cancellation=cancellation_of_current_task()
-        )
+        return self.llama.stream(prediction, scope=scope, log=log, cancellation=cancellation)

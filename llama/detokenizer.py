@@ -92,19 +92,27 @@ class StopFilter:
             self._insert(stop)
         self._link()
 
-    def update(self, text: str) -> str:
-        """The text that no stop sequence can claim any more; "" once stopped."""
+    def update(self, text: str, *, may_stop: bool = True) -> str:
+        """The text that no stop sequence can claim any more; "" once stopped.
+
+        Without `may_stop`, a stop sequence that ends in this text has no effect. One that begins in it and
+        ends in a later text does.
+        """
         if self.stopped:
             return ""
         if len(self._next) == 1:
             return text
         for index, character in enumerate(text):
             self._state = self._step(self._state, character)
-            if length := self._match[self._state]:
+            if not (length := self._match[self._state]):
+                continue
+            if may_stop:
                 self.stopped = True
                 kept = self._held + text[: index + 1]
                 self._held = ""
                 return kept[: len(kept) - length]
+            while self._state and not self._next[self._state]:  # no longer stop sequence begins like this
+                self._state = self._fail[self._state]
         kept = self._held + text
         cut = len(kept) - self._depth[self._state]
         self._held = kept[cut:]

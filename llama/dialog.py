@@ -34,7 +34,8 @@ class Dialog:
 
     @property
     def characters(self) -> int:
-        return len(self.system) + sum(map(len, self.turns))
+        """Without the blanks around contents, which most formats strip."""
+        return sum(len(content.strip()) for content in (self.system, *self.turns))
 
 
 def read_prompt(prompt: str, system_prompt: str) -> Dialog:

@@ -16,8 +16,8 @@ from llama.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
-# Cog's server drops a stream whose reader is 1,024 events behind. At this many seconds between two
-# lists of tokens a reader may stand still for half a minute, and nobody sees a difference.
+# Cog's server drops a stream whose reader is 1,024 events behind, and every list of tokens makes two events:
+# text and a metric. At this many seconds between two lists a reader may stand still for 16 seconds.
 _PACE = 1 / 32
 
 
@@ -30,13 +30,16 @@ class TokenStream:
         self._ended = threading.Event()
         self._tell_engine: Callable[[], object] | None = None
         self.finish_reason: FinishReason | None = None
-        """Why the answer ended; None until iteration has ended."""
+        """Why the answer ended; None until iteration has ended, and for a request that failed."""
+        self._error: EngineError | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
         """Lists of token ids, each with all that is ready, without EOS; at most 32 a second.
 
-        Raises an EngineError when the engine fails.
+        Raises an EngineError when the request has failed, and raises it again when iterated again.
         """
+        if self._error is not None:
+            raise self._error
         while self.finish_reason is None:
             token_ids = list[int]()
             event = self._events.get()
@@ -48,11 +51,13 @@ class TokenStream:
                     break
             if isinstance(event, str):
                 self.finish_reason = event
+            elif isinstance(event, EngineError):
+                self._error = event
             if token_ids:
                 yield token_ids
                 self._ended.wait(_PACE)
-            if isinstance(event, EngineError):
-                raise event
+            if self._error is not None:
+                raise self._error
 
     def cancel(self) -> None:
         """End the answer here: the caller hears at once, the engine drops it before its next step.
@@ -106,7 +111,8 @@ class Engine(Protocol):
         """Raises NotSupported for what this engine cannot do."""
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
-        """Queue a request. `token_ids` and `params.maximum` fit the context together.
+        """Queue a request. There is at least one of `token_ids`, each is in the model's vocabulary, and
+        with `params.maximum` they fit the context.
 
         Raises EngineStopped when the engine takes no more requests.
         """

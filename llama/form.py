@@ -5,12 +5,18 @@ Knows safetensors headers and JSON; knows nothing of manifests or networks.
 
 from __future__ import annotations
 
+import codecs
 import json
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llama.errors import BadCheckpoint, BadConfig, WeightsError
+
+_TEXT = (".json", ".jinja", ".txt")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -18,7 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
     """A JSON object. Raises `kind`."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise kind(f"{path} is not there; copy the whole folder of the model") from error
     except (OSError, ValueError) as error:
@@ -26,6 +32,28 @@ def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, A
     if not isinstance(raw, dict):
         raise kind(f"{path} holds no JSON object; copy it again")
     return raw
+
+
+@contextmanager
+def without_byte_order_marks(folder: Path) -> Iterator[Path]:
+    """The folder itself or, if a text file in it begins with a byte order mark, a temporary copy of its text
+    files without the marks: for libraries that do not skip a mark. Weights are not copied."""
+    if not any(_has_mark(path) for path in folder.rglob("*") if path.suffix in _TEXT):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        copied = Path(parent, folder.name)
+        shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("*.safetensors"))
+        for path in copied.rglob("*"):
+            if path.suffix in _TEXT:
+                path.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        yield copied
+
+
+def _has_mark(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return False
 
 
 def file_names(folder: Path) -> list[str]:
@@ -46,7 +74,7 @@ def form_fault(path: Path, name: str) -> str | None:
         return _safetensors_fault(path)
     if suffix == ".json":
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError:
             return "not JSON"
     return None

@@ -5,8 +5,10 @@ Puts tokenizer, engine, detokenizer and stop filter together. Knows nothing of H
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from llama.cancellation import Cancellation
 from llama.detokenizer import Detokenizer, StopFilter
 from llama.engine import Engine, TokenStream
 from llama.errors import BadCheckpoint, BadSettings, EngineError
-from llama.metrics import Metrics, Scope, SetupTimes
+from llama.metrics import GuardedScope, Metrics, Scope, SetupTimes
 from llama.request import PromptLimits, Request
 from llama.sampling import SamplingParams
 from llama.settings import Settings
@@ -45,6 +47,8 @@ class Llama:
         self._tokenizer = tokenizer
         self._engine = engine
         self._limits = PromptLimits(engine.context_length, tokenizer.longest_piece)
+        # As many threads as requests: a long prompt that is being tokenized does not hold up a short one.
+        self._threads = ThreadPoolExecutor(engine.max_requests, "llama-prepare")
 
     @classmethod
     def load(cls, settings: Settings) -> Llama:
@@ -91,6 +95,7 @@ class Llama:
 
     def close(self) -> None:
         """Stop the engine; running predictions end with an error."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
 
     def prepare(self, inputs: Mapping[str, Any]) -> Prediction:
@@ -98,11 +103,17 @@ class Llama:
 
         The prediction's clock starts here. Raises a UserError that says what is wrong.
         """
-        metrics = Metrics()
+        return self._prepare(inputs, Metrics())
+
+    async def prepare_in_thread(self, inputs: Mapping[str, Any]) -> Prediction:
+        """`prepare` without blocking the event loop, which all predictions of the server share."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._prepare, inputs, Metrics())
+
+    def _prepare(self, inputs: Mapping[str, Any], metrics: Metrics) -> Prediction:
         request = Request.from_inputs(inputs, self._limits)
         self._engine.check(request.params)
-        token_ids = self._tokenizer.encode(request.prompt)
-        self._limits.check_tokens(len(token_ids))
+        token_ids = self._limits.encode(request.prompt, self._tokenizer)
         metrics.input_token_count = len(token_ids)
         room = self._limits.context - len(token_ids)
         params = request.params.model_copy(
@@ -116,24 +127,30 @@ class Llama:
     def stream(
         self, prediction: Prediction, *, scope: Scope, log: Log, cancellation: Cancellation
     ) -> Iterator[str]:
-        """The answer in pieces, each with all the text that is ready; metrics are recorded at its end.
+        """The answer in pieces, each with all the text that is ready.
 
-        Leaving the iterator early, or `cancellation`, ends the work. Raises an EngineError.
+        The number of tokens is recorded before each piece, and all metrics at the end. Leaving the iterator
+        early, or `cancellation`, ends the work. Raises an EngineError. If `scope` or `log` fails, that goes
+        to the server's log and the answer goes on.
         """
         metrics = prediction.metrics
+        scope, log = GuardedScope(scope), _guarded(log)
         for note in self._notes(prediction):
             log(note)
         try:
             stream = self._engine.submit(prediction.token_ids, prediction.params)
             cancellation.on_cancel(stream.cancel)
             try:
-                yield from self._pieces(prediction, stream)
+                for piece in self._pieces(prediction, stream):
+                    metrics.record_progress(scope)
+                    yield piece
             except GeneratorExit:
                 metrics.finish_reason = "cancelled"
                 raise
             finally:
                 stream.cancel()
         finally:
+            metrics.end()
             metrics.record(scope)
             for line in _report(prediction):
                 log(line)
@@ -142,13 +159,15 @@ class Llama:
         params, metrics = prediction.params, prediction.metrics
         detokenizer = Detokenizer(self._tokenizer.vocabulary, continues=prediction.request.continues)
         stops = StopFilter(params.stops)
+
+        def filtered(text: str) -> str:
+            return stops.update(text, may_stop=metrics.output_token_count > params.minimum)
+
         for token_ids in stream:
             text = ""
             for token_id in token_ids:
                 metrics.count_token()
-                piece = detokenizer.update([token_id])
-                # Stop sequences have no effect before the minimum: that text passes them by.
-                text += piece if metrics.output_token_count <= params.minimum else stops.update(piece)
+                text += filtered(detokenizer.update([token_id]))
                 if stops.stopped:
                     break
             if text:
@@ -156,9 +175,9 @@ class Llama:
             if stops.stopped:
                 metrics.finish_reason = "stop"
                 return
-        tail = stops.update(detokenizer.flush()) + stops.flush()
+        tail = filtered(detokenizer.flush()) + stops.flush()
         assert stream.finish_reason is not None  # the stream has ended
-        metrics.finish_reason = stream.finish_reason
+        metrics.finish_reason = "stop" if stops.stopped else stream.finish_reason
         if tail:
             yield tail
 
@@ -200,6 +219,18 @@ def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
             f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
             "another LLAMA_DTYPE"
         ) from error
+
+
+def _guarded(log: Log) -> Log:
+    """A caller's log that may fail: its lines are then in the server's log alone."""
+
+    def write(line: str) -> None:
+        try:
+            log(line)
+        except Exception:
+            logger.exception("a line could not be written to the log of a prediction: %s", line)
+
+    return write
 
 
 def _report(prediction: Prediction) -> Iterator[str]:

@@ -5,12 +5,15 @@ Knows counts and times; knows nothing of Cog but that a scope records a name and
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from llama.engine import FinishReason
+
+logger = logging.getLogger(__name__)
 
 
 class Scope(Protocol):
@@ -27,12 +30,30 @@ class NoScope:
         pass
 
 
+class GuardedScope:
+    """Records in another scope. If that fails, the first failure is logged and the prediction goes on."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._failed = False
+
+    def record_metric(self, name: str, value: float | str) -> None:
+        if self._failed:
+            return
+        try:
+            self._scope.record_metric(name, value)
+        except Exception:
+            self._failed = True
+            logger.exception("the metric %s could not be recorded; this prediction records no more", name)
+
+
 class Metrics:
     """The counts and times of one prediction, from the moment that this object is made."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._first_token: float | None = None
+        self._ended: float | None = None
         self.input_token_count = 0
         self.output_token_count = 0
         self.finish_reason: FinishReason | None = None
@@ -44,9 +65,13 @@ class Metrics:
             self._first_token = time.perf_counter()
         self.output_token_count += 1
 
+    def end(self) -> None:
+        """The prediction is over: from here on, `values` are the same whenever they are asked for."""
+        self._ended = time.perf_counter()
+
     def values(self) -> dict[str, float | str]:
         """The published metrics by name; seconds, and tokens per second over the whole time."""
-        elapsed = time.perf_counter() - self._started
+        elapsed = (self._ended or time.perf_counter()) - self._started
         values: dict[str, float | str] = {
             "input_token_count": self.input_token_count,
             "output_token_count": self.output_token_count,
@@ -59,9 +84,13 @@ class Metrics:
         return values
 
     def record(self, scope: Scope) -> None:
-        """Hand all values to a scope."""
+        """Record all values."""
         for name, value in self.values().items():
             scope.record_metric(name, value)
+
+    def record_progress(self, scope: Scope) -> None:
+        """Record the tokens so far, so that they can be billed even if the server is killed."""
+        scope.record_metric("output_token_count", self.output_token_count)
 
 
 class SetupTimes:

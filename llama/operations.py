@@ -216,8 +216,7 @@ def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: 
         for name in inputs.keys() - defaults.keys():
             print(f"unknown input dropped: {name}", file=sys.stderr)
         request = Request.from_inputs({**defaults, **inputs}, limits)
-        token_ids = tokenizer.encode(request.prompt)
-        limits.check_tokens(len(token_ids))
+        token_ids = limits.encode(request.prompt, tokenizer)
         return {"token_ids": token_ids, "text": tokenizer.render(request.prompt)}
     except LlamaError as error:
         return {"error": str(error)}

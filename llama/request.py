@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama.dialog import Dialog, read_messages, read_prompt
+from llama.dialog import B_INST, Dialog, read_messages, read_prompt
 from llama.errors import BadMessages, InvalidInput, PromptRequired, PromptTooLong, UnsupportedWeights
 from llama.sampling import SamplingParams
-from llama.template import FormattedPrompt, PromptTemplate, is_default
+from llama.template import FormattedPrompt, PromptTemplate, is_default, raw_text
+
+if TYPE_CHECKING:
+    from llama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,21 @@ class PromptLimits:
         if tokens >= self.context:
             self._refuse(tokens, "at least ")
 
-    def check_tokens(self, tokens: int) -> None:
-        """Refuse a prompt that leaves no room for one new token."""
-        if tokens >= self.context:
-            self._refuse(tokens, "")
+    def encode(self, prompt: Dialog | FormattedPrompt, tokenizer: Tokenizer) -> list[int]:
+        """The token ids of a prompt. Raises PromptTooLong when they leave no room for one new token,
+        PromptRequired when there are none, InvalidInput when the model has no such token."""
+        self.check_characters(tokenizer.characters(prompt))
+        token_ids = tokenizer.encode(prompt)
+        if not token_ids:
+            raise PromptRequired("the prompt has no tokens once it is formatted; send one with words in it")
+        if max(token_ids) >= tokenizer.size:
+            raise InvalidInput(
+                f"the prompt contains token {max(token_ids)} and the model has {tokenizer.size} tokens; "
+                "leave control words out of it"
+            )
+        if len(token_ids) >= self.context:
+            self._refuse(len(token_ids), "")
+        return token_ids
 
     def _refuse(self, tokens: int, at_least: str) -> None:
         raise PromptTooLong(
@@ -93,33 +107,40 @@ def _read_prompt(
 ) -> tuple[Dialog | FormattedPrompt, list[str]]:
     prompt, system_prompt = _text(inputs, "prompt"), _text(inputs, "system_prompt")
     template = _text(inputs, "prompt_template")
-    limits.check_characters(len(prompt) + len(system_prompt) + len(template))
+    limits.check_characters(len(template.strip()))
 
     custom = None if is_default(template) else PromptTemplate(template)
     if messages := _messages(inputs):
         if prompt.strip() or custom:
             raise BadMessages("messages came together with a prompt or a prompt_template; send one of them")
         limits.check_least(len(messages))
-        dialog = read_messages(messages, system_prompt)
-        limits.check_characters(dialog.characters)
-        return dialog, []
+        return _within(read_messages(messages, system_prompt), limits), []
     if not prompt.strip():
         raise PromptRequired("neither prompt nor messages has words in it; send one of them")
+    limits.check_least(prompt.count(B_INST))  # every turn has a token at least
     if custom is None:
-        return read_prompt(prompt, system_prompt), []
+        return _within(read_prompt(prompt, system_prompt), limits), []
     return _fill_template(custom, prompt, system_prompt, limits)
 
 
 def _fill_template(
     template: PromptTemplate, prompt: str, system_prompt: str, limits: PromptLimits
 ) -> tuple[Dialog | FormattedPrompt, list[str]]:
-    limits.check_characters(template.characters(prompt, system_prompt))
     notes = []
     if template.is_for_llama_3:
         notes.append("warning: prompt_template is Llama 3's; this model does not know its control words")
     if template.is_open_dialogue:
-        return read_prompt(template.expand(prompt, system_prompt), ""), notes
+        # What is filled in once may have blanks that the dialogue's turns do not keep.
+        limits.check_characters(template.characters(prompt, system_prompt) - len(prompt) - len(system_prompt))
+        return _within(read_prompt(template.expand(prompt, system_prompt), ""), limits), notes
+    characters = len(raw_text(prompt)) if template.is_raw else template.characters(prompt, system_prompt)
+    limits.check_characters(characters)
     return template.format(prompt, system_prompt), notes
+
+
+def _within(dialog: Dialog, limits: PromptLimits) -> Dialog:
+    limits.check_characters(dialog.characters)
+    return dialog
 
 
 def _messages(inputs: Mapping[str, Any]) -> list[Any]:

@@ -6,11 +6,13 @@ to the room left in a context is done where the context is known (`generation.py
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,7 +26,12 @@ from pydantic import (
 from llama.errors import InvalidInput, MinimumAboveMaximum
 
 DEFAULT_MAX_NEW_TOKENS = 512
-MAX_STOP_CHARACTERS = 250_000
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 256
+# What every legal list fits into: each character of it may be escaped, and each stop has a comma.
+_MAX_STOP_TEXT = MAX_STOPS * (2 * MAX_STOP_CHARACTERS + 1)
+_STOP_TOKEN = re.compile(r"\\[n,\\]|,|[^\\,]+|\\", re.DOTALL)
+_STOP_ESCAPES = {"\\n": "\n", "\\,": ",", "\\\\": "\\"}
 _EXACT_FLOAT = 2**53  # beyond this a float no longer names one whole number
 
 
@@ -37,6 +44,34 @@ def _exact(value: object) -> object:
     if isinstance(value, float) and abs(value) > _EXACT_FLOAT:
         raise ValueError("is too large to be exact; send a whole number between -2**53 and 2**53")
     return value
+
+
+def split_stops(text: str) -> tuple[str, ...]:
+    r"""Split the input `stop_sequences` at its commas.
+
+    Sequences are literal and are not trimmed; empty and repeated ones are dropped. `\,` is a comma within a
+    sequence, `\\` a backslash and `\n` a newline; a backslash before anything else is itself.
+    """
+    stops, stop = list[str](), ""
+    for token in _STOP_TOKEN.findall(text):
+        if token == ",":
+            stops.append(stop)
+            stop = ""
+        else:
+            stop += _STOP_ESCAPES.get(token, token)
+    return tuple(dict.fromkeys(filter(None, [*stops, stop])))
+
+
+def _within_stop_limits(text: str) -> str:
+    advice = f"send at most {MAX_STOPS} sequences of {MAX_STOP_CHARACTERS} characters"
+    if len(text) > _MAX_STOP_TEXT:
+        raise ValueError(f"has {len(text)} characters; {advice}")
+    stops = split_stops(text)
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"has {len(stops)} sequences; {advice}")
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP_CHARACTERS:
+        raise ValueError(f"has a sequence of {longest} characters; {advice}")
+    return text
 
 
 Whole = Annotated[StrictInt, BeforeValidator(_whole)]
@@ -65,7 +100,7 @@ class SamplingParams(BaseModel):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     length_penalty: Annotated[Number, Field(ge=0, le=5)] = 1.0
-    stop_sequences: Annotated[StrictStr, Field(max_length=MAX_STOP_CHARACTERS)] | None = None
+    stop_sequences: Annotated[StrictStr, AfterValidator(_within_stop_limits)] | None = None
     seed: Annotated[StrictInt, BeforeValidator(_whole), BeforeValidator(_exact)] | None = None
 
     @classmethod
@@ -105,9 +140,8 @@ class SamplingParams(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop sequences: literal, not trimmed; a typed backslash-n is a newline."""
-        parts = (self.stop_sequences or "").replace("\\n", "\n").split(",")
-        return tuple(dict.fromkeys(part for part in parts if part))
+        """The stop sequences, as `split_stops` reads them."""
+        return split_stops(self.stop_sequences or "")
 
     @property
     def repetition(self) -> float:
@@ -129,7 +163,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name, got = first["loc"][0], first["input"]
     shown = f" is {got!r}" if isinstance(got, int | float) else f" is of type {type(got).__name__}"
-    if first["type"] == "string_too_long":
-        return f"{name} has {len(got)} characters; send at most {MAX_STOP_CHARACTERS}"
+    if name == "stop_sequences" and first["type"] == "value_error":
+        return f"{name} {first['msg'].removeprefix('Value error, ')}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{name}{shown}: it {message}; correct it or leave it out"

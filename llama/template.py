@@ -34,10 +34,6 @@ class FormattedPrompt:
 
     parts: tuple[str | Control, ...]
 
-    @property
-    def characters(self) -> int:
-        return sum(len(part) for part in self.parts if isinstance(part, str))
-
 
 class PromptTemplate:
     """A caller's `prompt_template`, other than the published default.
@@ -83,7 +79,7 @@ class PromptTemplate:
     def format(self, prompt: str, system_prompt: str) -> FormattedPrompt:
         """Runs of text and control tokens. What was filled in stays text, except on the raw route."""
         if self.is_raw:
-            return FormattedPrompt(tuple(_control_words(_drop_leading_bos(prompt.rstrip()))))
+            return FormattedPrompt(tuple(_control_words(raw_text(prompt))))
         parts = list[str | Control]()
         for text, is_filled in self._fill(prompt, system_prompt):
             if is_filled:
@@ -103,6 +99,11 @@ def is_default(template: str) -> bool:
     plain = template.replace("\\n", "\n").replace("\r\n", "\n").strip().removeprefix("<s>").strip()
     plain = _PLACEHOLDER.sub(lambda m: f"{{{m[1] or m[2]}}}", plain)
     return plain in ("", PUBLISHED_DEFAULT)
+
+
+def raw_text(prompt: str) -> str:
+    """What the raw route keeps of a prompt: no blanks at its end and no BOS at its start."""
+    return _drop_leading_bos(prompt.rstrip())
 
 
 def _drop_leading_bos(text: str) -> str:

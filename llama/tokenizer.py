@@ -7,15 +7,16 @@ a dialogue is spelt; knows nothing of sampling, engines or weights.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.detokenizer import Vocabulary
 from llama.dialog import B_INST, B_SYS, E_INST, E_SYS, Dialog
 from llama.errors import BadTokenizer
+from llama.form import read_object
 from llama.template import Control, FormattedPrompt
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Tokenizer(ABC):
     """A vocabulary and the dialogue format that goes with it."""
 
     vocabulary: Vocabulary
+    text_size: int
+    """Ids below this may stand for text; those above were added for control."""
     eos_token_id: int
 
     @property
@@ -41,15 +44,20 @@ class Tokenizer(ABC):
         """Characters of the longest token: more text than this a token cannot stand for."""
         return max(map(len, self.vocabulary.pieces))
 
+    def restrict(self, size: int) -> None:
+        """Forget the ids from `size` on, which the model cannot read."""
+        self.vocabulary = replace(self.vocabulary, pieces=self.vocabulary.pieces[:size])
+
+    @abstractmethod
     def encode(self, prompt: Dialog | FormattedPrompt) -> list[int]:
         """The token ids that the model is given."""
-        ids = list[int]()
-        for segment in self._segments(prompt):
-            ids += [segment] if isinstance(segment, int) else self._encode_text(_without_surrogates(segment))
-        return ids
+
+    def characters(self, prompt: Dialog | FormattedPrompt) -> int:
+        """Length of the text that is to be encoded, known before it is."""
+        return sum(len(segment) for segment in self._segments(prompt) if isinstance(segment, str))
 
     def render(self, prompt: Dialog | FormattedPrompt) -> str:
-        """The same as text, for people: control tokens are shown as words."""
+        """What is encoded, as text for people: control tokens are shown as words."""
         return "".join(
             self._control_word(segment) if isinstance(segment, int) else segment
             for segment in self._segments(prompt)
@@ -57,9 +65,6 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _segments(self, prompt: Dialog | FormattedPrompt) -> Iterator[Segment]: ...
-
-    @abstractmethod
-    def _encode_text(self, text: str) -> list[int]: ...
 
     @abstractmethod
     def _control_word(self, token_id: int) -> str: ...
@@ -74,9 +79,16 @@ class LlamaTokenizer(Tokenizer):
     def __init__(self, processor: SentencePieceProcessor) -> None:
         self._processor = processor
         self.eos_token_id = processor.eos_id()
+        self.text_size = processor.vocab_size()
         self.vocabulary = Vocabulary(
             [_sentencepiece_piece(processor, i) for i in range(processor.vocab_size())], sentencepiece=True
         )
+
+    def encode(self, prompt: Dialog | FormattedPrompt) -> list[int]:
+        ids = list[int]()
+        for segment in self._segments(prompt):
+            ids += [segment] if isinstance(segment, int) else self._encode_text(without_surrogates(segment))
+        return ids
 
     def _segments(self, prompt: Dialog | FormattedPrompt) -> Iterator[Segment]:
         bos, eos = self._processor.bos_id(), self.eos_token_id
@@ -112,45 +124,54 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises BadTokenizer when there is none, it is damaged, or it has no dialogue format known here.
     """
     template = _chat_template(folder)
-    if template and B_SYS not in template:
+    if template is not None and B_SYS not in template:
         from llama.chat_template import load_chat_template_tokenizer
 
         return load_chat_template_tokenizer(folder)
-    path = folder / "tokenizer.model"
-    if not path.is_file():
+    path = next(
+        (folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()), None
+    )
+    if path is None:
         raise BadTokenizer(
-            f"{path} is not there and the folder brings no chat template of another format; "
-            "copy the model's tokenizer files into it"
+            f"{folder / 'tokenizer.model'} is not there, and neither is tokenizer.json; copy the model's "
+            "tokenizer files into the folder"
         )
     processor = _load_sentencepiece(path)
     if [processor.id_to_piece(i) for i in range(4)] != ["<unk>", "<s>", "</s>", "<0x00>"]:
         raise BadTokenizer(
-            f"{path} is not a Llama 2 vocabulary and the folder has no chat template; "
+            f"{path} is not a Llama 2 vocabulary and the folder has no chat template of another format; "
             "add the chat template that the model was trained on"
         )
     return LlamaTokenizer(processor)
 
 
-def _chat_template(folder: Path) -> str:
-    """The folder's chat template, "" when it has none."""
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        path = folder / name
-        try:
-            text = path.read_text(encoding="utf-8") if path.is_file() else ""
-            if name.endswith(".jinja"):
-                template = text
-            else:
-                template = json.loads(text).get("chat_template") or "" if text else ""
-        except (OSError, ValueError, AttributeError) as error:
-            raise BadTokenizer(f"{path} cannot be read ({error}); copy it again") from error
-        if template:
-            return str(template)
-    return ""
+def _chat_template(folder: Path) -> str | None:
+    """The chat template that transformers would render: of several the one called default, and "" if there is
+    none of that name. None for a folder without templates."""
+    try:
+        if (path := folder / "chat_template.jinja").is_file():
+            return path.read_text(encoding="utf-8-sig")
+        if (path := folder / "additional_chat_templates").is_dir() and any(path.glob("*.jinja")):
+            return ""
+    except (OSError, ValueError) as error:
+        raise BadTokenizer(f"{path} cannot be read ({error}); copy it again") from error
+    path = folder / "tokenizer_config.json"
+    template = read_object(path, BadTokenizer).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else ""
+    if not isinstance(template, str | None):
+        raise BadTokenizer(f"{path} has no text as chat_template; copy it again")
+    return template
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
+    if path.suffix == ".json":
+        from llama.sentencepiece_model import from_tokenizer_json
+
+        return SentencePieceProcessor(model_proto=from_tokenizer_json(path))
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
@@ -166,6 +187,6 @@ def _sentencepiece_piece(processor: SentencePieceProcessor, token_id: int) -> st
     return bytes([int(piece[3:5], 16)]) if processor.is_byte(token_id) else piece
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Halves of UTF-16 pairs, which JSON can carry and no tokenizer takes, become U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

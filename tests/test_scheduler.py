@@ -78,6 +78,7 @@ class Serving(RuleBasedStateMachine):
             together[row] = sequence
             if sequence not in self.admitted:
                 self.admitted.append(sequence)
+                self.scheduler.reuse_prefix(row)
                 assert sequence.cached < sequence.prompt_length
                 assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
         for row, sequence in together.items():
@@ -159,6 +160,7 @@ def test_whatever_arrives_at_a_full_house_is_served_in_the_end(queue: list[list[
     served = 0
     while not scheduler.idle:
         while entry := scheduler.next_prefill():
+            scheduler.reuse_prefix(entry[0])
             entry[1].cached = entry[1].prompt_length
         scheduler.release(0)
         served += 1
@@ -187,6 +189,7 @@ def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
     assert scheduler.next_prefill([0]) is None
     first.cached = first.prompt_length
     row, second = scheduler.next_prefill() or (None, None)
+    scheduler.reuse_prefix(1)
     assert (row, second.cached) == (1, len(SYSTEM))
 
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from llama.engine import TokenStream
-from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
+from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed, InvalidInput
 from llama.sampling import SamplingParams
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import Parts
@@ -58,6 +60,7 @@ class TorchEngine:
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
         self._prefix_reuse, self._cuda_graphs = prefix_reuse, cuda_graphs
         self._arrivals: SimpleQueue[Sequence | None] = SimpleQueue()
+        self._streams: WeakSet[TokenStream] = WeakSet()
         self._lock = threading.Lock()
         self._stopped = False  # under the lock: nothing is queued behind the loop's last look
         self._reported, self._tokens = time.monotonic(), 0
@@ -102,10 +105,17 @@ class TorchEngine:
         """There is nothing in the API that it cannot do."""
 
     def submit(self, token_ids: Seq[int], params: SamplingParams) -> TokenStream:
+        # On a GPU a token that is not in the table would end CUDA for the whole process.
+        if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
+            raise InvalidInput(
+                f"the prompt has {len(token_ids)} token ids; send at least one, each from 0 to "
+                f"{self._vocabulary - 1}"
+            )
         sequence = Sequence(list(token_ids), len(token_ids), params, TokenStream())
         with self._lock:
             if self._stopped:
                 raise EngineStopped("the engine is not running; restart the server")
+            self._streams.add(sequence.stream)
             self._arrivals.put(sequence)
         return sequence.stream
 
@@ -141,7 +151,9 @@ class TorchEngine:
         finally:
             with self._lock:
                 self._stopped = True
-            self._fail_everybody(failure)
+            for stream in self._streams:  # one that has ended takes no notice
+                # Each has an exception of its own: a raised one carries the traceback of its caller's thread.
+                stream.fail(type(failure)(str(failure).partition(": ")[2]))
 
     def _take_arrivals(self) -> bool:
         """Queue what has arrived, waiting for it while there is nothing else to do. False: stop."""
@@ -153,14 +165,6 @@ class TorchEngine:
             if sequence is None:
                 return False
             self._scheduler.add(sequence)
-
-    def _fail_everybody(self, failure: EngineError) -> None:
-        while not self._arrivals.empty():
-            if (sequence := self._arrivals.get()) is not None:
-                self._scheduler.add(sequence)
-        for sequence in self._scheduler.drain():
-            # One exception an answer: a raised one carries the traceback of its caller's thread.
-            sequence.stream.fail(type(failure)(str(failure).partition(": ")[2]))
 
     def _turn(self) -> None:
         self._scheduler.drop_cancelled_waiting()
@@ -176,30 +180,66 @@ class TorchEngine:
         left = self._prefill_budget()
         while chunks := self._next_chunks(left):
             left -= sum(len(chunk.token_ids) for chunk in chunks.values())
-            logits = self._runner.prefill(list(chunks.values()))
-            for sequence, chunk in chunks.items():
-                sequence.cached = chunk.end
-            # The highest row first: where one ends at its first token, those below stay where they are.
-            read = zip(chunks.items(), torch.split(logits, 1), strict=True)
-            for (sequence, chunk), mine in sorted(read, key=lambda entry: -entry[0][1].row):
+            for sequence, logits in self._read(chunks).items():
                 if sequence.decoding:
-                    self._sampler.add(chunk.row, self._tensor(sequence.tokens), sequence.params)
-                    self._runner.place(chunk.row, sequence.cached)
-                    self._emit(chunk.row, mine)
+                    with self._failing_alone(sequence):
+                        self._begin_answer(sequence, logits)
 
     def _next_chunks(self, most: int) -> dict[Sequence, Chunk]:
         """What to read in one step: at most so many tokens."""
         chunks: dict[Sequence, Chunk] = {}
-        rows = set[int]()
-        while most > 0 and (entry := self._scheduler.next_prefill(rows)):
+        left = most
+        while left > 0 and (entry := self._scheduler.next_prefill({chunk.row for chunk in chunks.values()})):
             row, sequence = entry
-            end = min(sequence.cached + most, sequence.prompt_length)
-            chunks[sequence] = Chunk(
-                row, sequence.cached, self._tensor(sequence.tokens[sequence.cached : end])
-            )
-            rows.add(row)
-            most -= end - sequence.cached
+            with self._failing_alone(sequence):
+                if sequence.cached == 0:
+                    self._scheduler.reuse_prefix(row)
+                end = min(sequence.cached + left, sequence.prompt_length)
+                token_ids = self._tensor(sequence.tokens[sequence.cached : end])
+                chunks[sequence] = Chunk(row, sequence.cached, token_ids)
+                left -= len(token_ids)
+            if sequence not in chunks:  # it failed, and another may be in its row
+                chunks, left = {}, most
         return chunks
+
+    def _read(self, chunks: dict[Sequence, Chunk]) -> dict[Sequence, Tensor]:
+        """Logits [1, V] of the last token of each chunk, without those that failed."""
+        for sequence, chunk in chunks.items():
+            sequence.cached = chunk.end  # before it is: what is read in part must be cleared too
+        if len(chunks) > 1:
+            try:
+                logits = self._runner.prefill([*chunks.values()])
+                return dict(zip(chunks, torch.split(logits, 1), strict=True))
+            except Exception as error:
+                logger.warning("%d prompts could not be read in one step (%s)", len(chunks), error)
+        read: dict[Sequence, Tensor] = {}
+        # The highest row first: when one fails, the rows below stay as they are.
+        for sequence, chunk in sorted(chunks.items(), key=lambda item: -item[1].row):
+            with self._failing_alone(sequence):
+                read[sequence] = self._runner.prefill([chunk])
+        return read
+
+    def _begin_answer(self, sequence: Sequence, logits: Tensor) -> None:
+        """The prompt is read: let it take part in decoding, and hand out its first token."""
+        row = self._scheduler.running.index(sequence)
+        self._sampler.add(row, self._tensor(sequence.tokens), sequence.params)
+        self._runner.place(row, sequence.cached)
+        self._emit(row, logits)
+
+    @contextmanager
+    def _failing_alone(self, sequence: Sequence) -> Iterator[None]:
+        """What goes wrong in here fails this request, and no other."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("a prompt could not be read")
+            sequence.stream.fail(
+                GenerationFailed(
+                    f"the prompt could not be read ({type(error).__name__}); see the server's log"
+                )
+            )
+            self._scheduler.forget_prefixes()
+            self._release({self._scheduler.running.index(sequence): False})
 
     def _prefill_budget(self) -> int:
         decoding, device = self._scheduler.decoding, self._device.type

@@ -66,39 +66,50 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def next_prefill(self, beside: Collection[int] = ()) -> tuple[int, Sequence] | None:
-        """The sequence whose prompt is to be read now, and its row: the one begun, else the one that
-        has waited longest, where a row is free. `beside` are rows that are read in the same step: who
-        could begin with what one of them is about to hold waits for it."""
+        """The sequence whose prompt is to be read now, and its row: the one that was begun, otherwise the one
+        that has waited longest, if a row is free for it. `beside` are rows that are read in the same step: a
+        sequence that could begin with what one of them is about to hold waits for it."""
         for row, sequence in enumerate(self.running):
             if not sequence.decoding and row not in beside:
                 return row, sequence
         if not self._waiting or len(self.running) == self._limit:
             return None
         row, sequence = len(self.running), self._waiting[0]
-        if self._prefix_reuse:
-            if any(alike(self.running[other].tokens, sequence.tokens) for other in beside):
-                return None
-            held = [other.tokens[: other.cached] for other in self.running]
-            copies, sequence.cached = self._prefixes.place(row, sequence.tokens, held)
-            for copy in copies:
-                self._cache.copy(*copy)
-        self._waiting.popleft()
-        self.running.append(sequence)
+        if self._prefix_reuse and any(alike(self.running[r].tokens, sequence.tokens) for r in beside):
+            return None
+        self.running.append(self._waiting.popleft())
         return row, sequence
+
+    def reuse_prefix(self, row: int) -> None:
+        """Let the sequence in the last row begin with the longest prefix of its prompt that is cached."""
+        assert row == len(self.running) - 1
+        if not self._prefix_reuse:
+            return
+        sequence = self.running[row]
+        held = [other.tokens[: other.cached] for other in self.running[:row]]
+        copies, shared = self._prefixes.place(row, sequence.tokens, held)
+        for copy in copies:
+            self._cache.copy(*copy)
+        sequence.cached = shared
+
+    def forget_prefixes(self) -> None:
+        """Reuse nothing of what the free rows hold: copying failed, so what they hold is not known."""
+        self._prefixes = PrefixCache(self._limit)
 
     def release(self, row: int, *, keep: bool = True) -> int | None:
         """Take a sequence out. The last running one moves into its row: the row that it left, if any.
         What the sequence had in the cache stays for others to begin with, unless `keep` is false."""
-        sequence, last = self.running[row], self.running.pop()
-        end = len(self.running)
+        sequence, last = self.running[row], self.running[-1]
+        end = len(self.running) - 1
         keep = keep and self._prefix_reuse
         if row != end:
-            self.running[row] = last
             if keep:
                 self._cache.swap(row, end, max(sequence.cached, last.cached))
             else:
                 self._cache.copy(end, row, last.cached)
         self._prefixes.keep(end, sequence.tokens[: sequence.cached] if keep else [])
+        self.running[row] = last
+        self.running.pop()
         return end if row != end else None
 
     def drop_cancelled_waiting(self) -> None:
@@ -117,10 +128,3 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.running and not self._waiting
-
-    def drain(self) -> list[Sequence]:
-        """Take everybody out, running and waiting; the engine that asks is at its end."""
-        everybody = [*self.running, *self._waiting]
-        self.running.clear()
-        self._waiting.clear()
-        return everybody

@@ -1,0 +1,80 @@
+"""A SentencePiece model made from a `tokenizer.json`, for folders that have no `tokenizer.model`.
+
+Llama 2's token ids are defined by SentencePiece. The `tokenizers` library finds other ids in the same
+vocabulary for some texts, such as runs of spaces, so only the vocabulary and its order of merges are taken
+from the file. Knows both formats; knows nothing of dialogues.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llama.errors import BadTokenizer
+from llama.form import read_object
+
+_CONTROL = ("<s>", "</s>")
+_UNKNOWN = "<unk>"
+_SPACE = "\u2581"
+_LOWEST_SCORE = -1e9
+"""Llama 2's own score for runs of spaces: they merge last. transformers 5 loses it when it saves a folder."""
+
+
+def from_tokenizer_json(path: Path) -> bytes:
+    """A serialized SentencePiece model with the vocabulary of a BPE `tokenizer.json`.
+
+    Raises BadTokenizer when the file holds another kind of tokenizer.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    pieces, ranks = _read(path)
+    proto = ModelProto()
+    kinds = ModelProto.SentencePiece.Type
+    for piece in pieces:
+        # SentencePiece merges the pair whose result has the highest score, `tokenizers` the one listed first.
+        score = _LOWEST_SCORE if set(piece) == {_SPACE} else -ranks.get(piece, 0)
+        proto.pieces.add(piece=piece, score=score, type=kinds.Value(_kind(piece)))
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(pieces)
+    trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = (
+        "identity",
+        True,
+        False,
+    )
+    return bytes(proto.SerializeToString())
+
+
+def _kind(piece: str) -> str:
+    if piece == _UNKNOWN:
+        return "UNKNOWN"
+    if piece in _CONTROL:
+        return "CONTROL"
+    return "BYTE" if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") else "NORMAL"
+
+
+def _read(path: Path) -> tuple[list[str], dict[str, int]]:
+    """The pieces by id, and the first place of each in the order of merges."""
+    model = read_object(path, BadTokenizer).get("model")
+    try:
+        if not isinstance(model, dict) or model["byte_fallback"] is not True:
+            raise ValueError("not a BPE model with byte fallback")
+        vocabulary: dict[str, int] = model["vocab"]
+        pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+        if [vocabulary[piece] for piece in pieces] != list(range(len(pieces))):
+            raise ValueError("ids are missing")
+        ranks: dict[str, int] = {}
+        for rank, merge in enumerate(model["merges"]):
+            ranks.setdefault(_merged(merge), rank)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadTokenizer(
+            f"{path} is not a Llama 2 vocabulary (BPE with byte fallback) and the folder has no chat "
+            "template of another format; add the chat template that the model was trained on"
+        ) from error
+    return pieces, ranks
+
+
+def _merged(merge: Any) -> str:
+    """A merge is a pair of pieces, or in older files one string with a space between them."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return f"{first}{second}"

@@ -1,0 +1,196 @@
+"""What goes wrong for one request of the default engine, wherever it does, stays with that request."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from llama.engine import TokenStream
+from llama.errors import EngineError, EngineStopped, GenerationFailed, InvalidInput
+from llama.sampling import SamplingParams
+from llama.torch_engine.engine import TorchEngine
+from tests.test_engine import collect, generate, greedy, model, prompt_of, running, wait_until
+
+__all__ = ["model"]  # the fixture
+
+Place = tuple[str, str, int]
+"""A line of the engine: file, function, number."""
+
+# Reached only while one request's prompt is prepared or read.
+PROMPTS = {
+    ("scheduler.py", "reuse_prefix"),
+    ("prefix_cache.py", "place"),
+    ("prefix_cache.py", "_best_match"),
+    ("kv_cache.py", "copy"),
+    ("runner.py", "prefill"),
+    ("runner.py", "_visible"),
+    ("runner.py", "_read"),
+    ("engine.py", "_begin_answer"),
+    ("sampler.py", "add"),
+    ("runner.py", "place"),
+}
+
+
+class Fault(Exception):
+    pass
+
+
+class Saboteur:
+    """Follows the loop of the engine's thread line by line and raises once, at one of them."""
+
+    def __init__(self, at: Place | None = None) -> None:
+        self.at, self.seen, self.raised, self.started = at, dict[Place, None](), False, False
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        file = frame.f_code.co_filename
+        if "llama/torch_engine/" not in file or threading.current_thread().name != "llama-engine":
+            return None
+        self.started |= frame.f_code.co_name == "_take_arrivals"
+        if event == "line" and self.started and frame.f_code.co_name != "_run":
+            place = (file.rpartition("/")[2], frame.f_code.co_name, frame.f_lineno)
+            self.seen[place] = None
+            if place == self.at and not self.raised:
+                self.raised = True
+                raise Fault
+        return self
+
+
+@contextmanager
+def sabotaged(saboteur: Saboteur) -> Iterator[None]:
+    """The engines that are started in here are followed."""
+    threading.settrace(saboteur)
+    try:
+        yield
+    finally:
+        threading.settrace(None)  # type: ignore[arg-type]
+
+
+def submitted(engine: TorchEngine, request: tuple[list[int], SamplingParams]) -> TokenStream:
+    """A request's stream: a failed one where the engine takes no more requests."""
+    try:
+        return engine.submit(*request)
+    except EngineStopped as error:
+        stream = TokenStream()
+        stream.fail(error)
+        return stream
+
+
+def outcome(stream: TokenStream) -> list[int] | str:
+    """The tokens, or the error's code. Hangs, and is ended, when there is neither."""
+    try:
+        return collect(stream)
+    except EngineError as error:
+        return error.code
+
+
+PROMPT = prompt_of(1, 40)
+REQUESTS = [
+    (prompt_of(2, 9), greedy(12)),
+    (PROMPT, greedy(6)),
+    ([*PROMPT, 5, 6, 7], SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_new_tokens=5)),
+    (prompt_of(3, 30), SamplingParams(temperature=0.0, repetition_penalty=1.2, max_new_tokens=4)),
+    ([*PROMPT, 8, 9], greedy(3)),
+]
+
+
+def life(engine: TorchEngine) -> list[list[int] | str]:
+    """Requests that meet: a shared beginning, a full house, different ends; then one that comes later."""
+    streams = [submitted(engine, request) for request in REQUESTS]
+    outcomes = [outcome(stream) for stream in streams]
+    return [*outcomes, outcome(submitted(engine, REQUESTS[2]))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: LlamaForCausalLM) -> tuple[list[list[int] | str], list[Place]]:
+    saboteur = Saboteur()
+    with sabotaged(saboteur), running(model, rows=3) as engine:
+        answers = life(engine)
+    assert all(isinstance(answer, list) for answer in answers)
+    return answers, [*saboteur.seen]
+
+
+def test_a_failure_at_any_line_ends_every_request_and_spoils_none(
+    model: LlamaForCausalLM, undisturbed: tuple[list[list[int] | str], list[Place]]
+) -> None:
+    answers, places = undisturbed
+    assert len(places) > 100
+    for place in places:
+        saboteur = Saboteur(place)
+        with sabotaged(saboteur), running(model, rows=3) as engine:
+            outcomes = life(engine)
+            healthy = engine.healthy
+        assert saboteur.raised or place not in saboteur.seen
+        failed = [index for index, answer in enumerate(outcomes) if answer != answers[index]]
+        # Whoever has an answer has the right one.
+        assert all(outcomes[index] in ("E2001", "E2002") for index in failed), (place, outcomes)
+        assert healthy == (len(failed) <= 1 and outcomes[-1] != "E2002"), (place, outcomes)
+        if place[:2] in PROMPTS:
+            assert healthy, (place, outcomes)
+
+
+def test_every_part_of_a_prompts_life_is_among_the_lines(
+    undisturbed: tuple[list[list[int] | str], list[Place]],
+) -> None:
+    assert {place[:2] for place in undisturbed[1]} >= PROMPTS
+
+
+class Fussy(torch.nn.Module):
+    """Token embeddings that cannot read one token."""
+
+    BAD = 77
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if bool((token_ids == self.BAD).any()):
+            raise RuntimeError("this token cannot be read")
+        result: torch.Tensor = self.inner(token_ids)
+        return result
+
+
+def test_prompts_that_are_read_together_with_one_that_fails_are_answered(model: LlamaForCausalLM) -> None:
+    inner = model.model.embed_tokens
+    good = [[token for token in prompt_of(i, 12) if token != Fussy.BAD] for i in range(4)]
+    model.model.embed_tokens = Fussy(inner)
+    try:
+        with running(model, rows=8) as engine:
+            bad = [engine.submit([1, 5, Fussy.BAD, 9], greedy(5)) for _ in range(3)]
+            streams = [engine.submit(prompt, greedy(5)) for prompt in good]
+            for stream in bad:
+                with pytest.raises(
+                    GenerationFailed, match=r"^E2001 .*prompt could not be read \(RuntimeError"
+                ):
+                    collect(stream)
+            answers = [outcome(stream) for stream in streams]
+            assert engine.healthy
+            wait_until(lambda: engine.running == 0)
+    finally:
+        model.model.embed_tokens = inner
+    assert answers == [generate(model, prompt, 5) for prompt in good]
+
+
+@pytest.mark.parametrize("token_ids", [[], [1, -1], [1, 700], [1, 2**40]])
+def test_token_ids_that_are_none_are_refused_at_once(model: LlamaForCausalLM, token_ids: list[int]) -> None:
+    with running(model) as engine:
+        with pytest.raises(InvalidInput, match="^E1000 "):
+            engine.submit(token_ids, greedy(3))
+        assert collect(engine.submit([1, 5], greedy(3))) == generate(model, [1, 5], 3)
+
+
+def test_a_failed_stream_says_so_each_time_that_it_is_asked() -> None:
+    stream = TokenStream()
+    stream.put(5)
+    stream.fail(GenerationFailed("it broke; try again"))
+    assert next(iter(stream)) == [5]
+    for _ in range(3):
+        with pytest.raises(GenerationFailed, match="it broke"):
+            collect(stream)
