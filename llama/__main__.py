@@ -114,7 +114,9 @@ def _print_stream(pieces: Iterator[str], said: list[str]) -> None:
 
 def _complete(arguments: argparse.Namespace) -> None:
     inputs = _read_inputs(arguments.inputs)
-    inputs["prompt"] = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    inputs["prompt"] = (
+        sys.stdin.read().removeprefix("\ufeff") if arguments.prompt is None else arguments.prompt
+    )
     llama = _load()
     try:
         _print_stream(_answer(llama, inputs), [])
@@ -140,7 +142,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 def _ask() -> str | None:
     """The user's next turn; None at the end of input."""
     try:
-        return input("> ")
+        return input("> ").removeprefix("\ufeff")
     except EOFError:
         print()
         return None

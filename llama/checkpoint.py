@@ -7,13 +7,17 @@ the largest file. Knows files, headers and names; knows nothing of models or dev
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.errors import BadCheckpoint
 from llama.form import file_names
+
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Checkpoint:
@@ -28,6 +32,18 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.files)
+
+    @cached_property
+    def has_head_of_its_own(self) -> bool:
+        """Whether an output layer is stored that differs from the embeddings. transformers then uses it, even
+        if config.json says that the two are tied; so does every engine here."""
+        if not {_HEAD, _EMBEDDINGS} <= self.names:
+            return _HEAD in self.names
+        head, embeddings = (
+            next(tensor for path in self.files for name, tensor in self.tensors(path) if name == wanted)
+            for wanted in (_HEAD, _EMBEDDINGS)
+        )
+        return not torch.equal(head, embeddings)
 
     def tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of one of the files. A tensor's memory is the file's own: it is to be copied."""

@@ -58,7 +58,7 @@ class Llama:
         """
         times = SetupTimes()
         with times.part("imports"):
-            from llama.loader import check_tokenizer, eos_token_ids, load_config
+            from llama.loader import eos_token_ids, fit_tokenizer, load_config
             from llama.tokenizer import load_tokenizer
             from llama.weights import folder_to_serve
 
@@ -68,7 +68,7 @@ class Llama:
         with times.part("tokenizer"):
             config = load_config(folder)
             tokenizer = load_tokenizer(folder)
-            check_tokenizer(config, tokenizer.size, folder)
+            fit_tokenizer(tokenizer, config, folder)
         ends = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
         engine = start_engine(
             folder,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama.checkpoint import Checkpoint
@@ -24,9 +26,12 @@ from llama.progress import LogProgress
 from llama.quantization import Quantization, configured
 from llama.settings import Settings
 
+if TYPE_CHECKING:
+    from llama.tokenizer import Tokenizer
+
 logger = logging.getLogger(__name__)
 
-_PADDING_ROWS = 1024  # a checkpoint may pad its token table by up to this many
+_STRETCHED = ("linear", "dynamic")
 
 
 def load_config(folder: Path) -> LlamaConfig:
@@ -47,6 +52,7 @@ def load_config(folder: Path) -> LlamaConfig:
         raise BadConfig(f"{path} is not a Llama configuration ({error}); copy it again") from error
     assert isinstance(config, LlamaConfig)
     _check_shape(config, path)
+    _check_layers(config, path)
     return config
 
 
@@ -54,21 +60,28 @@ def eos_token_ids(folder: Path, config: LlamaConfig) -> set[int]:
     """The ids that end an answer, from `generation_config.json` or else `config.json`."""
     path = folder / "generation_config.json"
     named = read_object(path).get("eos_token_id") if path.is_file() else None
-    named = config.eos_token_id if named is None else named
+    if named is None:
+        path, named = folder / "config.json", config.eos_token_id
     ids = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
-        raise BadConfig(f"{path} has no token ids of this model as eos_token_id; copy it again")
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise BadConfig(f"{path} has {named!r} as eos_token_id, which is no list of token ids; copy it again")
     return set(ids)
 
 
-def check_tokenizer(config: LlamaConfig, size: int, folder: Path) -> None:
-    """Raises BadTokenizer when a tokenizer of `size` ids cannot belong to the model."""
+def fit_tokenizer(tokenizer: Tokenizer, config: LlamaConfig, folder: Path) -> None:
+    """Restrict a tokenizer to the ids that the model's table has. The table may be padded with rows that are
+    no tokens, and a few control tokens may lie outside of it.
+
+    Raises BadTokenizer when the tokenizer cannot belong to the model.
+    """
     rows = config.vocab_size
-    if not rows - _PADDING_ROWS < size <= rows:
+    if tokenizer.text_size > rows or 2 * tokenizer.size < rows or tokenizer.eos_token_id >= rows:
         raise BadTokenizer(
-            f"the tokenizer in {folder} has {size} tokens and config.json says {rows}; "
-            "copy the tokenizer files that belong to this model"
+            f"the tokenizer in {folder} has {tokenizer.text_size} tokens and {tokenizer.eos_token_id} as the "
+            f"end of a text, and the vocab_size of config.json is {rows}; copy the tokenizer files that "
+            "belong to this model"
         )
+    tokenizer.restrict(rows)
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -99,9 +112,17 @@ def pick_dtype(settings: Settings, config: LlamaConfig, capability: tuple[int, i
     return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
+def longest_context(config: LlamaConfig) -> int:
+    """The most tokens that a model's positions allow, as vLLM derives it: linear and dynamic scaling stretch
+    the positions that it was trained on, all other kinds have `max_position_embeddings` stretched already."""
+    scaling = config.rope_parameters
+    factor = scaling["factor"] if scaling["rope_type"] in _STRETCHED else 1.0
+    return int(config.max_position_embeddings * factor)
+
+
 def context_wanted(settings: Settings, config: LlamaConfig) -> int:
     """Tokens of prompt and answer together: the model's own most, or fewer."""
-    most = int(config.max_position_embeddings)
+    most = longest_context(config)
     return min(settings.max_context or most, most)
 
 
@@ -129,8 +150,15 @@ def pick_quantization(settings: Settings, device: torch.device, config: LlamaCon
         )
     if device.type == "cpu":
         return stored if wanted == "auto" else wanted
-    context = context_wanted(settings, config)
-    return pick(config, [gpu_of(device)], wanted, context=context, stored=stored)
+    gpu = gpu_of(device)
+    return pick(
+        config,
+        [gpu],
+        wanted,
+        context=context_wanted(settings, config),
+        stored=stored,
+        dtype=pick_dtype(settings, config, gpu.capability),
+    )
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -164,17 +192,14 @@ def has_matrix_units() -> bool:
 
 def empty_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
     """The modules of a model, their parameters without memory; what is computed from `config` alone is
-    there, on `device`. Raises BadConfig for an activation or rope scaling that transformers has not."""
+    there, on `device`."""
     plain = copy.copy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
-    try:
-        with torch.device("meta"):
-            model = LlamaForCausalLM(plain)
-        with device:
-            model.model.rotary_emb = LlamaRotaryEmbedding(plain)
-    except KeyError as error:
-        raise BadConfig(f"config.json names an unknown {error}; copy it again") from error
+    with torch.device("meta"):
+        model = LlamaForCausalLM(plain)
+    with device:
+        model.model.rotary_emb = LlamaRotaryEmbedding(plain)
     return model.requires_grad_(False).eval()
 
 
@@ -187,6 +212,13 @@ def load_model(
     naming the file or tensor at fault.
     """
     checkpoint = Checkpoint(folder)
+    if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
+        logger.warning(
+            "config.json ties the output layer to the embeddings, but the checkpoint stores another one, "
+            "which is used"
+        )
+        config = copy.copy(config)
+        config.tie_word_embeddings = False
     model = empty_model(config, device)
     filling = Filling(model, checkpoint.names, dtype, arithmetic_dtype(dtype, device), device, quantization)
     name, done, progress = "", 0, LogProgress(checkpoint.size, 0)
@@ -219,3 +251,31 @@ def _check_shape(config: LlamaConfig, path: Path) -> None:
             raise BadConfig(f"{path} has {size!r} as {name}; copy it again")
     if config.num_attention_heads % config.num_key_value_heads:
         raise BadConfig(f"{path} has {config.num_key_value_heads} KV heads for {config.num_attention_heads}")
+
+
+def _check_layers(config: LlamaConfig, path: Path) -> None:
+    """Whether layers of this kind can be computed: a value of the wrong type shows when it is used."""
+    eps = config.rms_norm_eps
+    if not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise BadConfig(f"{path} has {eps!r} as rms_norm_eps, which is no small number; copy it again")
+    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        if not isinstance(getattr(config, name), bool):
+            raise BadConfig(f"{path} has {getattr(config, name)!r} as {name}; set it to true or false")
+    try:
+        activation = ACT2FN[config.hidden_act]
+        activation(torch.zeros(1))
+    except Exception as error:
+        raise BadConfig(
+            f"{path} has {config.hidden_act!r} as hidden_act, which is unknown; copy it again"
+        ) from error
+    try:
+        last = longest_context(config) - 1
+        cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[0, last]]))
+        sound = cos.shape[-1] == config.head_dim and bool((cos + sin).isfinite().all())
+    # what transformers meets first in a table of the wrong types or numbers, and in a kind that is unknown
+    except Exception as error:
+        raise BadConfig(
+            f"{path} has rope values that cannot be used ({type(error).__name__}: {error}); copy it again"
+        ) from error
+    if not sound or last < 0:
+        raise BadConfig(f"{path} has rope values from which no positions follow; copy it again")

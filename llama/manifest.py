@@ -39,7 +39,7 @@ class Entry:
 def read_manifest(path: Path) -> list[Entry]:
     """The entries in order, at least one. Raises BadManifest naming the first line that cannot be used."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadManifest(
             f"{path} cannot be read ({type(error).__name__}); set LLAMA_WEIGHTS_MANIFEST to a file of "
@@ -50,7 +50,7 @@ def read_manifest(path: Path) -> list[Entry]:
         if not line.strip():
             continue
         try:
-            entry = _entry(line.split())
+            entry = _entry(line.removeprefix("\ufeff").split())
             if entry.destination in entries:
                 raise ValueError(f"{entry.destination} is there twice; remove one of the lines")
         except ValueError as error:

@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama.errors import BadConfig, BadSettings, InvalidInput, LlamaError
-from llama.form import read_object
+from llama.errors import BadSettings, InvalidInput, LlamaError
 from llama.settings import Settings
 from llama.weights import Inspection, folder_to_fill, lock, pull, verify, weights_folder
 
 if TYPE_CHECKING:
     from llama.plan import Gpu, Plan
+    from llama.request import PromptLimits
+    from llama.tokenizer import Tokenizer
 
 # What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
 _ASSUMED_CAPABILITY = (9, 0)
@@ -81,7 +82,7 @@ def _capability(text: str) -> tuple[int, int]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from llama.loader import context_wanted, load_config, stored_quantization
+    from llama.loader import context_wanted, load_config, pick_dtype, stored_quantization
     from llama.plan import LLAMA_2_70B, alike, parallel_sizes, plan
 
     settings = Settings.from_environment()
@@ -96,20 +97,24 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
         share = settings.memory_fraction
         gpus = [replace(gpu, free=int(gpu.free * share)) for gpu in alike(gpus, stages * tensor)]
-    found = plan(config, gpus, context=context, stored=stored_quantization(config), engine=engine)
-    print(table(found, context))
+    dtype = pick_dtype(settings, config, min(gpu.capability for gpu in gpus))
+    found = plan(
+        config, gpus, context=context, stored=stored_quantization(config), engine=engine, dtype=dtype
+    )
+    print(table(found, context, settings.max_concurrency, dtype.itemsize * 8))
     return int(found.auto is None)
 
 
-def table(found: Plan, context: int) -> str:
-    """For people: a row a choice."""
+def table(found: Plan, context: int, most: int, bits: int) -> str:
+    """For people: one row for each choice. `most`: the requests that the server takes at once; `bits`: the
+    width of weights that are not quantized."""
     head = ("precision", "weights", "cache", f"requests of {context} tokens", "engine", "")
     rows = [
         (
-            "16 bits" if choice.quantization == "none" else choice.quantization,
+            f"{bits} bits" if choice.quantization == "none" else choice.quantization,
             f"{choice.weights / 1e9:.1f} GB",
             f"{choice.cache / 1e9:.1f} GB",
-            str(choice.requests),
+            f"{most} ({choice.requests} fit)" if choice.requests > most else str(choice.requests),
             choice.engine,
             choice.refusal or ("what auto takes" if choice is found.auto else ""),
         )
@@ -193,17 +198,19 @@ def tokenize(_: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     folder = weights_folder(settings)
     tokenizer = load_tokenizer(folder)
-    limits = PromptLimits(_context(folder, settings.max_context), tokenizer.longest_piece)
+    limits = PromptLimits(_fitted_context(folder, settings, tokenizer), tokenizer.longest_piece)
     defaults = input_defaults(published_run())
     refused = False
-    for line in filter(str.strip, sys.stdin):
+    for line in filter(str.strip, (line.removeprefix("\ufeff") for line in sys.stdin)):
         result = _tokenize_line(line, defaults, tokenizer, limits)
         refused |= "error" in result
         print(json.dumps(result), flush=True)
     return int(refused)
 
 
-def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: Any) -> dict[str, Any]:
+def _tokenize_line(
+    line: str, defaults: dict[str, Any], tokenizer: Tokenizer, limits: PromptLimits
+) -> dict[str, Any]:
     from llama.request import Request
 
     try:
@@ -222,10 +229,13 @@ def _tokenize_line(line: str, defaults: dict[str, Any], tokenizer: Any, limits: 
         return {"error": str(error)}
 
 
-def _context(folder: Path, most: int | None) -> int:
-    """The context of a model whose weights need not be there, nor its configuration."""
-    path = folder / "config.json"
-    context = read_object(path).get("max_position_embeddings") if path.is_file() else _LLAMA_2_CONTEXT
-    if not isinstance(context, int) or context < 1:
-        raise BadConfig(f"{path} has {context!r} as max_position_embeddings; copy it again")
-    return min(most or context, context)
+def _fitted_context(folder: Path, settings: Settings, tokenizer: Tokenizer) -> int:
+    """The context of a model, whose tokenizer is fitted to it. Its weights need not be there, nor its
+    configuration."""
+    if not (folder / "config.json").is_file():
+        return min(settings.max_context or _LLAMA_2_CONTEXT, _LLAMA_2_CONTEXT)
+    from llama.loader import context_wanted, fit_tokenizer, load_config
+
+    config = load_config(folder)
+    fit_tokenizer(tokenizer, config, folder)
+    return context_wanted(settings, config)

@@ -53,7 +53,6 @@ _CAPABILITY: dict[Quantization, tuple[int, int]] = {
     "int8": (7, 5),
     "nf4": (7, 5),
 }
-_16_BITS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Choice:
     cache: int
     """Bytes left for keys and values, over all GPUs."""
     requests: int
-    """At once, each at full context."""
+    """How many of full context the cache holds at once; the server may be set to take fewer."""
     engine: Literal["torch", "vllm"]
     refusal: str
     """Why these GPUs cannot; "" when they can."""
@@ -98,16 +97,18 @@ def plan(
     context: int,
     stored: Quantization = "none",
     engine: Literal["torch", "vllm"] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
     """All precisions on these GPUs together, for requests of `context` tokens. A checkpoint that is
-    `stored` in fewer bits stays so. `engine`: by default ours on one GPU, and vLLM on more.
+    `stored` in fewer bits stays so. `engine`: by default ours on one GPU, and vLLM on more. `dtype` is what
+    everything that is not quantized is held in, the cache included.
 
     `auto` is the first of 16 bits, FP8, int8 and NF4 that leaves room for ENOUGH_REQUESTS; else the one
     with most room, if it has room for one.
     """
     offered = _ORDER if stored == "none" else (stored,)
     engine = engine or ("torch" if len(gpus) == 1 else "vllm")
-    choices = tuple(_choice(config, gpus, quantization, context, engine) for quantization in offered)
+    choices = tuple(_choice(config, gpus, quantization, context, engine, dtype) for quantization in offered)
     fitting = [choice for choice in choices if not choice.refusal]
     enough = [choice for choice in fitting if choice.requests >= ENOUGH_REQUESTS]
     auto = enough[0] if enough else max(fitting, key=lambda choice: choice.requests, default=None)
@@ -122,13 +123,14 @@ def pick(
     context: int,
     stored: Quantization,
     engine: Literal["torch", "vllm"] = "torch",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Quantization:
     """What these GPUs serve with an engine. Raises DoesNotFit, saying what would fit."""
-    found = plan(config, gpus, context=context, stored=stored, engine=engine)
+    found = plan(config, gpus, context=context, stored=stored, engine=engine, dtype=dtype)
     cards = " and ".join(sorted({gpu.name for gpu in gpus}))
     if wanted == "auto":
         if found.auto is None:
-            raise DoesNotFit(f"{_listed(found)} on {cards}; {_advice(config, context, stored)}")
+            raise DoesNotFit(f"{_listed(found)} on {cards}; {_advice(config, context, stored, dtype)}")
         return found.auto.quantization
     (choice,) = (choice for choice in found.choices if choice.quantization == wanted)
     if choice.refusal:
@@ -136,7 +138,7 @@ def pick(
         advice = (
             f"set LLAMA_QUANTIZATION to {' or '.join(fitting)}"
             if fitting
-            else _advice(config, context, stored)
+            else _advice(config, context, stored, dtype)
         )
         raise DoesNotFit(f"{wanted} on {cards}: {choice.refusal}; {advice}")
     return wanted
@@ -168,16 +170,18 @@ def alike(gpus: Sequence[Gpu], workers: int) -> list[Gpu]:
     return [min(gpus, key=lambda gpu: gpu.free)] * workers if gpus else []
 
 
-def bytes_of_weights(config: LlamaConfig, quantization: Quantization) -> int:
-    """As in this module's docstring: the linear layers in their precision, all else in 16 bits."""
+def bytes_of_weights(
+    config: LlamaConfig, quantization: Quantization, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """As in this module's docstring: the linear layers in their precision, all else in `dtype`."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     attention = [(heads, hidden), (kv_heads, hidden), (kv_heads, hidden), (hidden, heads)]
     layer = [*attention, (mlp, hidden), (mlp, hidden), (hidden, mlp)]
-    linears = sum(bytes_of_weight(*shape, quantization) for shape in layer)
+    linears = sum(bytes_of_weight(*shape, quantization, dtype) for shape in layer)
     tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
     norms = (2 * config.num_hidden_layers + 1) * hidden
-    return int(config.num_hidden_layers * linears + _16_BITS * (tables + norms))
+    return int(config.num_hidden_layers * linears + dtype.itemsize * (tables + norms))
 
 
 def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -192,12 +196,13 @@ def _choice(
     quantization: Quantization,
     context: int,
     engine: Literal["torch", "vllm"],
+    dtype: torch.dtype,
 ) -> Choice:
-    weights = bytes_of_weights(config, quantization)
+    weights = bytes_of_weights(config, quantization, dtype)
     # Layers are divided evenly: the smallest card bounds them all.
     room = len(gpus) * max(min(gpu.free for gpu in gpus) - RESERVE[engine], 0)
     cache = max(room - weights, 0)
-    requests = cache // (context * bytes_per_token(config, torch.bfloat16))
+    requests = cache // (context * bytes_per_token(config, dtype))
     return Choice(
         quantization,
         weights,
@@ -233,10 +238,10 @@ def _listed(table: Plan) -> str:
     return "nothing fits: " + ", ".join(f"{c.quantization} {c.refusal}" for c in table.choices)
 
 
-def _advice(config: LlamaConfig, context: int, stored: Quantization) -> str:
+def _advice(config: LlamaConfig, context: int, stored: Quantization, dtype: torch.dtype) -> str:
     narrowest = stored if stored != "none" else "nf4"
-    cache = context * bytes_per_token(config, torch.bfloat16)
-    needed = bytes_of_weights(config, narrowest) + cache + RESERVE["torch"]
+    cache = context * bytes_per_token(config, dtype)
+    needed = bytes_of_weights(config, narrowest, dtype) + cache + RESERVE["torch"]
     return (
         f"take a GPU with {needed / 1e9:.0f} GB free ({narrowest}, one request of {context} tokens), "
         "set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"

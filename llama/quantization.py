@@ -27,15 +27,15 @@ _E4M3_MAX = torch.finfo(_E4M3).max
 _TINIEST = 1e-12  # a row of zeros has some scale
 
 
-def bytes_of_weight(outputs: int, inputs: int, quantization: Quantization) -> int:
-    """Of one layer, scales included; 16-bit weights for `none`."""
+def bytes_of_weight(outputs: int, inputs: int, quantization: Quantization, dtype: torch.dtype) -> int:
+    """Of one layer, scales included; `none` is held in `dtype`."""
     match quantization:
         case "nf4":  # half a byte, and a float32 for each block
             return outputs * inputs // 2 + 4 * (outputs * inputs // _NF4_BLOCK)
         case "int8" | "fp8":  # a byte, and a float32 for each output
             return outputs * inputs + 4 * outputs
         case "none":
-            return 2 * outputs * inputs
+            return dtype.itemsize * outputs * inputs
 
 
 class Fp8Linear(nn.Module):

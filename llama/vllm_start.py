@@ -55,9 +55,11 @@ def start_vllm_engine(
         raise BadSettings(
             "LLAMA_DEVICE is for the torch engine; unset it, and name GPUs in CUDA_VISIBLE_DEVICES"
         )
-    Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
+    checkpoint = Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
     gpus = local_gpus(settings)
     arguments = engine_arguments(folder, config, settings, gpus)
+    if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
+        arguments.hf_overrides = {"tie_word_embeddings": False}
     logger.info(
         "vLLM: %s, pipeline parallel %d, tensor parallel %d, on %s",
         _method(config) or arguments.quantization or arguments.dtype,
@@ -109,7 +111,7 @@ def engine_arguments(
         model=str(folder),
         skip_tokenizer_init=True,
         dtype=str(dtype).removeprefix("torch."),
-        quantization=_quantization(config, settings, alike(gpus, workers)),
+        quantization=_quantization(config, settings, alike(gpus, workers), dtype),
         # vLLM's word for the FP8 of `weights pack`
         allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
@@ -155,7 +157,7 @@ def _method(config: LlamaConfig) -> str | None:
     return raw.get("quant_method")
 
 
-def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> str | None:
+def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu], dtype: torch.dtype) -> str | None:
     """In vLLM's words. A checkpoint that comes quantized stays so, AWQ and GPTQ too: vLLM reads which."""
     if (method := _method(config)) is not None:
         if method == "bitsandbytes":
@@ -177,7 +179,10 @@ def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> s
             )
         return None
     context = context_wanted(settings, config)
-    return _NAMES[pick(config, gpus, settings.quantization, context=context, stored="none", engine="vllm")]
+    picked = pick(
+        config, gpus, settings.quantization, context=context, stored="none", engine="vllm", dtype=dtype
+    )
+    return _NAMES[picked]
 
 
 def _cache_on_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype) -> int:

@@ -123,8 +123,13 @@ HARM = {
         "E3002 BadConfig: ",
         "generation_config.json",
     ),
-    "an end of text that is no token": (
-        edited("generation_config.json", eos_token_id=99_999),
+    "a negative end of text": (
+        edited("generation_config.json", eos_token_id=[2, -1]),
+        "E3002 BadConfig: ",
+        "generation_config.json",
+    ),
+    "an end of text that is true": (
+        edited("generation_config.json", eos_token_id=True),
         "E3002 BadConfig: ",
         "generation_config.json",
     ),
@@ -138,6 +143,50 @@ HARM = {
         "E3002 BadConfig: ",
         "config.json",
     ),
+    **{
+        f"rope values {values}": (
+            edited("config.json", rope_parameters=values),
+            "E3002 BadConfig: ",
+            "config.json",
+        )
+        for values in (
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": "4"},
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": None},
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 0},
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": -2.0},
+            {"rope_type": "linear", "rope_theta": 1e4},
+            {"rope_type": "default", "rope_theta": "10000"},
+            {"rope_type": "default", "rope_theta": None},
+            {"rope_type": "default", "rope_theta": []},
+            {"rope_type": "default", "rope_theta": 0},
+            {"rope_type": 5, "rope_theta": 1e4},
+            {"rope_type": "llama3", "rope_theta": 1e4, "factor": []},
+            {"rope_type": "yarn", "rope_theta": 1e4, "factor": {}},
+            [],
+            "linear",
+        )
+    },
+    **{
+        f"{name} {value!r}": (edited("config.json", **{name: value}), "E3002 BadConfig: ", "config.json")
+        for name, value in (
+            ("rms_norm_eps", "1e-5"),
+            ("rms_norm_eps", None),
+            ("rms_norm_eps", -1.0),
+            ("hidden_act", 5),
+            ("hidden_act", ["silu"]),
+            ("attention_bias", "no"),
+            ("mlp_bias", None),
+            ("tie_word_embeddings", "no"),
+            ("head_dim", 31),
+            ("hidden_size", True),
+            ("num_key_value_heads", 1.5),
+            ("vocab_size", [700]),
+            ("max_position_embeddings", "2048"),
+            ("dtype", "float31"),
+            ("quantization_config", "fp8"),
+            ("quantization_config", {"quant_method": ["fp8"]}),
+        )
+    },
     "an activation that nobody knows": (
         edited("config.json", hidden_act="nonsense"),
         "E3002 BadConfig: ",
@@ -187,6 +236,11 @@ HARM = {
         "weights has 700 tokens",
     ),
     "no tokenizer": (removed(TOKENIZER), "E3004 BadTokenizer: ", TOKENIZER),
+    "a tokenizer of half a table": (
+        lambda folder: write_model(folder, vocab_size=1500),
+        "E3004 BadTokenizer: ",
+        "vocab_size of config.json is 1500",
+    ),
     "a tokenizer cut short": (cut(TOKENIZER, 3000), "E3004 BadTokenizer: ", TOKENIZER),
     "an empty tokenizer": (cut(TOKENIZER, 0), "E3004 BadTokenizer: ", TOKENIZER),
     "a tokenizer_config.json that is no JSON": (

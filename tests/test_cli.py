@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LLAMA_2_TOKENIZER, SHARED, needs_llama_2_tokenizer
+from conftest import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
 
 from llama import ROOT
 from llama.schema import openapi_schema
@@ -71,13 +71,24 @@ def test_tokenize_answers_every_line_with_ids_or_an_error(llama_folder: Path) ->
     assert printed[0]["token_ids"][0] == 1
 
 
+@needs_embedded
+def test_tokenize_refuses_a_prompt_of_no_tokens_and_goes_on() -> None:
+    lines = ['{"prompt": "<s>", "prompt_template": "{prompt}"}', '\ufeff{"prompt": "Hi!"}']
+    result = run("tokenize", weights=None, text="\n".join(lines))
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first["error"].startswith("E1001 PromptRequired: the prompt has no tokens")
+    assert second["token_ids"]
+
+
 def test_tokenize_names_a_configuration_that_it_cannot_use(llama_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama_folder, tmp_path / "damaged")
     for written in ('{"max_position_embeddings": "many"}', "{"):
         (folder / "config.json").write_text(written)
         result = run("tokenize", weights=folder, text='{"prompt": "Hi!"}')
         assert (result.returncode, result.stdout) == (1, "")
-        assert re.match(r"E3002 BadConfig: .*config\.json .*; copy it again$", result.stderr.strip())
+        assert re.match(
+            r"E3002 BadConfig: .*config\.json .*; (copy it again|use a Llama.*)$", result.stderr.strip()
+        )
 
 
 def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None:
@@ -197,6 +208,13 @@ def test_plan_says_what_fits_and_its_exit_code_whether_anything_does(
     result = run("plan", *arguments, weights=None)
     assert result.returncode == code
     assert words in result.stdout
+
+
+def test_plan_follows_the_width_that_is_set(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_DTYPE", "float32")
+    monkeypatch.setenv("COG_MAX_CONCURRENCY", "5")
+    result = run("plan", "--gpus", "48", weights=llama_folder)
+    assert re.search(r"^32 bits .*  5 \(\d+ fit\) ", result.stdout, re.MULTILINE)
 
 
 @needs_llama_2_tokenizer

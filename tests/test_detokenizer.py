@@ -105,9 +105,10 @@ def test_a_character_waits_for_its_last_byte_and_what_is_ready_goes_out_together
     assert detokenizer.flush() == ""
 
 
-def cut_at_first_stop(text: str, stops: list[str]) -> str:
-    """The plain rule: the sequence that ends first, the longest of those that end together."""
-    for end in range(len(text) + 1):
+def cut_at_first_stop(text: str, stops: list[str], exempt: int = 0) -> str:
+    """The plain rule: the sequence that ends first, the longest of those that end together. What ends within
+    the first `exempt` characters has no effect."""
+    for end in range(exempt + 1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
             return text[: end - max(map(len, ending))]
@@ -131,6 +132,25 @@ def test_the_first_stop_sequence_cuts_the_text_in_any_split(
     assert whole.startswith("".join(pieces))
 
 
+@settings(max_examples=500, deadline=None)
+@given(
+    exempt=ALPHABET,
+    text=ALPHABET,
+    stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=5),
+    cuts=CUTS,
+)
+def test_a_stop_sequence_that_ends_in_exempt_text_has_no_effect(
+    exempt: str, text: str, stops: list[str], cuts: list[int]
+) -> None:
+    filter_ = StopFilter(stops)
+    pieces = [filter_.update(str(chunk), may_stop=False) for chunk in in_chunks(exempt, cuts)]
+    assert not filter_.stopped
+    pieces += [filter_.update(str(chunk)) for chunk in in_chunks(text, cuts)]
+    whole = "".join(pieces) + filter_.flush()
+    assert whole == cut_at_first_stop(exempt + text, stops, len(exempt))
+    assert whole.startswith("".join(pieces))
+
+
 def test_no_more_is_held_back_than_may_become_a_stop_sequence() -> None:
     filter_ = StopFilter(["</answer>", "STOP"])
     assert [filter_.update(text) for text in ("one <", "/ans", "wer two", " ST", "ART")] == [
@@ -144,6 +164,7 @@ def test_no_more_is_held_back_than_may_become_a_stop_sequence() -> None:
 
 def test_a_flush_in_the_middle_forgets_what_was_begun() -> None:
     filter_ = StopFilter(["ab"])
+    assert filter_.update("ab", may_stop=False) == "ab"
     assert filter_.update("a") + filter_.flush() + filter_.update("b") == "ab"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -201,6 +202,79 @@ def test_an_engine_that_fails_ends_the_answer_with_its_error_after_what_was_made
         next(pieces)
     assert "finish_reason" not in recorder.metrics
     assert recorder.metrics["output_token_count"] == len(engine.answer)
+
+
+class BrokenScope:
+    """A metrics scope and a log that fail from the start."""
+
+    def record_metric(self, name: str, value: float | str) -> None:
+        raise OSError("the socket is gone")
+
+    def log(self, line: str) -> None:
+        raise ValueError("the file is closed")
+
+
+def broken(tokenizer: Tokenizer, engine: ScriptedEngine) -> Iterator[str]:
+    scope = BrokenScope()
+    llama = Llama(tokenizer, engine)
+    prediction = llama.prepare({**DEFAULTS, "prompt": "Hi!", "debug": True})
+    return llama.stream(prediction, scope=scope, log=scope.log, cancellation=Cancellation())
+
+
+def test_a_scope_and_a_log_that_fail_do_not_hide_the_engine_s_error(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    pieces = broken(tokenizer, ScriptedEngine(ids_of(tokenizer, "one"), ending=GenerationFailed("it broke")))
+    assert next(pieces) == "one"
+    with pytest.raises(GenerationFailed, match="^E2001 GenerationFailed: it broke"):
+        next(pieces)
+    assert [r.getMessage() for r in caplog.records].count(
+        "the metric output_token_count could not be recorded; this prediction records no more"
+    ) == 1
+
+
+def test_a_scope_and_a_log_that_fail_do_not_end_the_answer(tokenizer: Tokenizer) -> None:
+    assert "".join(broken(tokenizer, ScriptedEngine(ids_of(tokenizer, "an answer")))) == "an answer"
+
+
+def test_the_log_and_the_record_have_the_same_figures(tokenizer: Tokenizer) -> None:
+    recorder = Recorder()
+    engine = ScriptedEngine(ids_of(tokenizer, "one two three"))
+    list(start(tokenizer, engine, recorder, log_performance_metrics=True))
+    logged = dict(line.split(": ") for line in recorder.lines if line.startswith(("tokens_", "time_")))
+    assert logged == {name: f"{recorder.metrics[name]:.3f}" for name in logged}
+    assert len(logged) == 2
+
+
+def test_the_tokens_so_far_are_recorded_before_each_piece(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "one two three")
+    engine, recorder = ScriptedEngine(ids, ending=None), Recorder()
+    pieces = start(tokenizer, engine, recorder)
+    next(pieces)
+    assert recorder.metrics == {"output_token_count": len(ids)}
+    pieces.close()
+
+
+@pytest.mark.parametrize("minimum", [3, 4, 5, 6])
+def test_a_stop_sequence_that_begins_before_the_minimum_and_ends_after_it_is_not_in_the_answer(
+    tokenizer: Tokenizer, minimum: int
+) -> None:
+    text = "abcdefghij and more"
+    ids = [3 + byte for byte in text.encode()]  # one byte a token
+    engine = ScriptedEngine(ids)
+    said = "".join(start(tokenizer, engine, Recorder(), stop_sequences="cdefg", min_new_tokens=minimum))
+    assert said == "ab"
+    passed = "".join(start(tokenizer, engine, Recorder(), stop_sequences="cdefg", min_new_tokens=7))
+    assert passed == text
+
+
+def test_a_prediction_can_be_prepared_beside_the_event_loop(tokenizer: Tokenizer) -> None:
+    llama = Llama(tokenizer, ScriptedEngine())
+    inputs = {**DEFAULTS, "prompt": "Hi!"}
+    beside = asyncio.run(llama.prepare_in_thread(inputs))
+    assert beside.token_ids == llama.prepare(inputs).token_ids
+    with pytest.raises(PromptTooLong):
+        asyncio.run(llama.prepare_in_thread(inputs | {"prompt": "5" * CONTEXT}))
 
 
 def test_an_engine_that_has_stopped_refuses(tokenizer: Tokenizer) -> None:

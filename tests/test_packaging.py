@@ -204,11 +204,11 @@ def test_every_error_code_is_used_once_and_its_tree_is_drawn() -> None:
 
 
 def test_the_plan_in_the_readme_is_what_the_command_prints() -> None:
-    command = [sys.executable, "-m", "llama", "plan", "--gpus", "80"]
+    command = [sys.executable, "-m", "llama", "plan", "--gpus", "85"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert f"$ python -m llama plan --gpus 80\n{result.stdout}```" in readme
+    assert f"$ python -m llama plan --gpus 85\n{result.stdout}```" in readme
 
 
 def test_the_speeds_in_the_readme_are_the_measured_ones_and_no_miss_is_left_out() -> None:

@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
-from conftest import LLAMA_2_TOKENIZER
+from conftest import LLAMA_2_TOKENIZER, ROOT
 from transformers import LlamaConfig
 
+from llama.__main__ import _parser
 from llama.errors import BadSettings, DoesNotFit
 from llama.loader import empty_model, load_config
 from llama.operations import table
@@ -186,8 +187,77 @@ def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
         parallel_sizes(LLAMA_2_70B, 3, tensor=3, pipeline=None)
 
 
+LLAMA_2_7B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=4096,
+)
+
+
+def test_a_7b_in_float32_takes_twice_the_bytes_and_its_cache_too() -> None:
+    assert bytes_of_weights(LLAMA_2_7B, "none") == 2 * 6_738_415_616
+    assert bytes_of_weights(LLAMA_2_7B, "none", torch.float32) == 4 * 6_738_415_616
+    wide, narrow = (
+        plan(LLAMA_2_7B, gpus(48), context=CONTEXT, dtype=dtype).choices[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (wide.weights / 1e9, narrow.weights / 1e9) == pytest.approx((27.0, 13.5), abs=0.05)
+    assert (wide.requests, narrow.requests) == (4, 14)
+
+
+def test_what_is_not_quantized_is_counted_in_its_width() -> None:
+    tables = 2 * LLAMA_2_7B.vocab_size * LLAMA_2_7B.hidden_size + 65 * LLAMA_2_7B.hidden_size
+    wide, narrow = (bytes_of_weights(LLAMA_2_7B, "nf4", d) for d in (torch.float32, torch.bfloat16))
+    assert wide - narrow == 2 * tables
+
+
+def test_a_gpu_of_the_torch_engine_is_planned_in_the_width_that_is_set() -> None:
+    card = gpus(24)
+    assert pick(LLAMA_2_7B, card, "none", context=CONTEXT, stored="none") == "none"
+    with pytest.raises(DoesNotFit, match="needs 27.0 GB for weights"):
+        pick(LLAMA_2_7B, card, "none", context=CONTEXT, stored="none", dtype=torch.float32)
+
+
+def test_more_requests_than_the_server_takes_are_said_to_fit() -> None:
+    found = plan(LLAMA_2_70B, gpus(149), context=CONTEXT)
+    lines = table(found, CONTEXT, 32, 16).splitlines()
+    assert "  32 (56 fit)  " in lines[2]
+    assert "  56  " in table(found, CONTEXT, 56, 16).splitlines()[2]
+
+
+def rows_of(document: str, columns: int) -> list[list[str]]:
+    text = (ROOT / "docs" / document).read_text("utf-8")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line] for line in lines if len(line) == columns]
+
+
+@pytest.mark.parametrize(("document", "sizes"), [("deploy.md", 1), ("scale.md", 0)])
+def test_the_tables_of_the_documents_are_what_plan_says(
+    document: str, sizes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row for row in rows_of(document, 5) if re.fullmatch(r"[\d,]+( GB)?", row[sizes])]
+    assert len(rows) >= 7
+    for row in rows:
+        if document == "deploy.md":
+            capability, precision, requests = "8.0" if "A100" in row[0] else "9.0", row[2], row[4]
+        else:
+            _, capability, precision, requests, _ = row
+        command = ["plan", "--gpus", row[sizes].removesuffix(" GB"), "--capability", capability]
+        arguments = _parser().parse_args(command)
+        code = arguments.command(arguments)
+        taken = [line for line in capsys.readouterr().out.splitlines() if line.endswith("what auto takes")]
+        if precision == "none fits":
+            assert (code, taken) == (1, [])
+        else:
+            cells = re.split(r"  +", taken[0])
+            assert (code, cells[0], cells[3]) == (0, precision, requests), row
+
+
 def test_the_table_has_a_row_a_choice() -> None:
-    lines = table(plan(LLAMA_2_70B, gpus(80), context=CONTEXT), CONTEXT).splitlines()
+    lines = table(plan(LLAMA_2_70B, gpus(80), context=CONTEXT), CONTEXT, 32, 16).splitlines()
     assert [line.split()[0] for line in lines] == ["precision", "16", "fp8", "int8", "nf4"]
     assert "needs 138.0 GB for weights and has 76.8" in lines[1]
     assert lines[4].endswith("torch   what auto takes")

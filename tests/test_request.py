@@ -124,6 +124,14 @@ def test_every_payload_of_real_clients_is_taken(inputs: dict[str, Any]) -> None:
         ({"seed": 1e20}, "E1000 InvalidInput: seed is 1e+20"),
         ({"seed": 0.5}, "E1000 InvalidInput: seed "),
         ({"stop_sequences": "x" * 1_000_000}, "E1000 InvalidInput: stop_sequences has 1000000 characters"),
+        (
+            {"stop_sequences": "x" * 257},
+            "E1000 InvalidInput: stop_sequences has a sequence of 257 characters",
+        ),
+        (
+            {"stop_sequences": ",".join(f"stop {i}" for i in range(65))},
+            "E1000 InvalidInput: stop_sequences has 65 sequences",
+        ),
         ({"stop_sequences": ["x"]}, "E1000 InvalidInput: stop_sequences is of type list"),
         ({"prompt": 5}, "E1000 InvalidInput: prompt is of type int"),
         ({"debug": 1}, "E1000 InvalidInput: debug "),
@@ -171,6 +179,14 @@ def test_the_newest_name_wins_and_the_larger_of_default_and_minimum(
         ("\\n\\n,\n", ("\n\n", "\n")),
         ("a,a", ("a",)),
         ("[INST]", ("[INST]",)),
+        (r"a\,b,c", ("a,b", "c")),
+        (r"\\", ("\\",)),
+        (r"\\,a", ("\\", "a")),
+        (r"\\n", (r"\n",)),
+        (r"\\\n", ("\\\n",)),
+        (r"C:\temp\x", (r"C:\temp\x",)),
+        ("a\\", ("a\\",)),
+        (r"\,", (",",)),
     ],
 )
 def test_stop_sequences_are_literal_parts_between_commas(text: str | None, stops: tuple[str, ...]) -> None:
