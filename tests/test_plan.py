@@ -230,7 +230,7 @@ def test_more_requests_than_the_server_takes_are_said_to_fit() -> None:
 
 def rows_of(document: str, columns: int) -> list[list[str]]:
     text = (ROOT / "docs" / document).read_text("utf-8")
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line] for line in lines if len(line) == columns]
 
 
