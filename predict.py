@@ -104,7 +104,7 @@ class Predictor(BaseRunner):
         ),
         stop_sequences: Optional[str] = Input(
             default=None,
-            description="Texts that end the answer, separated by commas and taken literally; they do not appear in it. At most 64 of 256 characters. A typed backslash-n is a newline, a backslash before a comma makes the comma part of the text, and two backslashes are one.",
+            description="Texts that end the answer, separated by commas and taken literally; they do not appear in it. At most 64, of at most 256 characters each. A typed backslash-n is a newline, a backslash before a comma makes the comma part of the text, and two backslashes are one.",
         ),
         seed: Optional[int] = Input(
             default=None,
@@ -127,7 +127,7 @@ class Predictor(BaseRunner):
     ) -> ConcatenateIterator[str]:
         """Answer a prompt, as a stream of text."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        # Before anything is awaited: later, they could be another prediction's.
+        # Cog names the scope of whichever prediction entered last, so it is taken before anything is awaited.
         scope, cancellation = current_scope(), cancellation_of_current_task()
         # The generator runs in a thread of its own, outside this prediction's log.
         log = partial(contextvars.copy_context().run, partial(print, flush=True))

@@ -55,8 +55,8 @@ def _setting(results: Results) -> Iterator[str]:
         f"A random Llama of {workload['parameters'] / 1e6:.0f} million parameters, prompts of "
         f"{workload['prompt_tokens']} tokens, {workload['new_tokens']} new ones, greedy. Medians of rounds "
         "in which peers take turns; the whole call, prefill included. To the first token: the mean of a "
-        "turn's requests. vLLM has its worker in the engine's process for everybody: by default it leaves a "
-        "core to its scheduler, half of a small machine."
+        "turn's requests. vLLM runs its worker in the engine's process in every "
+        "measurement: by default it leaves a core to its scheduler, half of a small machine."
     )
 
 

@@ -7,26 +7,29 @@ SentencePiece); knows nothing of Llama 2's tags.
 
 from __future__ import annotations
 
-import copy
 import json
+import logging
 import re
-import secrets
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama.control_markers import PRIVATE, ControlMarkers, encode_text
 from llama.detokenizer import Vocabulary
 from llama.dialog import Dialog
 from llama.errors import BadTokenizer, InvalidInput
-from llama.form import without_byte_order_marks
+from llama.form import read_object, without_byte_order_marks
 from llama.template import Control, FormattedPrompt
-from llama.tokenizer import Segment, Tokenizer, without_surrogates
+from llama.tokenizer import Check, Segment, Tokenizer, characters, no_check, without_surrogates
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-_PRIVATE = range(0xF0000, 0xFFFFE)  # code points without a meaning
+logger = logging.getLogger(__name__)
+
+_LOOKS_LIKE_CONTROL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 
 
 class ChatTemplateTokenizer(Tokenizer):
@@ -49,14 +52,34 @@ class ChatTemplateTokenizer(Tokenizer):
         self._special_word = re.compile(
             "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)"
         )
-        self._markers = _Markers(backend, self._special)
+        self._markers = ControlMarkers(backend, self._special)
+        added = backend.get_added_tokens_decoder().values()
+        self._strips = any(token.lstrip or token.rstrip for token in added)
 
-    def encode(self, prompt: Dialog | FormattedPrompt) -> list[int]:
+    def encode(self, prompt: Dialog | FormattedPrompt, check: Check = no_check) -> list[int]:
         if isinstance(prompt, FormattedPrompt):
-            return [*self._bos, *self._markers.encode(self._formatted(prompt))]
-        if not any(word in content for word in self._special for content in (prompt.system, *prompt.turns)):
-            return _encode(self._backend, without_surrogates(self._rendered(prompt, {})))
-        return self._markers.encode(self._segments(prompt))
+            segments = list(self._formatted(prompt))
+            check(self._characters(segments))
+            return [*self._bos, *self._markers.encode(segments)]
+        contents = (prompt.system, *prompt.turns)
+        if not any(word in content for word in self._special for content in contents):
+            rendered = self._rendered(prompt, {})
+            check(self._characters(self._split(rendered, {}) if self._strips else [rendered]))
+            ids = encode_text(self._backend, without_surrogates(rendered))
+            if not self._has_more_controls(ids, rendered):
+                return ids
+        segments = list(self._segments(prompt))
+        check(self._characters(segments))
+        return self._markers.encode(segments)
+
+    def _characters(self, segments: Iterable[Segment]) -> int:
+        """Without the blanks around texts, if there are control words that swallow them."""
+        return characters(s.strip() if self._strips and isinstance(s, str) else s for s in segments)
+
+    def _has_more_controls(self, ids: Sequence[int], rendered: str) -> bool:
+        """Whether text became control tokens, as when a normalizer turns full-width letters into a word."""
+        controls = Counter(token_id for token_id in ids if token_id in self._markers.control_ids)
+        return any(count > rendered.count(self._control_word(i)) for i, count in controls.items())
 
     def _segments(self, prompt: Dialog | FormattedPrompt) -> Iterator[Segment]:
         if isinstance(prompt, Dialog):
@@ -73,14 +96,17 @@ class ChatTemplateTokenizer(Tokenizer):
     def _chat(self, dialog: Dialog) -> Iterator[Segment]:
         """Render the template, then tell its control words from the same words typed by a caller.
 
-        Before rendering, each control word in a content is exchanged for one private character that occurs
-        nowhere in the dialogue; in what lies between the template's own control words it is put back.
+        Before rendering, each control word in a content is replaced by a private-use character that does not
+        occur in the dialogue. It is restored after the rendered text has been split.
         """
         typed = set(dialog.system).union(*dialog.turns)
-        free = (chr(code) for code in _PRIVATE if chr(code) not in typed)
+        free = (chr(code) for code in PRIVATE if chr(code) not in typed)
         hidden = dict(zip(self._special, free, strict=False))
         shown = {ord(private): word for word, private in hidden.items()}
-        rendered = self._rendered(dialog, hidden)
+        return self._split(self._rendered(dialog, hidden), shown)
+
+    def _split(self, rendered: str, shown: dict[int, str]) -> Iterator[Segment]:
+        """Control tokens, and the text between them with hidden words restored."""
         end = 0
         for match in self._special_word.finditer(rendered):
             if text := rendered[end : match.start()]:
@@ -115,8 +141,9 @@ class ChatTemplateTokenizer(Tokenizer):
         # A template is a program, and may end in any error. Its text may quote the caller, so it is left out.
         except Exception as error:
             raise InvalidInput(
-                f"this model's chat template cannot render a dialogue of {len(messages)} messages with these "
-                f"roles ({type(error).__name__}); send other messages, or leave the system prompt blank"
+                f"this model's chat template cannot render {len(messages)} messages, the first of the role "
+                f"{messages[0]['role']} ({type(error).__name__}); leave system_prompt blank, or send other "
+                "messages"
             ) from error
         assert isinstance(rendered, str)
         return rendered
@@ -128,76 +155,31 @@ class ChatTemplateTokenizer(Tokenizer):
         return str(self._tokenizer.added_tokens_decoder[token_id].content)
 
 
-class _Markers:
-    """Encodes text in which the control tokens are given by id, so that all else is text.
-
-    It has a copy of the tokenizer in which control words are ordinary text. A control token is written as a
-    marker: random private characters, which no caller can guess, with the same rules about the white space
-    around it. So everything is encoded as one string, as transformers does it.
-    """
-
-    def __init__(self, backend: Backend, special: dict[str, int]) -> None:
-        from tokenizers import AddedToken
-
-        added = backend.get_added_tokens_decoder()
-        tokens = {i: added.get(i) or AddedToken(word, normalized=False) for word, i in special.items()}
-        self._backend = copy.deepcopy(backend)
-        # Only tokens that are known as special can be switched off.
-        self._backend.add_special_tokens([*tokens.values()])
-        self._backend.encode_special_tokens = True
-        random = secrets.SystemRandom()
-        self._marker = {i: "".join(map(chr, random.choices(_PRIVATE, k=8))) for i in tokens}
-        self._backend.add_tokens(
-            [
-                AddedToken(
-                    self._marker[i],
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized,
-                    special=False,
-                )
-                for i, token in tokens.items()
-            ]
-        )
-        self._control_id = {self._backend.token_to_id(marker): i for i, marker in self._marker.items()}
-
-    def encode(self, segments: Iterable[Segment]) -> list[int]:
-        """Raises InvalidInput when the tokenizer cannot tell a control token from text here."""
-        segments = list(segments)
-        text = "".join(self._marker[s] if isinstance(s, int) else without_surrogates(s) for s in segments)
-        ids = [self._control_id.get(i, i) for i in _encode(self._backend, text)]
-        if [i for i in ids if i in self._marker] != [s for s in segments if isinstance(s, int)]:
-            raise InvalidInput(
-                "the prompt contains control words of this model, and its tokenizer cannot encode them as "
-                "text; leave them out"
-            )
-        return ids
-
-
 def load_chat_template_tokenizer(folder: Path) -> ChatTemplateTokenizer:
     """Raises BadTokenizer when the folder's tokenizer cannot be loaded, when it spells text in a way that is
     not known here, or when its chat template cannot render a message."""
     tokenizer = ChatTemplateTokenizer(_load_fast_tokenizer(folder))
-    try:
-        fault = _template_fault(tokenizer, system="")
-    except InvalidInput:  # some templates demand a system message
-        try:
-            fault = _template_fault(tokenizer, system="Be brief.")
-        except InvalidInput as error:
-            fault = f"cannot render a user message ({error.__cause__})"
-    if fault is not None:
-        raise BadTokenizer(f"the chat template in {folder} {fault}; copy the model's chat template again")
+    faults = [_template_fault(tokenizer, system) for system in ("", "Be brief.")]
+    if all(faults):  # some templates demand a system message, and some refuse one
+        raise BadTokenizer(f"the chat template in {folder} {faults[0]}; correct it, or copy the model's own")
+    if faults[1]:
+        logger.warning(
+            "the chat template %s with a system message: callers must leave system_prompt blank", faults[1]
+        )
     return tokenizer
 
 
 def _template_fault(tokenizer: ChatTemplateTokenizer, system: str) -> str | None:
-    """Raises InvalidInput when the template cannot render a message."""
+    """What is wrong with how a chat template renders one user message; None when it is right."""
     one, other = Dialog(system, ("Hello",)), Dialog(system, ("Why?",))
-    if not tokenizer.encode(one):
-        return "renders a user message as nothing"
-    if tokenizer.render(one) == tokenizer.render(other):
-        return "leaves out what the user says"
+    try:
+        if not tokenizer.encode(one):
+            return "renders a user message as nothing"
+        if tokenizer.render(one) == tokenizer.render(other):
+            return "leaves out what the user says"
+    except InvalidInput as error:
+        line = getattr(error.__cause__, "lineno", None)
+        return f"cannot render a user message ({error.__cause__}{f', line {line}' if line else ''})"
     return None
 
 
@@ -211,31 +193,43 @@ def _load_fast_tokenizer(folder: Path) -> Any:
     except Exception as error:
         if not (folder / "tokenizer.json").is_file():
             raise BadTokenizer(
-                f"{folder} has a chat template but no tokenizer.json, which the template needs; copy the "
-                "model's tokenizer.json into the folder, or write one with transformers' save_pretrained"
+                f"{folder} has a chat template but no tokenizer.json, without which it cannot be used; copy "
+                "the model's tokenizer.json into the folder, or write one with transformers' save_pretrained"
             ) from error
         raise BadTokenizer(
             f"the tokenizer files in {folder} cannot be loaded ({type(error).__name__}: {error}); copy them "
             "again"
         ) from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise BadTokenizer(f"{folder} needs a tokenizer.json and an end-of-text token; add them")
+    if not tokenizer.is_fast:
+        raise BadTokenizer(f"{folder} has no tokenizer.json; copy the model's into the folder")
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(_end_of_text(folder))
+    if tokenizer.eos_token_id is None:
+        raise BadTokenizer(
+            f"the token that ends a text is not in {folder / 'tokenizer.json'}; correct eos_token_id"
+        )
     return tokenizer
 
 
-def _encode(backend: Backend, text: str) -> list[int]:
-    # As a batch of one: `encode` would hold the interpreter's lock all the time (tokenizers 0.23).
-    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-    return list(encoding.ids)
+def _end_of_text(folder: Path) -> int:
+    """The first id that ends an answer, for a tokenizer that names no token of its own."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        named = read_object(path).get("eos_token_id") if path.is_file() else None
+        first = named[0] if isinstance(named, list) and named else named
+        if type(first) is int:
+            return first
+    raise BadTokenizer(
+        f"no file in {folder} names the token that ends a text; set eos_token in tokenizer_config.json"
+    )
 
 
 def _control_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids by word: special tokens, and those added tokens that the template writes as if they were."""
-    template = str(tokenizer.chat_template)
+    """Ids by word: special tokens, and added tokens that look like control words. Only the names differ from
+    model to model: many add `<|user|>` without calling it special."""
     return {
         token.content: token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special or (token.content in template and not token.content.strip().isalnum())
+        if token.special or _LOOKS_LIKE_CONTROL.search(token.content)
     }
 
 

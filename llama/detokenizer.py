@@ -95,8 +95,8 @@ class StopFilter:
     def update(self, text: str, *, may_stop: bool = True) -> str:
         """The text that no stop sequence can claim any more; "" once stopped.
 
-        Without `may_stop`, a stop sequence that ends in this text has no effect. One that begins in it and
-        ends in a later text does.
+        If `may_stop` is false, a stop sequence that ends in `text` is ignored. One that begins here and ends
+        in later text still counts.
         """
         if self.stopped:
             return ""

@@ -34,7 +34,7 @@ class Dialog:
 
     @property
     def characters(self) -> int:
-        """Without the blanks around contents, which most formats strip."""
+        """Characters of all contents, without surrounding blanks: most formats strip them."""
         return sum(len(content.strip()) for content in (self.system, *self.turns))
 
 

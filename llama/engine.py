@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Literal, Protocol
 
-from llama.errors import EngineError
+from llama.errors import EngineError, InvalidInput
 from llama.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -30,7 +30,7 @@ class TokenStream:
         self._ended = threading.Event()
         self._tell_engine: Callable[[], object] | None = None
         self.finish_reason: FinishReason | None = None
-        """Why the answer ended; None until iteration has ended, and for a request that failed."""
+        """Why the answer ended; None while iterating, and if the request failed."""
         self._error: EngineError | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -92,6 +92,15 @@ class TokenStream:
         self._ended.set()
 
 
+def check_token_ids(token_ids: Sequence[int], vocabulary: int) -> None:
+    """Raises InvalidInput unless there are token ids and each is below `vocabulary`. On a GPU, another id
+    would end CUDA for the whole process."""
+    if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
+        raise InvalidInput(
+            f"the prompt has {len(token_ids)} token ids; send at least one, each from 0 to {vocabulary - 1}"
+        )
+
+
 class Engine(Protocol):
     """Runs many requests at once. Methods may be called from any thread."""
 
@@ -111,10 +120,10 @@ class Engine(Protocol):
         """Raises NotSupported for what this engine cannot do."""
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
-        """Queue a request. There is at least one of `token_ids`, each is in the model's vocabulary, and
-        with `params.maximum` they fit the context.
+        """Queue a request. `token_ids` and `params.maximum` fit the context together.
 
-        Raises EngineStopped when the engine takes no more requests.
+        Raises EngineStopped if the engine takes no more requests, and InvalidInput if `token_ids` is empty or
+        has an id that is no token of the model.
         """
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 from llama.errors import BadCheckpoint, BadConfig, WeightsError
 
-_TEXT = (".json", ".jinja", ".txt")
+_TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -27,8 +26,12 @@ def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, A
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise kind(f"{path} is not there; copy the whole folder of the model") from error
-    except (OSError, ValueError) as error:
-        raise kind(f"{path} cannot be read ({type(error).__name__}); copy it again") from error
+    except OSError as error:
+        raise kind(
+            f"{path} cannot be read ({error.strerror or type(error).__name__}); copy it again"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(raw, dict):
         raise kind(f"{path} holds no JSON object; copy it again")
     return raw
@@ -36,18 +39,20 @@ def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, A
 
 @contextmanager
 def without_byte_order_marks(folder: Path) -> Iterator[Path]:
-    """The folder itself or, if a text file in it begins with a byte order mark, a temporary copy of its text
-    files without the marks: for libraries that do not skip a mark. Weights are not copied."""
-    if not any(_has_mark(path) for path in folder.rglob("*") if path.suffix in _TEXT):
+    """The folder itself or, if a text file in it begins with a byte order mark, a temporary copy of its
+    tokenizer's files without the marks: for libraries that do not skip a mark."""
+    files = [
+        path for path in (*folder.iterdir(), *folder.glob("*/*.jinja")) if path.suffix in _TOKENIZER_FILES
+    ]
+    if not any(_has_mark(path) for path in files):
         yield folder
         return
-    with tempfile.TemporaryDirectory() as parent:
-        copied = Path(parent, folder.name)
-        shutil.copytree(folder, copied, ignore=shutil.ignore_patterns("*.safetensors"))
-        for path in copied.rglob("*"):
-            if path.suffix in _TEXT:
-                path.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-        yield copied
+    with tempfile.TemporaryDirectory() as copies:
+        for path in files:
+            copied = Path(copies) / path.relative_to(folder)
+            copied.parent.mkdir(exist_ok=True)
+            copied.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        yield Path(copies)
 
 
 def _has_mark(path: Path) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 from llama.cancellation import Cancellation
 from llama.detokenizer import Detokenizer, StopFilter
 from llama.engine import Engine, TokenStream
-from llama.errors import BadCheckpoint, BadSettings, EngineError
+from llama.errors import BadCheckpoint, BadSettings, EngineError, EngineStopped
 from llama.metrics import GuardedScope, Metrics, Scope, SetupTimes
-from llama.request import PromptLimits, Request
+from llama.request import PromptLimits, Request, encode_within
 from llama.sampling import SamplingParams
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer
@@ -43,12 +43,13 @@ class Prediction:
 class Llama:
     """A model that answers. One object serves any number of threads."""
 
-    def __init__(self, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(self, tokenizer: Tokenizer, engine: Engine, max_concurrency: int | None = None) -> None:
+        """`max_concurrency`: predictions that may come at once; None means a few."""
         self._tokenizer = tokenizer
         self._engine = engine
         self._limits = PromptLimits(engine.context_length, tokenizer.longest_piece)
-        # As many threads as requests: a long prompt that is being tokenized does not hold up a short one.
-        self._threads = ThreadPoolExecutor(engine.max_requests, "llama-prepare")
+        # A thread for each prediction: a long prompt that is being tokenized does not hold up a short one.
+        self._threads = ThreadPoolExecutor(max_concurrency, "llama-prepare")
 
     @classmethod
     def load(cls, settings: Settings) -> Llama:
@@ -86,7 +87,7 @@ class Llama:
                 raise
         logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
         logger.info("ready after %s", times)
-        return cls(tokenizer, engine)
+        return cls(tokenizer, engine, settings.max_concurrency)
 
     @property
     def healthy(self) -> bool:
@@ -95,8 +96,8 @@ class Llama:
 
     def close(self) -> None:
         """Stop the engine; running predictions end with an error."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
+        self._threads.shutdown(wait=False)
 
     def prepare(self, inputs: Mapping[str, Any]) -> Prediction:
         """Check a prediction's inputs, by the names of `Predictor.run`, and tokenize its prompt.
@@ -107,13 +108,16 @@ class Llama:
 
     async def prepare_in_thread(self, inputs: Mapping[str, Any]) -> Prediction:
         """`prepare` without blocking the event loop, which all predictions of the server share."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._prepare, inputs, Metrics())
+        try:
+            prepared = self._threads.submit(self._prepare, inputs, Metrics())
+        except RuntimeError as error:  # shut down
+            raise EngineStopped("the engine is not running; restart the server") from error
+        return await asyncio.wrap_future(prepared)
 
     def _prepare(self, inputs: Mapping[str, Any], metrics: Metrics) -> Prediction:
         request = Request.from_inputs(inputs, self._limits)
         self._engine.check(request.params)
-        token_ids = self._limits.encode(request.prompt, self._tokenizer)
+        token_ids = encode_within(self._limits, request.prompt, self._tokenizer)
         metrics.input_token_count = len(token_ids)
         room = self._limits.context - len(token_ids)
         params = request.params.model_copy(
@@ -222,13 +226,18 @@ def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
 
 
 def _guarded(log: Log) -> Log:
-    """A caller's log that may fail: its lines are then in the server's log alone."""
+    """A caller's log. If it fails, the server's log says so once, without the line: it may hold a prompt."""
+    failed = False
 
     def write(line: str) -> None:
+        nonlocal failed
+        if failed:
+            return
         try:
             log(line)
         except Exception:
-            logger.exception("a line could not be written to the log of a prediction: %s", line)
+            failed = True
+            logger.exception("the log of a prediction cannot be written; this prediction logs no more")
 
     return write
 

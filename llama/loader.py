@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STRETCHED = ("linear", "dynamic")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def load_config(folder: Path) -> LlamaConfig:
@@ -45,6 +55,9 @@ def load_config(folder: Path) -> LlamaConfig:
         )
     if not isinstance(raw.get("quantization_config"), dict | None):
         raise BadConfig(f"{path} has no object as quantization_config; copy it again")
+    for name in _SIZES:
+        if raw.get(name) is not None:
+            _check_size(raw[name], name, path)
     try:
         config = LlamaConfig.from_dict(raw)
     # a field of the wrong type surfaces as whatever the configuration class meets first
@@ -64,7 +77,9 @@ def eos_token_ids(folder: Path, config: LlamaConfig) -> set[int]:
         path, named = folder / "config.json", config.eos_token_id
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise BadConfig(f"{path} has {named!r} as eos_token_id, which is no list of token ids; copy it again")
+        raise BadConfig(
+            f"{path} has {named!r} as eos_token_id, which is not a token id or a list of them; copy it again"
+        )
     return set(ids)
 
 
@@ -77,9 +92,9 @@ def fit_tokenizer(tokenizer: Tokenizer, config: LlamaConfig, folder: Path) -> No
     rows = config.vocab_size
     if tokenizer.text_size > rows or 2 * tokenizer.size < rows or tokenizer.eos_token_id >= rows:
         raise BadTokenizer(
-            f"the tokenizer in {folder} has {tokenizer.text_size} tokens and {tokenizer.eos_token_id} as the "
-            f"end of a text, and the vocab_size of config.json is {rows}; copy the tokenizer files that "
-            "belong to this model"
+            f"the tokenizer in {folder} has {tokenizer.text_size} tokens, its end-of-text id is "
+            f"{tokenizer.eos_token_id}, and the vocab_size of config.json is {rows}; copy the tokenizer "
+            "files that belong to this model"
         )
     tokenizer.restrict(rows)
 
@@ -243,21 +258,26 @@ def load_model(
     return model
 
 
+def _check_size(size: object, name: str, path: Path) -> None:
+    if type(size) is not int or size < 1:
+        raise BadConfig(f"{path} has {size!r} as {name}, which is not a positive whole number; copy it again")
+
+
 def _check_shape(config: LlamaConfig, path: Path) -> None:
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for name in (*sizes, "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):
-        size = getattr(config, name)
-        if not isinstance(size, int) or size < 1:
-            raise BadConfig(f"{path} has {size!r} as {name}; copy it again")
+    for name in _SIZES:
+        _check_size(getattr(config, name), name, path)
     if config.num_attention_heads % config.num_key_value_heads:
-        raise BadConfig(f"{path} has {config.num_key_value_heads} KV heads for {config.num_attention_heads}")
+        raise BadConfig(
+            f"{path} has {config.num_key_value_heads} as num_key_value_heads, which does not divide "
+            f"num_attention_heads ({config.num_attention_heads}); copy it again"
+        )
 
 
 def _check_layers(config: LlamaConfig, path: Path) -> None:
     """Whether layers of this kind can be computed: a value of the wrong type shows when it is used."""
     eps = config.rms_norm_eps
     if not isinstance(eps, int | float) or not 0 <= eps < 1:
-        raise BadConfig(f"{path} has {eps!r} as rms_norm_eps, which is no small number; copy it again")
+        raise BadConfig(f"{path} has {eps!r} as rms_norm_eps, which is not from 0 to below 1; copy it again")
     for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         if not isinstance(getattr(config, name), bool):
             raise BadConfig(f"{path} has {getattr(config, name)!r} as {name}; set it to true or false")
@@ -275,7 +295,11 @@ def _check_layers(config: LlamaConfig, path: Path) -> None:
     # what transformers meets first in a table of the wrong types or numbers, and in a kind that is unknown
     except Exception as error:
         raise BadConfig(
-            f"{path} has rope values that cannot be used ({type(error).__name__}: {error}); copy it again"
+            f"{path} has {config.rope_parameters!r} as rope_parameters, which cannot be used "
+            f"({type(error).__name__}: {error}); copy it again"
         ) from error
     if not sound or last < 0:
-        raise BadConfig(f"{path} has rope values from which no positions follow; copy it again")
+        raise BadConfig(
+            f"{path} has {config.rope_parameters!r} as rope_parameters, which give no valid positions; "
+            "copy it again"
+        )

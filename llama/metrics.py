@@ -66,12 +66,12 @@ class Metrics:
         self.output_token_count += 1
 
     def end(self) -> None:
-        """The prediction is over: from here on, `values` are the same whenever they are asked for."""
+        """The prediction is over; `values` no longer changes."""
         self._ended = time.perf_counter()
 
     def values(self) -> dict[str, float | str]:
         """The published metrics by name; seconds, and tokens per second over the whole time."""
-        elapsed = (self._ended or time.perf_counter()) - self._started
+        elapsed = (time.perf_counter() if self._ended is None else self._ended) - self._started
         values: dict[str, float | str] = {
             "input_token_count": self.input_token_count,
             "output_token_count": self.output_token_count,

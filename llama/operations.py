@@ -198,7 +198,14 @@ def tokenize(_: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     folder = weights_folder(settings)
     tokenizer = load_tokenizer(folder)
-    limits = PromptLimits(_fitted_context(folder, settings, tokenizer), tokenizer.longest_piece)
+    context = _LLAMA_2_CONTEXT
+    if (folder / "config.json").is_file():
+        from llama.loader import fit_tokenizer, load_config, longest_context
+
+        config = load_config(folder)
+        fit_tokenizer(tokenizer, config, folder)
+        context = longest_context(config)
+    limits = PromptLimits(min(settings.max_context or context, context), tokenizer.longest_piece)
     defaults = input_defaults(published_run())
     refused = False
     for line in filter(str.strip, (line.removeprefix("\ufeff") for line in sys.stdin)):
@@ -211,7 +218,7 @@ def tokenize(_: argparse.Namespace) -> int:
 def _tokenize_line(
     line: str, defaults: dict[str, Any], tokenizer: Tokenizer, limits: PromptLimits
 ) -> dict[str, Any]:
-    from llama.request import Request
+    from llama.request import Request, encode_within
 
     try:
         try:
@@ -223,19 +230,7 @@ def _tokenize_line(
         for name in inputs.keys() - defaults.keys():
             print(f"unknown input dropped: {name}", file=sys.stderr)
         request = Request.from_inputs({**defaults, **inputs}, limits)
-        token_ids = limits.encode(request.prompt, tokenizer)
+        token_ids = encode_within(limits, request.prompt, tokenizer)
         return {"token_ids": token_ids, "text": tokenizer.render(request.prompt)}
     except LlamaError as error:
         return {"error": str(error)}
-
-
-def _fitted_context(folder: Path, settings: Settings, tokenizer: Tokenizer) -> int:
-    """The context of a model, whose tokenizer is fitted to it. Its weights need not be there, nor its
-    configuration."""
-    if not (folder / "config.json").is_file():
-        return min(settings.max_context or _LLAMA_2_CONTEXT, _LLAMA_2_CONTEXT)
-    from llama.loader import context_wanted, fit_tokenizer, load_config
-
-    config = load_config(folder)
-    fit_tokenizer(tokenizer, config, folder)
-    return context_wanted(settings, config)

@@ -3,7 +3,7 @@
 Knows arithmetic on a model's configuration; knows nothing of files or of how a layer computes.
 
 Bytes of weights, for the 70B (80 layers of 855,638,016 weights in linear layers; 524,288,000 and 1,318,912
-in embeddings and norms, always in 16 bits):
+in embeddings and norms, which are not quantized), with 16 bits for what is not quantized:
     none    2 a weight                              136.90 + 1.05 = 137.95 GB
     fp8     1 a weight, 4 an output                  68.48 + 1.05 =  69.53 GB
     int8    the same                                 68.48 + 1.05 =  69.53 GB
@@ -101,7 +101,7 @@ def plan(
 ) -> Plan:
     """All precisions on these GPUs together, for requests of `context` tokens. A checkpoint that is
     `stored` in fewer bits stays so. `engine`: by default ours on one GPU, and vLLM on more. `dtype` is what
-    everything that is not quantized is held in, the cache included.
+    everything that is not quantized is held in, the cache included: 16 bits in what follows.
 
     `auto` is the first of 16 bits, FP8, int8 and NF4 that leaves room for ENOUGH_REQUESTS; else the one
     with most room, if it has room for one.
@@ -173,7 +173,7 @@ def alike(gpus: Sequence[Gpu], workers: int) -> list[Gpu]:
 def bytes_of_weights(
     config: LlamaConfig, quantization: Quantization, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """As in this module's docstring: the linear layers in their precision, all else in `dtype`."""
+    """As in this module's docstring. Everything that is not a linear layer is held in `dtype`."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     attention = [(heads, hidden), (kv_heads, hidden), (kv_heads, hidden), (hidden, heads)]

@@ -1,8 +1,8 @@
 """One request, read from a prediction's inputs: typed, validated and frozen.
 
 This is the edge: what comes in is a mapping of raw inputs, what goes out is a Request that the rest
-of the package trusts. Knows the API's rules across inputs; knows nothing of a model but how much text
-its context can hold.
+of the package trusts. Knows the API's rules across inputs; knows of a model only how much text its
+context can hold and that its tokenizer makes ids of a prompt.
 """
 
 from __future__ import annotations
@@ -36,27 +36,31 @@ class PromptLimits:
         if tokens >= self.context:
             self._refuse(tokens, "at least ")
 
-    def encode(self, prompt: Dialog | FormattedPrompt, tokenizer: Tokenizer) -> list[int]:
-        """The token ids of a prompt. Raises PromptTooLong when they leave no room for one new token,
-        PromptRequired when there are none, InvalidInput when the model has no such token."""
-        self.check_characters(tokenizer.characters(prompt))
-        token_ids = tokenizer.encode(prompt)
-        if not token_ids:
-            raise PromptRequired("the prompt has no tokens once it is formatted; send one with words in it")
-        if max(token_ids) >= tokenizer.size:
-            raise InvalidInput(
-                f"the prompt contains token {max(token_ids)} and the model has {tokenizer.size} tokens; "
-                "leave control words out of it"
-            )
-        if len(token_ids) >= self.context:
-            self._refuse(len(token_ids), "")
-        return token_ids
+    def check_tokens(self, tokens: int) -> None:
+        """Refuse a prompt that leaves no room for one new token."""
+        if tokens >= self.context:
+            self._refuse(tokens, "")
 
     def _refuse(self, tokens: int, at_least: str) -> None:
         raise PromptTooLong(
             f"the prompt is {at_least}{tokens} tokens and the model's context is {self.context}; "
             f"shorten it by at least {tokens - self.context + 1} tokens"
         )
+
+
+def encode_within(limits: PromptLimits, prompt: Dialog | FormattedPrompt, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a prompt. Raises PromptTooLong if they leave no room for one new token, PromptRequired
+    if there are none, InvalidInput if the model has no such token."""
+    token_ids = tokenizer.encode(prompt, limits.check_characters)
+    if not token_ids:
+        raise PromptRequired("the formatted prompt has no tokens; send a prompt with words in it")
+    if max(token_ids) >= tokenizer.size:
+        raise InvalidInput(
+            f"the prompt contains token {max(token_ids)} and the model has {tokenizer.size} tokens; "
+            "leave control words out of it"
+        )
+    limits.check_tokens(len(token_ids))
+    return token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ def _read_prompt(
         return _within(read_messages(messages, system_prompt), limits), []
     if not prompt.strip():
         raise PromptRequired("neither prompt nor messages has words in it; send one of them")
-    limits.check_least(prompt.count(B_INST))  # every turn has a token at least
+    limits.check_least(prompt.count(B_INST))  # every turn has at least one token
     if custom is None:
         return _within(read_prompt(prompt, system_prompt), limits), []
     return _fill_template(custom, prompt, system_prompt, limits)
@@ -130,7 +134,7 @@ def _fill_template(
     if template.is_for_llama_3:
         notes.append("warning: prompt_template is Llama 3's; this model does not know its control words")
     if template.is_open_dialogue:
-        # What is filled in once may have blanks that the dialogue's turns do not keep.
+        # Exclude one copy of each input: its surrounding blanks may be stripped.
         limits.check_characters(template.characters(prompt, system_prompt) - len(prompt) - len(system_prompt))
         return _within(read_prompt(template.expand(prompt, system_prompt), ""), limits), notes
     characters = len(raw_text(prompt)) if template.is_raw else template.characters(prompt, system_prompt)

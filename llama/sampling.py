@@ -63,7 +63,7 @@ def split_stops(text: str) -> tuple[str, ...]:
 
 
 def _within_stop_limits(text: str) -> str:
-    advice = f"send at most {MAX_STOPS} sequences of {MAX_STOP_CHARACTERS} characters"
+    advice = f"send at most {MAX_STOPS} sequences of at most {MAX_STOP_CHARACTERS} characters each"
     if len(text) > _MAX_STOP_TEXT:
         raise ValueError(f"has {len(text)} characters; {advice}")
     stops = split_stops(text)

@@ -32,7 +32,11 @@ def from_tokenizer_json(path: Path) -> bytes:
     kinds = ModelProto.SentencePiece.Type
     for piece in pieces:
         # SentencePiece merges the pair whose result has the highest score, `tokenizers` the one listed first.
-        score = _LOWEST_SCORE if set(piece) == {_SPACE} else -ranks.get(piece, 0)
+        score = (
+            _LOWEST_SCORE
+            if set(piece) == {_SPACE} or (len(piece) > 1 and piece not in ranks)
+            else -ranks.get(piece, 0)
+        )
         proto.pieces.add(piece=piece, score=score, type=kinds.Value(_kind(piece)))
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(pieces)

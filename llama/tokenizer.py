@@ -8,7 +8,7 @@ a dialogue is spelt; knows nothing of sampling, engines or weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +26,24 @@ Segment = str | int
 """A run of text to be encoded, or the id of a control token."""
 
 
+Check = Callable[[int], object]
+
+
+def no_check(_: int) -> None:
+    """Of any length."""
+
+
+def characters(segments: Iterable[Segment]) -> int:
+    """Length of the text in segments."""
+    return sum(len(segment) for segment in segments if isinstance(segment, str))
+
+
 class Tokenizer(ABC):
     """A vocabulary and the dialogue format that goes with it."""
 
     vocabulary: Vocabulary
     text_size: int
-    """Ids below this may stand for text; those above were added for control."""
+    """Ids below this are the vocabulary's own; those from here on were added to it."""
     eos_token_id: int
 
     @property
@@ -49,12 +61,9 @@ class Tokenizer(ABC):
         self.vocabulary = replace(self.vocabulary, pieces=self.vocabulary.pieces[:size])
 
     @abstractmethod
-    def encode(self, prompt: Dialog | FormattedPrompt) -> list[int]:
-        """The token ids that the model is given."""
-
-    def characters(self, prompt: Dialog | FormattedPrompt) -> int:
-        """Length of the text that is to be encoded, known before it is."""
-        return sum(len(segment) for segment in self._segments(prompt) if isinstance(segment, str))
+    def encode(self, prompt: Dialog | FormattedPrompt, check: Check = no_check) -> list[int]:
+        """The token ids that the model is given. `check` is called with the number of characters that are to
+        be encoded, and may raise before they are."""
 
     def render(self, prompt: Dialog | FormattedPrompt) -> str:
         """What is encoded, as text for people: control tokens are shown as words."""
@@ -84,9 +93,11 @@ class LlamaTokenizer(Tokenizer):
             [_sentencepiece_piece(processor, i) for i in range(processor.vocab_size())], sentencepiece=True
         )
 
-    def encode(self, prompt: Dialog | FormattedPrompt) -> list[int]:
+    def encode(self, prompt: Dialog | FormattedPrompt, check: Check = no_check) -> list[int]:
+        segments = list(self._segments(prompt))
+        check(characters(segments))
         ids = list[int]()
-        for segment in self._segments(prompt):
+        for segment in segments:
             ids += [segment] if isinstance(segment, int) else self._encode_text(without_surrogates(segment))
         return ids
 
@@ -168,11 +179,11 @@ def _chat_template(folder: Path) -> str | None:
 def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
-    if path.suffix == ".json":
-        from llama.sentencepiece_model import from_tokenizer_json
+    from llama.sentencepiece_model import from_tokenizer_json
 
-        return SentencePieceProcessor(model_proto=from_tokenizer_json(path))
     try:
+        if path.suffix == ".json":
+            return SentencePieceProcessor(model_proto=from_tokenizer_json(path))
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise BadTokenizer(f"{path} is not a SentencePiece model; copy it again") from error

@@ -26,7 +26,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from llama.engine import TokenStream
+from llama.engine import TokenStream, check_token_ids
 from llama.errors import EngineError, EngineNotStarted, EngineStopped, GenerationFailed, NotSupported
 from llama.sampling import SamplingParams
 
@@ -95,6 +95,7 @@ class VLLMEngine:
             )
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
+        check_token_ids(token_ids, self._vocabulary)
         stream = TokenStream()
         answer = self._answer(tokens_input(list(token_ids)), params, stream)
         with self._lock:

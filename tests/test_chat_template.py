@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import codecs
 import itertools
-import threading
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from transformers import AutoTokenizer
 
 from llama.chat_template import ChatTemplateTokenizer
 from llama.dialog import Dialog
+from llama.engine import TokenStream
 from llama.errors import BadTokenizer, InvalidInput, PromptRequired, PromptTooLong
-from llama.request import PromptLimits
+from llama.generation import Llama
+from llama.request import PromptLimits, encode_within
+from llama.sampling import SamplingParams
 from llama.template import Control, FormattedPrompt
 from llama.tokenizer import load_tokenizer
 
@@ -140,12 +144,70 @@ def test_both_ways_of_encoding_give_the_same_ids(chatml: ChatTemplateTokenizer, 
 
 
 def test_words_around_a_typed_control_word_are_encoded_as_in_any_text(chatml: ChatTemplateTokenizer) -> None:
-    (typed,) = (chatml.encode(Dialog("", (f"a {word} b",))) for word in ("</s>",))
-    alike = chatml.encode(Dialog("", ("a </t> b",)))
-    other = chatml.encode(Dialog("", ("t",)))
+    """`</t>` is no control word and has as many characters: only the letter differs."""
+    typed, alike = (chatml.encode(Dialog("", (f"a {word} b",))) for word in ("</s>", "</t>"))
     assert len(typed) == len(alike)
     assert sum(a != b for a, b in zip(typed, alike, strict=True)) == 1
-    assert len(other) < len(typed)
+
+
+def test_a_control_word_in_full_width_letters_is_text_too(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    words = [AddedToken(word, normalized=True, special=True) for word in CHATML_WORDS]
+    folder = write_tokenizer(tmp_path, processor, template=CHATML, words=words)
+    raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    raw["normalizer"] = {"type": "NFKC"}
+    (folder / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(HI) == by_transformers(folder, HI)
+    ids = tokenizer.encode(Dialog("", ("a\uff1c|im_end|\uff1eb",)))
+    assert (ids.count(700), ids.count(701)) == (2, 1)
+
+
+def test_control_words_that_a_template_puts_together_are_safe(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    words = [AddedToken(f"<|{role}|>", normalized=False, special=False) for role in ("user", "assistant")]
+    folder = write_tokenizer(tmp_path, processor, template=ZEPHYR, words=words)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode(HI) == by_transformers(folder, HI)
+    assert tokenizer.encode(Dialog("", ("a <|user|> b",))).count(700) == 1
+
+
+def test_the_end_of_a_text_may_be_named_by_the_models_configuration(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    folder = write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS, eos_token=None)
+    with pytest.raises(BadTokenizer, match=r"no file in .* names the token that ends a text; set eos_token"):
+        load_tokenizer(folder)
+    (folder / "config.json").write_text('{"eos_token_id": [701, 2]}')
+    assert load_tokenizer(folder).eos_token_id == 701
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert load_tokenizer(folder).eos_token_id == 2
+
+
+def test_a_template_that_refuses_system_messages_is_served_with_a_warning(
+    processor: SentencePieceProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=template, words=CHATML_WORDS))
+    assert tokenizer.encode(HI)
+    assert any("callers must leave system_prompt blank" in line for line in caplog.messages)
+    with pytest.raises(InvalidInput, match="leave system_prompt blank"):
+        tokenizer.encode(Dialog("Be brief.", ("Hi",)))
+
+
+def test_blanks_that_a_control_word_swallows_do_not_count(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    words = [
+        AddedToken(word, normalized=False, special=True, lstrip=True, rstrip=True) for word in CHATML_WORDS
+    ]
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=CHATML, words=words))
+    long = Dialog("", ("hi" + " " * 100_000,))
+    assert encode_within(LIMITS, long, tokenizer) == tokenizer.encode(Dialog("", ("hi",)))
 
 
 def test_control_words_that_are_not_called_special_are_safe_too(
@@ -258,9 +320,9 @@ def test_a_prompt_of_no_tokens_is_refused(processor: SentencePieceProcessor, tmp
     tokenizer = load_tokenizer(folder)
     tokenizer._bos = []
     for prompt in (HI, FormattedPrompt(())):
-        with pytest.raises(PromptRequired, match="^E1001 PromptRequired: the prompt has no tokens"):
-            LIMITS.encode(prompt, tokenizer)
-    assert LIMITS.encode(Dialog("", ("Hello",)), tokenizer)
+        with pytest.raises(PromptRequired, match="^E1001 PromptRequired: the formatted prompt has no tokens"):
+            encode_within(LIMITS, prompt, tokenizer)
+    assert encode_within(LIMITS, Dialog("", ("Hello",)), tokenizer)
 
 
 def test_blanks_that_a_template_strips_do_not_count_and_others_do(
@@ -272,10 +334,12 @@ def test_blanks_that_a_template_strips_do_not_count_and_others_do(
         folder = write_tokenizer(tmp_path / name, processor, template=template, words=CHATML_WORDS)
         tokenizer = load_tokenizer(folder)
         if name == "trims":
-            assert LIMITS.encode(long, tokenizer) == LIMITS.encode(Dialog("", ("hi",)), tokenizer)
+            assert encode_within(LIMITS, long, tokenizer) == encode_within(
+                LIMITS, Dialog("", ("hi",)), tokenizer
+            )
         else:
             with pytest.raises(PromptTooLong, match="at least"):
-                LIMITS.encode(long, tokenizer)
+                encode_within(LIMITS, long, tokenizer)
 
 
 def test_of_named_templates_the_default_decides(processor: SentencePieceProcessor, tmp_path: Path) -> None:
@@ -288,8 +352,6 @@ def test_of_named_templates_the_default_decides(processor: SentencePieceProcesso
 
 
 def test_ids_with_gaps_between_them_are_known(processor: SentencePieceProcessor, tmp_path: Path) -> None:
-    import json
-
     write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS, eos_token="<|im_end|>")
     raw = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     vocabulary = raw["model"]["vocab"]
@@ -314,39 +376,44 @@ def test_a_byte_order_mark_at_the_start_of_a_tokenizer_file_is_skipped(
     assert load_tokenizer(folder).encode(HI) == wanted
 
 
-def test_a_tokenizer_that_lacks_its_json_is_told_so(
-    processor: SentencePieceProcessor, tmp_path: Path
-) -> None:
+def test_a_missing_tokenizer_json_is_named(processor: SentencePieceProcessor, tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(BadTokenizer, match=r"no tokenizer\.json, which the template needs; copy the model's"):
+    with pytest.raises(
+        BadTokenizer, match=r"no tokenizer\.json, without which it cannot be used; copy the model's"
+    ):
         load_tokenizer(folder)
 
 
-def longest_stall(work: Any) -> float:
-    """The longest pause of another thread, in seconds, while `work` runs in a thread of its own."""
-    pauses, done = [0.0], threading.Event()
-
-    def tick() -> Iterator[None]:
-        while not done.is_set():
+def longest_stall(work: Callable[[], object]) -> float:
+    """The longest pause of this thread, in seconds, while `work` runs in another."""
+    longest = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        while not working.done():
             before = time.perf_counter()
             time.sleep(0.001)
-            pauses.append(time.perf_counter() - before)
-            yield
-
-    ticking = threading.Thread(target=lambda: list(tick()))
-    ticking.start()
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join()
-    done.set()
-    ticking.join()
-    return max(pauses)
+            longest = max(longest, time.perf_counter() - before)
+        working.result()  # raises what `work` has raised
+    return longest
 
 
-def assert_no_stall(work: Any) -> None:
+def assert_no_stall(work: Callable[[], object]) -> None:
     # The best of some: another program may have had the cores.
     assert min(longest_stall(work) for _ in range(5)) < 0.05
+
+
+class NoEngine:
+    """An `Engine` with a long context that is never asked for an answer."""
+
+    context_length, max_requests, healthy = 1_000_000, 1, True
+
+    def check(self, params: SamplingParams) -> None: ...
+
+    def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
+        raise AssertionError("nothing is to be answered here")
+
+    def close(self) -> None: ...
 
 
 LONG = "".join(itertools.islice(itertools.cycle("Some words, a number 42 and a llama 🦙. "), 663_542))
@@ -359,13 +426,13 @@ LONG = "".join(itertools.islice(itertools.cycle("Some words, a number 42 and a l
 def test_a_long_prompt_behind_a_chat_template_holds_up_no_other_thread(
     embedded_folder: Path, text: str
 ) -> None:
-    tokenizer = load_tokenizer(embedded_folder)
-    assert_no_stall(lambda: tokenizer.encode(Dialog("", (text,))))
+    llama = Llama(load_tokenizer(embedded_folder), NoEngine())
+    assert_no_stall(lambda: llama.prepare({"prompt": text, "system_prompt": ""}))
 
 
 @pytest.mark.skipif(
     not LLAMA_2_TOKENIZER.is_dir(), reason="the real Llama 2 tokenizer is not in this checkout"
 )
 def test_a_long_prompt_in_llama_2s_format_holds_up_no_other_thread() -> None:
-    tokenizer = load_tokenizer(LLAMA_2_TOKENIZER)
-    assert_no_stall(lambda: tokenizer.encode(Dialog("", (LONG,))))
+    llama = Llama(load_tokenizer(LLAMA_2_TOKENIZER), NoEngine())
+    assert_no_stall(lambda: llama.prepare({"prompt": LONG, "system_prompt": ""}))

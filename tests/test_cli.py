@@ -76,7 +76,7 @@ def test_tokenize_refuses_a_prompt_of_no_tokens_and_goes_on() -> None:
     lines = ['{"prompt": "<s>", "prompt_template": "{prompt}"}', '\ufeff{"prompt": "Hi!"}']
     result = run("tokenize", weights=None, text="\n".join(lines))
     first, second = map(json.loads, result.stdout.splitlines())
-    assert first["error"].startswith("E1001 PromptRequired: the prompt has no tokens")
+    assert first["error"].startswith("E1001 PromptRequired: the formatted prompt has no tokens")
     assert second["token_ids"]
 
 

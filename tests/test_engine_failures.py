@@ -45,8 +45,10 @@ class Fault(Exception):
 class Saboteur:
     """Follows the loop of the engine's thread line by line and raises once, at one of them."""
 
-    def __init__(self, at: Place | None = None) -> None:
-        self.at, self.seen, self.raised, self.started = at, dict[Place, None](), False, False
+    def __init__(self, at: Place | None = None, hit: int = 1) -> None:
+        """`hit`: the time at which the line is reached when it raises."""
+        self.at, self.left, self.seen = at, hit, dict[Place, None]()
+        self.raised, self.started = False, False
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         file = frame.f_code.co_filename
@@ -57,19 +59,22 @@ class Saboteur:
             place = (file.rpartition("/")[2], frame.f_code.co_name, frame.f_lineno)
             self.seen[place] = None
             if place == self.at and not self.raised:
-                self.raised = True
-                raise Fault
+                self.left -= 1
+                self.raised = self.left == 0
+                if self.raised:
+                    raise Fault
         return self
 
 
 @contextmanager
 def sabotaged(saboteur: Saboteur) -> Iterator[None]:
     """The engines that are started in here are followed."""
+    before = threading.gettrace()
     threading.settrace(saboteur)
     try:
         yield
     finally:
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(before)  # type: ignore[arg-type]
 
 
 def submitted(engine: TorchEngine, request: tuple[list[int], SamplingParams]) -> TokenStream:
@@ -93,6 +98,7 @@ def outcome(stream: TokenStream) -> list[int] | str:
 PROMPT = prompt_of(1, 40)
 REQUESTS = [
     (prompt_of(2, 9), greedy(12)),
+    (prompt_of(4, 9), greedy(9)),
     (PROMPT, greedy(6)),
     ([*PROMPT, 5, 6, 7], SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_new_tokens=5)),
     (prompt_of(3, 30), SamplingParams(temperature=0.0, repetition_penalty=1.2, max_new_tokens=4)),
@@ -104,35 +110,39 @@ def life(engine: TorchEngine) -> list[list[int] | str]:
     """Requests that meet: a shared beginning, a full house, different ends; then one that comes later."""
     streams = [submitted(engine, request) for request in REQUESTS]
     outcomes = [outcome(stream) for stream in streams]
-    return [*outcomes, outcome(submitted(engine, REQUESTS[2]))]
+    return [*outcomes, outcome(submitted(engine, REQUESTS[3]))]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(model: LlamaForCausalLM) -> tuple[list[list[int] | str], list[Place]]:
     saboteur = Saboteur()
-    with sabotaged(saboteur), running(model, rows=3) as engine:
+    with sabotaged(saboteur), running(model, rows=4) as engine:
         answers = life(engine)
     assert all(isinstance(answer, list) for answer in answers)
     return answers, [*saboteur.seen]
 
 
+@pytest.mark.parametrize("hit", [1, 3])
 def test_a_failure_at_any_line_ends_every_request_and_spoils_none(
-    model: LlamaForCausalLM, undisturbed: tuple[list[list[int] | str], list[Place]]
+    model: LlamaForCausalLM, undisturbed: tuple[list[list[int] | str], list[Place]], hit: int
 ) -> None:
     answers, places = undisturbed
     assert len(places) > 100
+    raised = 0
     for place in places:
-        saboteur = Saboteur(place)
-        with sabotaged(saboteur), running(model, rows=3) as engine:
+        saboteur = Saboteur(place, hit)
+        with sabotaged(saboteur), running(model, rows=4) as engine:
             outcomes = life(engine)
             healthy = engine.healthy
-        assert saboteur.raised or place not in saboteur.seen
+        raised += saboteur.raised
         failed = [index for index, answer in enumerate(outcomes) if answer != answers[index]]
-        # Whoever has an answer has the right one.
+        # Every answer that arrives is correct.
         assert all(outcomes[index] in ("E2001", "E2002") for index in failed), (place, outcomes)
         assert healthy == (len(failed) <= 1 and outcomes[-1] != "E2002"), (place, outcomes)
         if place[:2] in PROMPTS:
             assert healthy, (place, outcomes)
+    # Which lines are reached how often depends a little on when requests arrive.
+    assert raised > 0.8 * len(places)
 
 
 def test_every_part_of_a_prompts_life_is_among_the_lines(
@@ -179,7 +189,7 @@ def test_prompts_that_are_read_together_with_one_that_fails_are_answered(model: 
 
 
 @pytest.mark.parametrize("token_ids", [[], [1, -1], [1, 700], [1, 2**40]])
-def test_token_ids_that_are_none_are_refused_at_once(model: LlamaForCausalLM, token_ids: list[int]) -> None:
+def test_invalid_token_ids_are_refused_at_once(model: LlamaForCausalLM, token_ids: list[int]) -> None:
     with running(model) as engine:
         with pytest.raises(InvalidInput, match="^E1000 "):
             engine.submit(token_ids, greedy(3))

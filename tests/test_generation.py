@@ -228,9 +228,10 @@ def test_a_scope_and_a_log_that_fail_do_not_hide_the_engine_s_error(
     assert next(pieces) == "one"
     with pytest.raises(GenerationFailed, match="^E2001 GenerationFailed: it broke"):
         next(pieces)
-    assert [r.getMessage() for r in caplog.records].count(
-        "the metric output_token_count could not be recorded; this prediction records no more"
-    ) == 1
+    assert caplog.messages == [
+        "the log of a prediction cannot be written; this prediction logs no more",
+        "the metric output_token_count could not be recorded; this prediction records no more",
+    ]
 
 
 def test_a_scope_and_a_log_that_fail_do_not_end_the_answer(tokenizer: Tokenizer) -> None:
@@ -275,6 +276,9 @@ def test_a_prediction_can_be_prepared_beside_the_event_loop(tokenizer: Tokenizer
     assert beside.token_ids == llama.prepare(inputs).token_ids
     with pytest.raises(PromptTooLong):
         asyncio.run(llama.prepare_in_thread(inputs | {"prompt": "5" * CONTEXT}))
+    llama.close()
+    with pytest.raises(EngineStopped):
+        asyncio.run(llama.prepare_in_thread(inputs))
 
 
 def test_an_engine_that_has_stopped_refuses(tokenizer: Tokenizer) -> None:

@@ -24,10 +24,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama.dialog import Dialog
 from llama.errors import BadTokenizer, InvalidInput
+from llama.form import without_byte_order_marks
 from llama.generation import Llama
 from llama.loader import context_wanted, load_config, longest_context
 from llama.manifest import read_manifest
-from llama.request import PromptLimits
+from llama.request import PromptLimits, encode_within
 from llama.sampling import SamplingParams
 from llama.settings import Settings
 from llama.template import FormattedPrompt
@@ -129,12 +130,32 @@ def test_old_files_write_a_merge_as_one_string(processor: SentencePieceProcessor
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"model": {"type": "WordPiece", "vocab": {}}}', '{"model": {"vocab": 5}}']
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model": {"type": "WordPiece", "vocab": {}}}',
+        '{"model": {"vocab": 5}}',
+        '{"model": {"byte_fallback": true, "vocab": {"": 0, "a": 1}, "merges": []}}',
+        '{"model": {"byte_fallback": true, "vocab": {"<unk>": 0, "a": 1}, "merges": []}}',
+    ],
 )
 def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(BadTokenizer, match=rf"^E3004 BadTokenizer: {tmp_path}"):
         load_tokenizer(tmp_path)
+
+
+def test_a_piece_that_no_merge_makes_is_not_merged_first(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path, processor)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    raw["model"]["vocab"]["answe"] = VOCABULARY
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
+    text = "the answer is a number"
+    assert load_tokenizer(tmp_path).encode(FormattedPrompt((text,))) == [1, *processor.encode(text)]
 
 
 # --- an output layer that is stored beside embeddings that it should be tied to
@@ -249,9 +270,7 @@ def test_ends_of_a_text_outside_of_the_table_are_left_out(llama_folder: Path, tm
     ],
     ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
 )
-def test_the_context_is_that_which_vllm_derives(
-    tmp_path: Path, scaling: dict[str, Any], context: int
-) -> None:
+def test_the_context_equals_vllms(tmp_path: Path, scaling: dict[str, Any], context: int) -> None:
     write_model(tmp_path, max_position_embeddings=256, rope_parameters=scaling)
     config = load_config(tmp_path)
     assert longest_context(config) == context_wanted(Settings(), config) == context
@@ -259,7 +278,7 @@ def test_the_context_is_that_which_vllm_derives(
     assert context_wanted(Settings(max_context=100), config) == 100
 
 
-def test_old_configurations_name_their_scaling_otherwise(llama_folder: Path, tmp_path: Path) -> None:
+def test_the_old_rope_scaling_key_is_read(llama_folder: Path, tmp_path: Path) -> None:
     folder = copied(llama_folder, tmp_path / "old")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     del config["rope_parameters"]
@@ -281,6 +300,21 @@ def test_a_linearly_scaled_model_answers_beyond_its_trained_positions(
         assert tokens(llama, prompt, 20) == by_transformers(folder, prompt, 20)
 
 
+def test_dynamic_scaling_does_not_depend_on_the_context_that_is_served(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dynamic"
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    write_model(folder, max_position_embeddings=128, rope_parameters=scaling)
+    shutil.copy(llama_folder / "tokenizer.model", folder)
+    answers = []
+    for context in (None, 128):
+        with served(folder, max_context=context) as llama:
+            assert llama._engine.context_length == (context or 512)
+            answers.append(tokens(llama, PROMPT, 20))
+    assert answers[0] == answers[1]
+
+
 # --- byte order marks
 
 
@@ -292,6 +326,14 @@ def test_a_byte_order_mark_at_the_start_of_a_file_is_skipped(
     (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
     with served(folder) as llama:
         assert tokens(llama, PROMPT, 3)
+
+
+def test_only_the_files_of_a_tokenizer_are_copied_without_their_marks(tmp_path: Path) -> None:
+    for name in ("tokenizer_config.json", "model.safetensors", "pytorch_model.bin", "consolidated.00.pth"):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + b"{}")
+    with without_byte_order_marks(tmp_path) as clean:
+        assert {path.name: path.read_bytes() for path in clean.iterdir()} == {"tokenizer_config.json": b"{}"}
+    assert not clean.exists()
 
 
 def test_a_byte_order_mark_at_the_start_of_a_manifests_line_is_skipped(tmp_path: Path) -> None:
@@ -306,7 +348,7 @@ def test_a_tokenizer_of_many_more_tokens_than_the_table_is_refused(
 ) -> None:
     write_model(tmp_path, vocab_size=500)
     shutil.copy(llama_folder / "tokenizer.model", tmp_path)
-    with pytest.raises(BadTokenizer, match="has 700 tokens and 2 as the end of a text"):
+    with pytest.raises(BadTokenizer, match="has 700 tokens, its end-of-text id is 2, and the vocab_size"):
         Llama.load(Settings(weights=tmp_path))
 
 
@@ -314,10 +356,10 @@ def test_limits_know_which_tokens_a_model_has(processor: SentencePieceProcessor,
     write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS)
     tokenizer = load_tokenizer(tmp_path)
     limits = PromptLimits(context=100, longest_piece=16)
-    assert limits.encode(Dialog("", ("Hi",)), tokenizer)
+    assert encode_within(limits, Dialog("", ("Hi",)), tokenizer)
     tokenizer.restrict(701)
     with pytest.raises(InvalidInput, match="token 701 and the model has 701"):
-        limits.encode(Dialog("", ("Hi",)), tokenizer)
+        encode_within(limits, Dialog("", ("Hi",)), tokenizer)
 
 
 def test_the_default_position_table_is_that_of_the_configuration() -> None:

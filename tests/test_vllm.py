@@ -185,24 +185,26 @@ def test_a_cache_that_is_too_small_is_known_at_setup(llama_folder: Path) -> None
     until(lambda: not engine_cores())
 
 
+@pytest.mark.parametrize("scaling", ["linear", "dynamic"])
 def test_a_stored_output_layer_and_stretched_positions_are_as_in_the_other_engine(
-    llama_folder: Path, tmp_path: Path
+    llama_folder: Path, tmp_path: Path, scaling: str
 ) -> None:
     folder = shutil.copytree(llama_folder, tmp_path / "wild")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config |= {
         "tie_word_embeddings": True,  # and the file has an lm_head of its own
         "max_position_embeddings": 256,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        "rope_parameters": {"rope_type": scaling, "rope_theta": 1e4, "factor": 2.0},
     }
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    prompt = [1, *(3 + i % 600 for i in range(299))]
+    prompts = [[1, *(3 + i % 600 for i in range(length))] for length in (40, 299)]
     answers = []
     for engine in ("torch", "vllm"):
         llama = Llama.load(Settings(weights=folder, engine=engine, dtype="float32", cache_memory="16MB"))
         try:
             assert llama._engine.context_length == 512
-            answers.append(collect(llama._engine.submit(prompt, greedy(12, min_new_tokens=12))))
+            streams = [llama._engine.submit(p, greedy(12, min_new_tokens=12)) for p in prompts]
+            answers.append([collect(stream) for stream in streams])
         finally:
             llama.close()
     assert answers[0] == answers[1]

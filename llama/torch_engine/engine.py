@@ -20,8 +20,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from llama.engine import TokenStream
-from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed, InvalidInput
+from llama.engine import TokenStream, check_token_ids
+from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
 from llama.sampling import SamplingParams
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import Parts
@@ -105,12 +105,7 @@ class TorchEngine:
         """There is nothing in the API that it cannot do."""
 
     def submit(self, token_ids: Seq[int], params: SamplingParams) -> TokenStream:
-        # On a GPU a token that is not in the table would end CUDA for the whole process.
-        if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
-            raise InvalidInput(
-                f"the prompt has {len(token_ids)} token ids; send at least one, each from 0 to "
-                f"{self._vocabulary - 1}"
-            )
+        check_token_ids(token_ids, self._vocabulary)
         sequence = Sequence(list(token_ids), len(token_ids), params, TokenStream())
         with self._lock:
             if self._stopped:
@@ -151,7 +146,7 @@ class TorchEngine:
         finally:
             with self._lock:
                 self._stopped = True
-            for stream in self._streams:  # one that has ended takes no notice
+            for stream in self._streams:  # no effect on a stream that has ended
                 # Each has an exception of its own: a raised one carries the traceback of its caller's thread.
                 stream.fail(type(failure)(str(failure).partition(": ")[2]))
 
@@ -180,32 +175,33 @@ class TorchEngine:
         left = self._prefill_budget()
         while chunks := self._next_chunks(left):
             left -= sum(len(chunk.token_ids) for chunk in chunks.values())
-            for sequence, logits in self._read(chunks).items():
+            # The last row first: when one ends at its first token, the rows below stay as they are.
+            for sequence, logits in reversed(self._read(chunks).items()):
                 if sequence.decoding:
                     with self._failing_alone(sequence):
                         self._begin_answer(sequence, logits)
 
     def _next_chunks(self, most: int) -> dict[Sequence, Chunk]:
-        """What to read in one step: at most so many tokens."""
+        """What to read in one step: at most `most` tokens."""
         chunks: dict[Sequence, Chunk] = {}
         left = most
         while left > 0 and (entry := self._scheduler.next_prefill({chunk.row for chunk in chunks.values()})):
             row, sequence = entry
             with self._failing_alone(sequence):
-                if sequence.cached == 0:
+                if sequence.cached == 0 and row == len(self._scheduler.running) - 1:
                     self._scheduler.reuse_prefix(row)
                 end = min(sequence.cached + left, sequence.prompt_length)
                 token_ids = self._tensor(sequence.tokens[sequence.cached : end])
                 chunks[sequence] = Chunk(row, sequence.cached, token_ids)
                 left -= len(token_ids)
-            if sequence not in chunks:  # it failed, and another may be in its row
-                chunks, left = {}, most
+            if sequence not in chunks and row < len(self._scheduler.running):
+                chunks, left = {}, most  # it failed, and its row has been given to another sequence
         return chunks
 
     def _read(self, chunks: dict[Sequence, Chunk]) -> dict[Sequence, Tensor]:
-        """Logits [1, V] of the last token of each chunk, without those that failed."""
+        """Read chunks into the cache. Logits [1, V] of the last token of each, without those that failed."""
         for sequence, chunk in chunks.items():
-            sequence.cached = chunk.end  # before it is: what is read in part must be cleared too
+            sequence.cached = chunk.end  # set before reading, so that a partial read is cleared as well
         if len(chunks) > 1:
             try:
                 logits = self._runner.prefill([*chunks.values()])
@@ -228,7 +224,7 @@ class TorchEngine:
 
     @contextmanager
     def _failing_alone(self, sequence: Sequence) -> Iterator[None]:
-        """What goes wrong in here fails this request, and no other."""
+        """An exception inside fails this request and no other."""
         try:
             yield
         except Exception as error:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llama.loader import arithmetic_dtype, has_matrix_units
+from llama.loader import arithmetic_dtype, has_matrix_units, longest_context
 from llama.torch_engine.linears import joined, packed
 
 
@@ -77,8 +77,11 @@ class Parts:
 def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
     """The parts of `model`, for positions up to `length`. The model is not usable afterwards."""
     dtype, device = arithmetic_dtype(model.dtype, model.device), model.device
-    positions = torch.arange(length, device=device)
+    # Dynamic scaling follows from the longest position: always that of the whole context, as in vLLM, so that
+    # an answer does not depend on the length that is served.
+    positions = torch.arange(max(length, longest_context(model.config)), device=device)
     cos, sin = model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None])
+    cos, sin = cos[:, :length].clone(), sin[:, :length].clone()
     scale = model.model.layers[0].self_attn.scaling
     return Parts(
         embedding=model.get_input_embeddings(),

@@ -93,7 +93,7 @@ class Scheduler:
         sequence.cached = shared
 
     def forget_prefixes(self) -> None:
-        """Reuse nothing of what the free rows hold: copying failed, so what they hold is not known."""
+        """Forget all cached prefixes: after a failure, the contents of free rows are unknown."""
         self._prefixes = PrefixCache(self._limit)
 
     def release(self, row: int, *, keep: bool = True) -> int | None:
