@@ -83,8 +83,10 @@ def _read_inputs(pairs: list[str]) -> dict[str, Any]:
             raise InvalidInput(f"-i {pair}: write NAME=VALUE with a name among {', '.join(properties)}")
         try:
             inputs[name] = value if properties[name]["type"] == "string" else json.loads(value)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"-i {name} takes JSON of type {properties[name]['type']}") from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidInput(
+                f"-i {name} takes JSON of type {properties[name]['type']}; correct it"
+            ) from error
     return inputs
 
 

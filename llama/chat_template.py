@@ -11,7 +11,8 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Message = dict[str, str]
+
 _LOOKS_LIKE_CONTROL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 
 
@@ -41,7 +44,8 @@ class ChatTemplateTokenizer(Tokenizer):
         backend = tokenizer.backend_tokenizer
         self.eos_token_id = tokenizer.eos_token_id
         self.vocabulary = _vocabulary(backend)
-        self.text_size = 1 + max(backend.get_vocab(with_added_tokens=False).values())
+        own = backend.get_vocab(with_added_tokens=False).values()
+        self.text_size = 1 + max((i for i in own if self.vocabulary.pieces[i]), default=0)
         self._bos = (
             [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
         )
@@ -61,25 +65,27 @@ class ChatTemplateTokenizer(Tokenizer):
             segments = list(self._formatted(prompt))
             check(self._characters(segments))
             return [*self._bos, *self._markers.encode(segments)]
-        contents = (prompt.system, *prompt.turns)
-        if not any(word in content for word in self._special for content in contents):
-            rendered = self._rendered(prompt, {})
-            check(self._characters(self._split(rendered, {}) if self._strips else [rendered]))
-            ids = encode_text(self._backend, without_surrogates(rendered))
-            if not self._has_more_controls(ids, rendered):
-                return ids
-        segments = list(self._segments(prompt))
+        segments = list(self._chat(prompt))
         check(self._characters(segments))
+        if not self._has_words(segments):
+            rendered = "".join(self._control_word(s) if isinstance(s, int) else s for s in segments)
+            ids = encode_text(self._backend, without_surrogates(rendered))
+            if not self._has_more_controls(ids, segments):
+                return ids
         return self._markers.encode(segments)
 
     def _characters(self, segments: Iterable[Segment]) -> int:
         """Without the blanks around texts, if there are control words that swallow them."""
         return characters(s.strip() if self._strips and isinstance(s, str) else s for s in segments)
 
-    def _has_more_controls(self, ids: Sequence[int], rendered: str) -> bool:
+    def _has_words(self, segments: Iterable[Segment]) -> bool:
+        """Whether there is a control word in the text of segments, which must stay text."""
+        return any(word in s for s in segments if isinstance(s, str) for word in self._special)
+
+    def _has_more_controls(self, ids: Iterable[int], segments: Iterable[Segment]) -> bool:
         """Whether text became control tokens, as when a normalizer turns full-width letters into a word."""
-        controls = Counter(token_id for token_id in ids if token_id in self._markers.control_ids)
-        return any(count > rendered.count(self._control_word(i)) for i, count in controls.items())
+        given = Counter(s for s in segments if isinstance(s, int))
+        return bool(Counter(i for i in ids if i in self._markers.control_ids) - given)
 
     def _segments(self, prompt: Dialog | FormattedPrompt) -> Iterator[Segment]:
         if isinstance(prompt, Dialog):
@@ -96,47 +102,43 @@ class ChatTemplateTokenizer(Tokenizer):
     def _chat(self, dialog: Dialog) -> Iterator[Segment]:
         """Render the template, then tell its control words from the same words typed by a caller.
 
-        Before rendering, each control word in a content is replaced by a private-use character that does not
-        occur in the dialogue. It is restored after the rendered text has been split.
+        The first character of every control word is masked in the contents: it is replaced by a private-use
+        character that does not occur in the dialogue. What is then found to be a control word was written by
+        the template.
         """
-        typed = set(dialog.system).union(*dialog.turns)
-        free = (chr(code) for code in PRIVATE if chr(code) not in typed)
-        hidden = dict(zip(self._special, free, strict=False))
-        shown = {ord(private): word for word, private in hidden.items()}
-        return self._split(self._rendered(dialog, hidden), shown)
-
-    def _split(self, rendered: str, shown: dict[int, str]) -> Iterator[Segment]:
-        """Control tokens, and the text between them with hidden words restored."""
-        end = 0
+        messages = _messages(dialog)
+        mask = _mask_for(messages, {word[0] for word in self._special})
+        end, rendered = 0, self._masked(messages, mask) if mask else self._rendered(messages)
         for match in self._special_word.finditer(rendered):
             if text := rendered[end : match.start()]:
-                yield text.translate(shown)
+                yield _unmasked(text, mask)
             yield self._special[match[0]]
             end = match.end()
         if text := rendered[end:]:
-            yield text.translate(shown)
+            yield _unmasked(text, mask)
 
-    def _rendered(self, dialog: Dialog, hidden: dict[str, str]) -> str:
-        """The template's text for a dialogue. `hidden`: what stands for a control word in a content.
+    def _masked(self, messages: list[Message], mask: Mapping[str, str]) -> str:
+        """The template's text, with the contents masked of all roles in which it does not look for words."""
+        plain = self._rendered(messages)
 
-        Raises InvalidInput when the template cannot render this dialogue.
-        """
-        roles = ["user", "assistant"] * len(dialog.turns)
-        contents = list(dialog.turns)
-        if dialog.begun_answer:
-            contents[-1] = contents[-1].strip()
-        if dialog.system.strip():
-            roles, contents = ["system", *roles], [dialog.system, *contents]
-        messages = [
-            {"role": role, "content": self._hide(content, hidden) if hidden else content}
-            for role, content in zip(roles, contents, strict=False)
-        ]
+        def rendered(roles: Collection[str]) -> str | None:
+            with suppress(InvalidInput):
+                masked = self._rendered([_masked(m, mask) if m["role"] in roles else m for m in messages])
+                return masked if _unmasked(masked, mask) == plain else None
+            return None
+
+        roles = {message["role"] for message in messages}
+        if (masked := rendered(roles)) is not None:
+            return masked
+        # A template that cuts an answer at `</think>`, say, must find it there.
+        return rendered([role for role in roles if rendered([role]) is not None]) or plain
+
+    def _rendered(self, messages: list[Message]) -> str:
+        """The template's text. Raises InvalidInput when the template cannot render these messages."""
+        begun = messages[-1]["role"] == "assistant"
         try:
             rendered = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not dialog.begun_answer,
-                continue_final_message=dialog.begun_answer,
+                messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
             )
         # A template is a program, and may end in any error. Its text may quote the caller, so it is left out.
         except Exception as error:
@@ -148,17 +150,52 @@ class ChatTemplateTokenizer(Tokenizer):
         assert isinstance(rendered, str)
         return rendered
 
-    def _hide(self, content: str, hidden: dict[str, str]) -> str:
-        return self._special_word.sub(lambda match: hidden[match[0]], content)
-
     def _control_word(self, token_id: int) -> str:
         return str(self._tokenizer.added_tokens_decoder[token_id].content)
+
+
+def _messages(dialog: Dialog) -> list[Message]:
+    """As transformers takes them."""
+    contents = list(dialog.turns)
+    if dialog.begun_answer:
+        contents[-1] = contents[-1].strip()
+    roles = ["user", "assistant"] * len(contents)
+    if dialog.system.strip():
+        roles, contents = ["system", *roles], [dialog.system, *contents]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+def _mask_for(messages: list[Message], characters: Collection[str]) -> dict[str, str]:
+    """A private character for each of `characters` that occurs in a content; none occurs there itself. Raises
+    InvalidInput for contents that have all private characters."""
+    contents = [message["content"] for message in messages]
+    free = (chr(code) for code in PRIVATE if not any(chr(code) in content for content in contents))
+    mask = {}
+    for character in characters:
+        if any(character in content for content in contents):
+            if (private := next(free, None)) is None:
+                raise InvalidInput("the prompt has every private-use character; leave one of them out")
+            mask[character] = private
+    return mask
+
+
+def _masked(message: Message, mask: Mapping[str, str]) -> Message:
+    content = message["content"]
+    for character, private in mask.items():
+        content = content.replace(character, private)
+    return {**message, "content": content}
+
+
+def _unmasked(text: str, mask: Mapping[str, str]) -> str:
+    for character, private in mask.items():
+        text = text.replace(private, character)
+    return text
 
 
 def load_chat_template_tokenizer(folder: Path) -> ChatTemplateTokenizer:
     """Raises BadTokenizer when the folder's tokenizer cannot be loaded, when it spells text in a way that is
     not known here, or when its chat template cannot render a message."""
-    tokenizer = ChatTemplateTokenizer(_load_fast_tokenizer(folder))
+    tokenizer = _load(folder)
     faults = [_template_fault(tokenizer, system) for system in ("", "Be brief.")]
     if all(faults):  # some templates demand a system message, and some refuse one
         raise BadTokenizer(f"the chat template in {folder} {faults[0]}; correct it, or copy the model's own")
@@ -183,12 +220,16 @@ def _template_fault(tokenizer: ChatTemplateTokenizer, system: str) -> str | None
     return None
 
 
-def _load_fast_tokenizer(folder: Path) -> Any:
+def _load(folder: Path) -> ChatTemplateTokenizer:
     from transformers import AutoTokenizer
 
     try:
         with without_byte_order_marks(folder) as clean:
             tokenizer = AutoTokenizer.from_pretrained(clean, local_files_only=True, trust_remote_code=False)
+        _check_end_of_text(tokenizer, folder)
+        return ChatTemplateTokenizer(tokenizer)
+    except BadTokenizer:
+        raise
     # transformers and tokenizers raise many types here, bare Exception among them
     except Exception as error:
         if not (folder / "tokenizer.json").is_file():
@@ -200,6 +241,10 @@ def _load_fast_tokenizer(folder: Path) -> Any:
             f"the tokenizer files in {folder} cannot be loaded ({type(error).__name__}: {error}); copy them "
             "again"
         ) from error
+
+
+def _check_end_of_text(tokenizer: Any, folder: Path) -> None:
+    """Give the tokenizer the end of text that the model's configuration names, if it names none itself."""
     if not tokenizer.is_fast:
         raise BadTokenizer(f"{folder} has no tokenizer.json; copy the model's into the folder")
     if tokenizer.eos_token_id is None:
@@ -208,7 +253,6 @@ def _load_fast_tokenizer(folder: Path) -> Any:
         raise BadTokenizer(
             f"the token that ends a text is not in {folder / 'tokenizer.json'}; correct eos_token_id"
         )
-    return tokenizer
 
 
 def _end_of_text(folder: Path) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llama.errors import BadCheckpoint
 from llama.form import file_names
 
-_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Checkpoint:
@@ -37,13 +37,18 @@ class Checkpoint:
     def has_head_of_its_own(self) -> bool:
         """Whether an output layer is stored that differs from the embeddings. transformers then uses it, even
         if config.json says that the two are tied; so does every engine here."""
-        if not {_HEAD, _EMBEDDINGS} <= self.names:
-            return _HEAD in self.names
+        if not {HEAD, EMBEDDINGS} <= self.names:
+            return False
         head, embeddings = (
             next(tensor for path in self.files for name, tensor in self.tensors(path) if name == wanted)
-            for wanted in (_HEAD, _EMBEDDINGS)
+            for wanted in (HEAD, EMBEDDINGS)
         )
         return not torch.equal(head, embeddings)
+
+    @property
+    def has_only_the_head(self) -> bool:
+        """Whether an output layer is stored and no embeddings."""
+        return HEAD in self.names and EMBEDDINGS not in self.names
 
     def tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of one of the files. A tensor's memory is the file's own: it is to be copied."""

@@ -48,7 +48,7 @@ def without_byte_order_marks(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as copies:
-        for path in files:
+        for path in filter(Path.is_file, files):
             copied = Path(copies) / path.relative_to(folder)
             copied.parent.mkdir(exist_ok=True)
             copied.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
@@ -80,7 +80,7 @@ def form_fault(path: Path, name: str) -> str | None:
     if suffix == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return "not JSON"
     return None
 

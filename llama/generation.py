@@ -6,6 +6,7 @@ Puts tokenizer, engine, detokenizer and stop filter together. Knows nothing of H
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any
 from llama.cancellation import Cancellation
 from llama.detokenizer import Detokenizer, StopFilter
 from llama.engine import Engine, TokenStream
-from llama.errors import BadCheckpoint, BadSettings, EngineError, EngineStopped
+from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError, EngineStopped
 from llama.metrics import GuardedScope, Metrics, Scope, SetupTimes
 from llama.request import PromptLimits, Request, encode_within
 from llama.sampling import SamplingParams
@@ -70,18 +71,23 @@ class Llama:
             config = load_config(folder)
             tokenizer = load_tokenizer(folder)
             fit_tokenizer(tokenizer, config, folder)
-        ends = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
+        named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
+        if not (ends := {i for i in named if i < tokenizer.size}):
+            raise BadTokenizer(
+                f"none of the tokens that end an answer in {folder} ({sorted(named)}) is below the "
+                f"vocab_size of config.json, {config.vocab_size}; copy the model's own tokenizer files"
+            )
         engine = start_engine(
             folder,
             config,
             settings,
             times,
             vocabulary=tokenizer.size,
-            eos_token_ids={i for i in ends if i < tokenizer.size},
+            eos_token_ids=ends,
         )
         with times.part("warm-up"):
             try:
-                _warm_up(engine, tokenizer.eos_token_id, folder)
+                _warm_up(engine, min(ends), folder)
             except BaseException:
                 engine.close()
                 raise
@@ -192,7 +198,7 @@ class Llama:
             yield f"the context leaves room for {params.maximum} new tokens"
         if request.debug:
             yield f"formatted prompt: {self._tokenizer.render(request.prompt)!r}"
-            yield f"settings: {params.model_dump_json(exclude_none=True)}"
+            yield f"settings: {json.dumps(params.model_dump(exclude_none=True))}"
 
 
 def _starter(settings: Settings) -> Callable[..., Engine]:

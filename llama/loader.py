@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama.checkpoint import Checkpoint
+from llama.checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, DoesNotFit
 from llama.filling import Filling
 from llama.form import read_object
@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STRETCHED = ("linear", "dynamic")
+_TYPES: dict[str, type] = {
+    "architectures": list,
+    "dtype": str,
+    "torch_dtype": str,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "quantization_config": dict,
+}
+_JSON: dict[type, str] = {list: "a list", str: "a string", dict: "an object"}
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -48,13 +57,17 @@ def load_config(folder: Path) -> LlamaConfig:
     """The checked `config.json` of a folder. Raises BadConfig."""
     path = folder / "config.json"
     raw = read_object(path)
+    for name, kind in _TYPES.items():
+        if not isinstance(raw.get(name), kind | None):
+            raise BadConfig(f"{path} has {raw[name]!r} as {name}, which is not {_JSON[kind]}; copy it again")
     architectures = raw.get("architectures") or ["LlamaForCausalLM"]
     if raw.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
         raise BadConfig(
             f"{path} describes {raw.get('model_type')!r} and {architectures!r}; use a LlamaForCausalLM"
         )
-    if not isinstance(raw.get("quantization_config"), dict | None):
-        raise BadConfig(f"{path} has no object as quantization_config; copy it again")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if not isinstance((raw.get("quantization_config") or {}).get(name, False), bool):
+            raise BadConfig(f"{path} has no true or false as {name} in quantization_config; copy it again")
     for name in _SIZES:
         if raw.get(name) is not None:
             _check_size(raw[name], name, path)
@@ -90,11 +103,17 @@ def fit_tokenizer(tokenizer: Tokenizer, config: LlamaConfig, folder: Path) -> No
     Raises BadTokenizer when the tokenizer cannot belong to the model.
     """
     rows = config.vocab_size
-    if tokenizer.text_size > rows or 2 * tokenizer.size < rows or tokenizer.eos_token_id >= rows:
+    if tokenizer.text_size > rows:
         raise BadTokenizer(
-            f"the tokenizer in {folder} has {tokenizer.text_size} tokens, its end-of-text id is "
-            f"{tokenizer.eos_token_id}, and the vocab_size of config.json is {rows}; copy the tokenizer "
-            "files that belong to this model"
+            f"the tokenizer in {folder} has {tokenizer.text_size} tokens and the vocab_size of config.json "
+            f"is {rows}; copy the tokenizer files that belong to this model"
+        )
+    if 2 * tokenizer.size < rows:
+        logger.warning(
+            "the tokenizer in %s has %d tokens and the vocab_size of config.json is %d: is it this model's?",
+            folder,
+            tokenizer.size,
+            rows,
         )
     tokenizer.restrict(rows)
 
@@ -209,6 +228,7 @@ def empty_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
     """The modules of a model, their parameters without memory; what is computed from `config` alone is
     there, on `device`."""
     plain = copy.copy(config)
+    plain.pad_token_id = None  # nothing is padded here, and it may lie outside of the table
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with torch.device("meta"):
@@ -234,12 +254,20 @@ def load_model(
         )
         config = copy.copy(config)
         config.tie_word_embeddings = False
-    model = empty_model(config, device)
+    try:
+        model = empty_model(config, device)
+    except Exception as error:  # fields that only transformers knows, such as a kind of attention
+        raise BadConfig(
+            f"config.json in {folder} describes no model that transformers can make ({type(error).__name__}: "
+            f"{error}); copy it again"
+        ) from error
     filling = Filling(model, checkpoint.names, dtype, arithmetic_dtype(dtype, device), device, quantization)
     name, done, progress = "", 0, LogProgress(checkpoint.size, 0)
     try:
         for path in checkpoint.files:
             for name, tensor in checkpoint.tensors(path):
+                if config.tie_word_embeddings and checkpoint.has_only_the_head and name == HEAD:
+                    name = EMBEDDINGS  # noqa: PLW2901 - tied, and stored under the other name
                 filling.add(name, tensor)
                 done += tensor.nbytes
                 progress.show(done)
@@ -289,6 +317,8 @@ def _check_layers(config: LlamaConfig, path: Path) -> None:
             f"{path} has {config.hidden_act!r} as hidden_act, which is unknown; copy it again"
         ) from error
     try:
+        if any(isinstance(value, bool) for value in config.rope_parameters.values()):
+            raise TypeError("true and false are no numbers")
         last = longest_context(config) - 1
         cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[0, last]]))
         sound = cos.shape[-1] == config.head_dim and bool((cos + sin).isfinite().all())

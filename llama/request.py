@@ -133,12 +133,12 @@ def _fill_template(
     notes = []
     if template.is_for_llama_3:
         notes.append("warning: prompt_template is Llama 3's; this model does not know its control words")
+    # Only what would be built many times over. The rest is counted as it is encoded: formats strip blanks.
+    limits.check_characters(template.repeated(prompt, system_prompt))
     if template.is_open_dialogue:
-        # Exclude one copy of each input: its surrounding blanks may be stripped.
-        limits.check_characters(template.characters(prompt, system_prompt) - len(prompt) - len(system_prompt))
         return _within(read_prompt(template.expand(prompt, system_prompt), ""), limits), notes
-    characters = len(raw_text(prompt)) if template.is_raw else template.characters(prompt, system_prompt)
-    limits.check_characters(characters)
+    if template.is_raw:
+        limits.check_characters(len(raw_text(prompt)))
     return template.format(prompt, system_prompt), notes
 
 

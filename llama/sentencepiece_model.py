@@ -67,6 +67,8 @@ def _read(path: Path) -> tuple[list[str], dict[str, int]]:
         pieces = sorted(vocabulary, key=vocabulary.__getitem__)
         if [vocabulary[piece] for piece in pieces] != list(range(len(pieces))):
             raise ValueError("ids are missing")
+        if not all(type(token_id) is int for token_id in vocabulary.values()):
+            raise ValueError("ids are not whole numbers")
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(model["merges"]):
             ranks.setdefault(_merged(merge), rank)
@@ -81,4 +83,6 @@ def _read(path: Path) -> tuple[list[str], dict[str, int]]:
 def _merged(merge: Any) -> str:
     """A merge is a pair of pieces, or in older files one string with a space between them."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
-    return f"{first}{second}"
+    if not isinstance(first, str) or not isinstance(second, str):
+        raise TypeError("a merge is not of two pieces")
+    return first + second

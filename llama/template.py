@@ -67,10 +67,11 @@ class PromptTemplate:
     def is_for_llama_3(self) -> bool:
         return any("<|start_header_id|>" in piece for piece in self._pieces[0::2])
 
-    def characters(self, prompt: str, system_prompt: str) -> int:
-        """Length of the expanded text, known before it is built."""
+    def repeated(self, prompt: str, system_prompt: str) -> int:
+        """Characters that are filled in beyond once each: by these the expanded text outgrows its parts."""
+        names = self._pieces[1::2]
         filled = {"prompt": len(prompt), "system_prompt": len(system_prompt)}
-        return sum(map(len, self._pieces[0::2])) + sum(filled[name] for name in self._pieces[1::2])
+        return sum(filled[name] * (names.count(name) - 1) for name in set(names))
 
     def expand(self, prompt: str, system_prompt: str) -> str:
         """The template with both placeholders filled in, as one text."""

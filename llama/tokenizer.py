@@ -43,7 +43,7 @@ class Tokenizer(ABC):
 
     vocabulary: Vocabulary
     text_size: int
-    """Ids below this are the vocabulary's own; those from here on were added to it."""
+    """Ids from here on are control tokens, or words that were added to the vocabulary."""
     eos_token_id: int
 
     @property
@@ -88,10 +88,10 @@ class LlamaTokenizer(Tokenizer):
     def __init__(self, processor: SentencePieceProcessor) -> None:
         self._processor = processor
         self.eos_token_id = processor.eos_id()
-        self.text_size = processor.vocab_size()
         self.vocabulary = Vocabulary(
             [_sentencepiece_piece(processor, i) for i in range(processor.vocab_size())], sentencepiece=True
         )
+        self.text_size = 1 + max((i for i, piece in enumerate(self.vocabulary.pieces) if piece), default=0)
 
     def encode(self, prompt: Dialog | FormattedPrompt, check: Check = no_check) -> list[int]:
         segments = list(self._segments(prompt))
@@ -168,6 +168,8 @@ def _chat_template(folder: Path) -> str | None:
         raise BadTokenizer(f"{path} cannot be read ({error}); copy it again") from error
     path = folder / "tokenizer_config.json"
     template = read_object(path, BadTokenizer).get("chat_template") if path.is_file() else None
+    if isinstance(template, dict):
+        template = template.get("default", "")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[-1].get("template") if named else ""
@@ -185,7 +187,7 @@ def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
         if path.suffix == ".json":
             return SentencePieceProcessor(model_proto=from_tokenizer_json(path))
         return SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise BadTokenizer(f"{path} is not a SentencePiece model; copy it again") from error
 
 
@@ -200,4 +202,6 @@ def _sentencepiece_piece(processor: SentencePieceProcessor, token_id: int) -> st
 
 def without_surrogates(text: str) -> str:
     """Halves of UTF-16 pairs, which JSON can carry and no tokenizer takes, become U+FFFD."""
+    if text.isascii():
+        return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

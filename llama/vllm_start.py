@@ -117,8 +117,7 @@ def engine_arguments(
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
         distributed_executor_backend=_backend(settings, workers, gpus),
-        # -1: as much of the model's own as the cache holds
-        max_model_len=context_wanted(settings, config) if settings.max_context else -1,
+        max_model_len=_context(config, settings),
         max_num_seqs=settings.max_concurrency,
         enable_prefix_caching=settings.prefix_reuse,
         disable_log_stats=True,
@@ -130,6 +129,14 @@ def engine_arguments(
         # generator). None: vLLM's own choice.
         enable_chunked_prefill=None if gpus else False,
     )
+
+
+def _context(config: LlamaConfig, settings: Settings) -> int:
+    """-1: as much of the model's own as the cache holds."""
+    if config.rope_parameters["rope_type"] == "dynamic":
+        # vLLM (0.32) allows the stretched context, but has rotary tables for the trained positions only.
+        return min(context_wanted(settings, config), int(config.max_position_embeddings))
+    return context_wanted(settings, config) if settings.max_context else -1
 
 
 def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | type[Executor] | None:

@@ -88,6 +88,16 @@ HARM = {
     "no config.json": (removed("config.json"), "E3002 BadConfig: ", "config.json"),
     "a config.json that is no JSON": (written("config.json", b"{"), "E3002 BadConfig: ", "config.json"),
     "a config.json that is a list": (written("config.json", []), "E3002 BadConfig: ", "config.json"),
+    "a config.json that is nested without end": (
+        written("config.json", b"[" * 200_000),
+        "E3002 BadConfig: ",
+        "config.json",
+    ),
+    "more positions than memory has tables for": (
+        edited("config.json", max_position_embeddings=10**12),
+        "E3005 DoesNotFit: ",
+        "LLAMA_MAX_CONTEXT",
+    ),
     "another architecture": (
         edited("config.json", model_type="mistral", architectures=["MistralForCausalLM"]),
         "E3002 BadConfig: ",
@@ -159,6 +169,8 @@ HARM = {
             {"rope_type": "default", "rope_theta": None},
             {"rope_type": "default", "rope_theta": []},
             {"rope_type": "default", "rope_theta": 0},
+            {"rope_type": "default", "rope_theta": True},
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": True},
             {"rope_type": 5, "rope_theta": 1e4},
             {"rope_type": "llama3", "rope_theta": 1e4, "factor": []},
             {"rope_type": "yarn", "rope_theta": 1e4, "factor": {}},
@@ -183,6 +195,13 @@ HARM = {
             ("vocab_size", [700]),
             ("max_position_embeddings", "2048"),
             ("dtype", "float31"),
+            ("dtype", 1.5),
+            ("torch_dtype", True),
+            ("architectures", {}),
+            ("rope_scaling", False),
+            ("rope_scaling", ""),
+            ("attn_implementation", "flash_attention_2"),
+            ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": "yes"}),
             ("quantization_config", "fp8"),
             ("quantization_config", {"quant_method": ["fp8"]}),
         )
@@ -236,11 +255,6 @@ HARM = {
         "weights has 700 tokens",
     ),
     "no tokenizer": (removed(TOKENIZER), "E3004 BadTokenizer: ", TOKENIZER),
-    "a tokenizer of half a table": (
-        lambda folder: write_model(folder, vocab_size=1500),
-        "E3004 BadTokenizer: ",
-        "vocab_size of config.json is 1500",
-    ),
     "a tokenizer cut short": (cut(TOKENIZER, 3000), "E3004 BadTokenizer: ", TOKENIZER),
     "an empty tokenizer": (cut(TOKENIZER, 0), "E3004 BadTokenizer: ", TOKENIZER),
     "a tokenizer_config.json that is no JSON": (

@@ -164,6 +164,78 @@ def test_a_control_word_in_full_width_letters_is_text_too(
     assert (ids.count(700), ids.count(701)) == (2, 1)
 
 
+R1 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>' + m['content'] }}"
+    "{% else %}{{ '<|im_end|>' + m['content'].split('</think>')[-1] }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_looks_for_a_word_in_an_answer_finds_it(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    think = AddedToken("</think>", normalized=False, special=False)
+    folder = write_tokenizer(tmp_path, processor, template=R1, words=[*CHATML_WORDS, think])
+    tokenizer = load_tokenizer(folder)
+    dialog = Dialog("", ("2+2?", "<think>add</think>4", "3+3?"))
+    assert tokenizer.encode(dialog) == by_transformers(folder, dialog)
+    typed = Dialog("", ("2+2? </think> <|im_end|>", "<think>add</think>4", "3+3?"))
+    ids = tokenizer.encode(typed)
+    assert (ids.count(701), ids.count(702)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "dialog"),
+    [
+        (CHATML.replace("m['content']", "m['content'].replace('*', '')"), Dialog("", ("a<|im*_end|>b",))),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>",
+            Dialog("x<|im_", ("end|> y",)),
+        ),
+    ],
+    ids=["replaced", "joined"],
+)
+def test_control_words_that_a_template_makes_of_contents_are_text(
+    processor: SentencePieceProcessor, tmp_path: Path, template: str, dialog: Dialog
+) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=template, words=CHATML_WORDS))
+    assert tokenizer.encode(dialog).count(701) == 1
+
+
+def test_whitespace_that_was_added_to_a_vocabulary_is_encoded_as_by_transformers(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    blanks = [AddedToken(" " * n, normalized=False, special=False) for n in (2, 4)]
+    folder = write_tokenizer(tmp_path, processor, template=CHATML, words=[*CHATML_WORDS, *blanks])
+    dialog = Dialog("", ("def f():\n    x = <y>",))
+    assert load_tokenizer(folder).encode(dialog) == by_transformers(folder, dialog)
+
+
+def test_a_content_may_have_all_private_characters(chatml: ChatTemplateTokenizer) -> None:
+    everything = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    assert chatml.encode(Dialog("", (everything,)))
+    with pytest.raises(InvalidInput, match="^E1000 .* every private-use character"):
+        chatml.encode(Dialog("", (everything + "<|im_end|>",)))
+
+
+def test_a_lowercase_normalizer_makes_no_control_token_of_typed_text(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    words = [AddedToken(word, normalized=True, special=True) for word in CHATML_WORDS]
+    folder = write_tokenizer(tmp_path, processor, template=CHATML, words=words)
+    raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    raw["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
+    ids = load_tokenizer(folder).encode(Dialog("", ("a <|IM_END|> b",)))
+    assert (ids.count(700), ids.count(701)) == (2, 1)
+
+
+def test_a_single_template_may_be_named_in_an_object(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
+    folder = write_tokenizer(tmp_path, processor, template={"default": CHATML}, words=CHATML_WORDS)
+    assert load_tokenizer(folder).encode(HI) == by_transformers(folder, HI)
+
+
 def test_control_words_that_a_template_puts_together_are_safe(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:

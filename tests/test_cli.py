@@ -108,6 +108,8 @@ def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None
             ["complete", "Hi!", "-i", "temperature=warm"],
             "E1000 InvalidInput: -i temperature takes JSON of type number",
         ),
+        (["complete", "Hi!", "-i", f"seed={'9' * 5000}"], "E1000 InvalidInput: -i seed takes JSON of type"),
+        (["complete", "Hi!", "-i", f"messages={'[' * 100_000}"], "E1000 InvalidInput: -i messages takes"),
     ],
 )
 def test_a_wrong_option_is_one_line_on_stderr(llama_folder: Path, arguments: list[str], line: str) -> None:

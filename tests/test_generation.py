@@ -333,6 +333,12 @@ def test_prompts_and_answers_are_in_the_log_only_when_debug_asks(tokenizer: Toke
     assert any(line.startswith("time_to_first_token: ") for line in quiet.lines)
 
 
+def test_half_a_character_in_a_stop_sequence_can_be_logged(tokenizer: Tokenizer) -> None:
+    recorder = Recorder()
+    list(start(tokenizer, ScriptedEngine(), recorder, debug=True, stop_sequences="\ud800"))
+    assert any(line.startswith("settings: ") and r"\ud800" in line for line in recorder.lines)
+
+
 def test_a_drawn_seed_is_in_the_log_and_given_to_the_engine(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(), Recorder()
     list(start(tokenizer, engine, recorder, temperature=0.7))

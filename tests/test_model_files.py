@@ -21,6 +21,7 @@ from test_tokenizer import copied
 from tokenizer_files import CHATML, CHATML_WORDS, LLAMA_2, SPELLINGS, write_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama.dialog import Dialog
 from llama.errors import BadTokenizer, InvalidInput
@@ -33,6 +34,7 @@ from llama.sampling import SamplingParams
 from llama.settings import Settings
 from llama.template import FormattedPrompt
 from llama.tokenizer import LlamaTokenizer, load_tokenizer
+from llama.torch_engine.layers import take_apart
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,10 @@ def test_old_files_write_a_merge_as_one_string(processor: SentencePieceProcessor
         '{"model": {"vocab": 5}}',
         '{"model": {"byte_fallback": true, "vocab": {"": 0, "a": 1}, "merges": []}}',
         '{"model": {"byte_fallback": true, "vocab": {"<unk>": 0, "a": 1}, "merges": []}}',
+        '{"model": {"byte_fallback": true, "vocab": {"<unk>": 0, "\\ud800": 1}, "merges": []}}',
+        '{"model": {"byte_fallback": true, "vocab": {"<unk>": 0.0, "a": 1}, "merges": []}}',
+        '{"model": {"byte_fallback": true, "vocab": {"<unk>": 0}, "merges": [["a", ["b"]]]}}',
+        "[" * 200_000,
     ],
 )
 def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
@@ -162,7 +168,7 @@ def test_a_piece_that_no_merge_makes_is_not_merged_first(
 
 
 def tied(source: Path, folder: Path, *, head: str) -> Path:
-    """Tied in config.json; the stored head is `other`, `same` or `absent`."""
+    """Tied in config.json; of head and embeddings are stored two that differ, the same twice, or one."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
@@ -171,11 +177,13 @@ def tied(source: Path, folder: Path, *, head: str) -> Path:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     elif head == "absent":
         del tensors["lm_head.weight"]
+    elif head == "only":
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-@pytest.mark.parametrize("head", ["other", "same", "absent"])
+@pytest.mark.parametrize("head", ["other", "same", "absent", "only"])
 def test_a_stored_output_layer_is_used_as_transformers_uses_it(
     llama_folder: Path, tmp_path: Path, head: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,6 +227,37 @@ def test_a_pad_token_outside_of_the_table_is_served_and_cannot_be_sent(
             InvalidInput, match=f"^E1000 .* token {VOCABULARY} and the model has {VOCABULARY}"
         ):
             llama.prepare(inputs | {"prompt": "pad"})
+
+
+def test_a_pad_token_may_be_the_vocabularys_last_and_named_in_config_json(
+    processor: SentencePieceProcessor, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = copied(llama_folder, tmp_path / "pad")
+    (folder / "tokenizer.model").unlink()
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": VOCABULARY}))
+    write_tokenizer(folder, processor, template=CHATML, words=["<pad>"], pad_token="<pad>")
+    raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    raw["model"]["vocab"]["<pad>"] = VOCABULARY
+    (folder / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
+    with served(folder) as llama:
+        assert VOCABULARY not in llama.prepare({"prompt": "a <pad> typed"}).token_ids
+        assert tokens(llama, PROMPT, 3)
+
+
+def test_an_end_of_text_outside_of_the_table_is_served_if_another_is_inside(
+    processor: SentencePieceProcessor, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = copied(llama_folder, tmp_path / "end")
+    (folder / "tokenizer.model").unlink()
+    write_tokenizer(folder, processor, template=CHATML, words=["<|im_end|>"], eos_token="<|im_end|>")
+    with served(folder) as llama:
+        assert llama._engine._eos == {2}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": VOCABULARY}))
+    with pytest.raises(
+        BadTokenizer, match=r"none of the tokens that end an answer in .* \(\[700\]\) is below"
+    ):
+        Llama.load(Settings(weights=folder))
 
 
 def test_an_added_word_outside_of_the_table_is_refused_when_it_is_sent(
@@ -300,19 +339,46 @@ def test_a_linearly_scaled_model_answers_beyond_its_trained_positions(
         assert tokens(llama, prompt, 20) == by_transformers(folder, prompt, 20)
 
 
-def test_dynamic_scaling_does_not_depend_on_the_context_that_is_served(
-    llama_folder: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "dynamic"
+@pytest.fixture(scope="module")
+def dynamic_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dynamic")
     scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     write_model(folder, max_position_embeddings=128, rope_parameters=scaling)
     shutil.copy(llama_folder / "tokenizer.model", folder)
-    answers = []
-    for context in (None, 128):
-        with served(folder, max_context=context) as llama:
-            assert llama._engine.context_length == (context or 512)
-            answers.append(tokens(llama, PROMPT, 20))
-    assert answers[0] == answers[1]
+    return folder
+
+
+@pytest.mark.parametrize("context", [None, 128, 300])
+def test_a_short_request_to_a_dynamically_scaled_model_is_answered_as_by_transformers(
+    dynamic_folder: Path, context: int | None
+) -> None:
+    with served(dynamic_folder, max_context=context) as llama:
+        assert llama._engine.context_length == (context or 512)
+        assert tokens(llama, PROMPT, 20) == by_transformers(dynamic_folder, PROMPT, 20)
+
+
+def test_a_long_request_to_a_dynamically_scaled_model_is_stretched_by_itself(dynamic_folder: Path) -> None:
+    """Whatever runs beside it or was there before, which begins alike."""
+    long = [*PROMPT, *(3 + i % 600 for i in range(300))]
+    with served(dynamic_folder) as llama:
+        alone = tokens(llama, long, 20)
+    with served(dynamic_folder, COG_MAX_CONCURRENCY=3) as llama:
+        before = tokens(llama, PROMPT, 20)
+        params = SamplingParams(temperature=0.0, max_new_tokens=20, min_new_tokens=20)
+        streams = [llama._engine.submit(prompt, params) for prompt in (PROMPT, long, PROMPT, long, PROMPT)]
+        answers = [[token for piece in stream for token in piece] for stream in streams]
+        assert answers == [before, alone, before, alone, before]
+        assert before == by_transformers(dynamic_folder, PROMPT, 20)
+        assert tokens(llama, long, 20) == alone
+
+
+def test_the_stretched_positions_are_those_of_transformers_for_that_length(dynamic_folder: Path) -> None:
+    config = load_config(dynamic_folder)
+    model = LlamaForCausalLM.from_pretrained(dynamic_folder, dtype=torch.float32)
+    cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(512)[None])
+    parts = take_apart(model, 512)
+    assert parts.stretched_from == 128
+    torch.testing.assert_close(parts.cos[128:, 0], cos[0])
 
 
 # --- byte order marks
@@ -348,7 +414,7 @@ def test_a_tokenizer_of_many_more_tokens_than_the_table_is_refused(
 ) -> None:
     write_model(tmp_path, vocab_size=500)
     shutil.copy(llama_folder / "tokenizer.model", tmp_path)
-    with pytest.raises(BadTokenizer, match="has 700 tokens, its end-of-text id is 2, and the vocab_size"):
+    with pytest.raises(BadTokenizer, match="has 700 tokens and the vocab_size"):
         Llama.load(Settings(weights=tmp_path))
 
 

@@ -147,8 +147,9 @@ def test_only_a_templates_own_words_become_control_tokens(a: str, b: str, prompt
 
 
 @given(TEXT, TEXT, TEXT, TEXT)
-def test_the_length_of_a_filled_template_is_known_before_it_is_built(
+def test_what_a_template_repeats_is_known_before_it_is_built(
     a: str, b: str, prompt: str, system: str
 ) -> None:
     template = PromptTemplate(a + "{prompt}{system_prompt}" + b)
-    assert template.characters(prompt, system) == len(template.expand(prompt, system))
+    once = len(template.expand("", "")) + len(prompt) + len(system)
+    assert template.repeated(prompt, system) == len(template.expand(prompt, system)) - once

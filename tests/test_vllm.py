@@ -185,9 +185,11 @@ def test_a_cache_that_is_too_small_is_known_at_setup(llama_folder: Path) -> None
     until(lambda: not engine_cores())
 
 
-@pytest.mark.parametrize("scaling", ["linear", "dynamic"])
+@pytest.mark.parametrize(
+    ("scaling", "context", "lengths"), [("linear", 512, (40, 299)), ("dynamic", 256, (40, 199))]
+)
 def test_a_stored_output_layer_and_stretched_positions_are_as_in_the_other_engine(
-    llama_folder: Path, tmp_path: Path, scaling: str
+    llama_folder: Path, tmp_path: Path, scaling: str, context: int, lengths: tuple[int, ...]
 ) -> None:
     folder = shutil.copytree(llama_folder, tmp_path / "wild")
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -197,12 +199,12 @@ def test_a_stored_output_layer_and_stretched_positions_are_as_in_the_other_engin
         "rope_parameters": {"rope_type": scaling, "rope_theta": 1e4, "factor": 2.0},
     }
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    prompts = [[1, *(3 + i % 600 for i in range(length))] for length in (40, 299)]
+    prompts = [[1, *(3 + i % 600 for i in range(length))] for length in lengths]
     answers = []
     for engine in ("torch", "vllm"):
         llama = Llama.load(Settings(weights=folder, engine=engine, dtype="float32", cache_memory="16MB"))
         try:
-            assert llama._engine.context_length == 512
+            assert llama._engine.context_length == (context if engine == "vllm" else 512)
             streams = [llama._engine.submit(p, greedy(12, min_new_tokens=12)) for p in prompts]
             answers.append([collect(stream) for stream in streams])
         finally:

@@ -74,6 +74,7 @@ class TorchEngine:
     def _set_up(self, parts: Parts, cache: KVCache) -> None:
         plan = cache.plan
         self._plan, self._device, self._cache = plan, parts.device, cache
+        self._stretched_from = parts.stretched_from
         self._runner = Runner(parts, cache)
         self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
         self._scheduler = Scheduler(plan.rows, cache, prefix_reuse=self._prefix_reuse)
@@ -106,7 +107,8 @@ class TorchEngine:
 
     def submit(self, token_ids: Seq[int], params: SamplingParams) -> TokenStream:
         check_token_ids(token_ids, self._vocabulary)
-        sequence = Sequence(list(token_ids), len(token_ids), params, TokenStream())
+        stretched = 0 < self._stretched_from < len(token_ids) + params.maximum
+        sequence = Sequence(list(token_ids), len(token_ids), params, TokenStream(), stretched=stretched)
         with self._lock:
             if self._stopped:
                 raise EngineStopped("the engine is not running; restart the server")
@@ -192,7 +194,7 @@ class TorchEngine:
                     self._scheduler.reuse_prefix(row)
                 end = min(sequence.cached + left, sequence.prompt_length)
                 token_ids = self._tensor(sequence.tokens[sequence.cached : end])
-                chunks[sequence] = Chunk(row, sequence.cached, token_ids)
+                chunks[sequence] = Chunk(row, sequence.cached, token_ids, sequence.stretched)
                 left -= len(token_ids)
             if sequence not in chunks and row < len(self._scheduler.running):
                 chunks, left = {}, most  # it failed, and its row has been given to another sequence
@@ -219,7 +221,7 @@ class TorchEngine:
         """The prompt is read: let it take part in decoding, and hand out its first token."""
         row = self._scheduler.running.index(sequence)
         self._sampler.add(row, self._tensor(sequence.tokens), sequence.params)
-        self._runner.place(row, sequence.cached)
+        self._runner.place(row, sequence.cached, stretched=sequence.stretched)
         self._emit(row, logits)
 
     @contextmanager

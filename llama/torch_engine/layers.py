@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llama.loader import arithmetic_dtype, has_matrix_units, longest_context
+from llama.loader import arithmetic_dtype, has_matrix_units
 from llama.torch_engine.linears import joined, packed
 
 
@@ -53,8 +53,11 @@ class Parts:
 
     embedding: nn.Module
     cos: Tensor
-    """[length, 1, head_dim], any rope scaling included; so is `sin`."""
+    """[positions, 1, head_dim], any rope scaling included; so is `sin`."""
     sin: Tensor
+    stretched_from: int
+    """If rope scaling depends on a request's length, the rows from here on are the positions, from 0 on, of
+    requests that may end beyond as many tokens; otherwise 0."""
     layers: list[Layer]
     norm: Norm
     head: nn.Module
@@ -77,16 +80,13 @@ class Parts:
 def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
     """The parts of `model`, for positions up to `length`. The model is not usable afterwards."""
     dtype, device = arithmetic_dtype(model.dtype, model.device), model.device
-    # Dynamic scaling follows from the longest position: always that of the whole context, as in vLLM, so that
-    # an answer does not depend on the length that is served.
-    positions = torch.arange(max(length, longest_context(model.config)), device=device)
-    cos, sin = model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None])
-    cos, sin = cos[:, :length].clone(), sin[:, :length].clone()
+    cos, sin, stretched_from = _rotary_tables(model, length, dtype)
     scale = model.model.layers[0].self_attn.scaling
     return Parts(
         embedding=model.get_input_embeddings(),
-        cos=cos[0, :, None],
-        sin=sin[0, :, None],
+        cos=cos,
+        sin=sin,
+        stretched_from=stretched_from,
         layers=[_take_layer(model.model.layers, index, dtype) for index in range(len(model.model.layers))],
         norm=Norm(model.model.norm, dtype),
         head=packed(model.lm_head, dtype),
@@ -95,6 +95,24 @@ def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
         device=device,
         scale=scale,
     )
+
+
+def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """The tables of `Parts`. transformers changes dynamic scaling with every token beyond the trained
+    positions, which a cache of rotated keys cannot follow: here such requests are stretched for the whole
+    context from their beginning."""
+    config, device = model.config, model.device
+    scaling, trained = config.rope_parameters, int(config.max_position_embeddings)
+    if scaling["rope_type"] == "longrope":
+        trained = int(scaling.get("original_max_position_embeddings") or trained)
+    by_length = scaling["rope_type"] in ("dynamic", "longrope")
+    stretched_from = trained if by_length and length > trained else 0
+    tables = []
+    for count in (stretched_from, length) if stretched_from else (length,):
+        positions = torch.arange(count, device=device)
+        tables.append(model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None]))
+    cos, sin = (torch.cat(table, dim=1)[0, :, None] for table in zip(*tables, strict=True))
+    return cos, sin, stretched_from
 
 
 def _take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype) -> Layer:

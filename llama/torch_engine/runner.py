@@ -36,6 +36,8 @@ class Chunk(NamedTuple):
     """How much of the row is there already."""
     token_ids: Tensor
     """[N]"""
+    stretched: bool = False
+    """Whether its request may end beyond `Parts.stretched_from` tokens."""
 
     @property
     def end(self) -> int:
@@ -51,6 +53,9 @@ class Runner:
         rows = cache.plan.rows
         self._tokens = torch.zeros(rows, dtype=torch.long, device=parts.device)
         self._positions = torch.full_like(self._tokens, self._nowhere)
+        self._stretches = torch.zeros_like(
+            self._tokens
+        )  # added to a position to find it in the rotary tables
         _, _, self._kv_heads, length, self._head_dim = cache.layers[0].shape
         starts = torch.arange(2 * rows * self._kv_heads, device=parts.device) * length
         self._starts = starts.view(2, rows, self._kv_heads).transpose(0, 1)
@@ -68,7 +73,12 @@ class Runner:
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Put each chunk into its row, after what is there. Logits of the last token of each: [chunks, V]."""
         lengths = [len(chunk.token_ids) for chunk in chunks]
-        positions = torch.cat([self._all_positions[chunk.start : chunk.end] for chunk in chunks])
+        positions = torch.cat(
+            [
+                self._all_positions[chunk.start : chunk.end] + chunk.stretched * self._parts.stretched_from
+                for chunk in chunks
+            ]
+        )
         visible = [self._visible(chunk) for chunk in chunks]
 
         def attend(cached: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
@@ -127,13 +137,14 @@ class Runner:
         """The tokens [B] that the rows from `first` on are to read next."""
         self._tokens[first : first + len(tokens)] = tokens.clamp(min=0)
 
-    def place(self, row: int, position: int) -> None:
-        """Let a row take part in decoding from `position` on."""
+    def place(self, row: int, position: int, *, stretched: bool = False) -> None:
+        """Let a row take part in decoding from `position` on. `stretched`: as in `Chunk`."""
         self._positions[row] = position
+        self._stretches[row] = stretched * self._parts.stretched_from
 
     def move(self, source: int, target: int) -> None:
         """Let a row's request go on in another."""
-        for tensor in (self._tokens, self._positions):
+        for tensor in (self._tokens, self._positions, self._stretches):
             tensor[target] = tensor[source]
 
     def remove(self, row: int) -> None:
@@ -171,6 +182,8 @@ class Runner:
             grouped = queries.reshape(height, self._kv_heads, -1, self._head_dim)
             return attention(grouped, keys, values).reshape(height, -1)
 
+        if self._parts.stretched_from:
+            positions = positions + self._stretches[:height]
         return self._logits(self._hidden(self._tokens[:height], positions, attend))
 
     def _fused(self, bias: Tensor) -> Attention:

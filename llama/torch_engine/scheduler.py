@@ -28,10 +28,17 @@ class Sequence:
     stream: TokenStream
     cached: int = 0
     """Tokens whose keys and values are in the cache."""
+    stretched: bool = False
+    """Whether its positions are stretched, so that its keys are of use to its like only."""
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def prefix_key(self) -> list[int]:
+        """What the prefix cache knows its tokens by: stretched ones have other numbers than plain ones."""
+        return [~token for token in self.tokens] if self.stretched else self.tokens
 
     @property
     def decoding(self) -> bool:
@@ -75,7 +82,8 @@ class Scheduler:
         if not self._waiting or len(self.running) == self._limit:
             return None
         row, sequence = len(self.running), self._waiting[0]
-        if self._prefix_reuse and any(alike(self.running[r].tokens, sequence.tokens) for r in beside):
+        key = sequence.prefix_key
+        if self._prefix_reuse and any(alike(self.running[r].prefix_key, key) for r in beside):
             return None
         self.running.append(self._waiting.popleft())
         return row, sequence
@@ -86,8 +94,8 @@ class Scheduler:
         if not self._prefix_reuse:
             return
         sequence = self.running[row]
-        held = [other.tokens[: other.cached] for other in self.running[:row]]
-        copies, shared = self._prefixes.place(row, sequence.tokens, held)
+        held = [other.prefix_key[: other.cached] for other in self.running[:row]]
+        copies, shared = self._prefixes.place(row, sequence.prefix_key, held)
         for copy in copies:
             self._cache.copy(*copy)
         sequence.cached = shared
@@ -107,7 +115,7 @@ class Scheduler:
                 self._cache.swap(row, end, max(sequence.cached, last.cached))
             else:
                 self._cache.copy(end, row, last.cached)
-        self._prefixes.keep(end, sequence.tokens[: sequence.cached] if keep else [])
+        self._prefixes.keep(end, sequence.prefix_key[: sequence.cached] if keep else [])
         self.running[row] = last
         self.running.pop()
         return end if row != end else None

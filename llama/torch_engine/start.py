@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
-from llama.errors import BadSettings
+from llama.errors import BadSettings, DoesNotFit
 from llama.loader import (
     context_wanted,
     load_model,
@@ -63,7 +63,13 @@ def start_engine(
         with times.part("weights"):
             model = load_model(folder, config, dtype, device, quantization)
         logger.info("loaded %s: %s on %s", folder.name, precision, device)
-        parts = take_apart(model, context_wanted(settings, config))
+        try:
+            parts = take_apart(model, context_wanted(settings, config))
+        except RuntimeError as error:
+            raise DoesNotFit(
+                f"the memory does not hold position tables for {context_wanted(settings, config)} tokens of "
+                f"context ({error}); set a smaller LLAMA_MAX_CONTEXT"
+            ) from error
         del model  # what was joined or packed is there once
         plan = plan_for(parts, config, settings)
         return parts, KVCache(config, plan, parts.cache_dtype, parts.device)
@@ -104,7 +110,7 @@ def _free_memory(parts: Parts, config: LlamaConfig) -> int:
 
 def _run_once(parts: Parts, config: LlamaConfig) -> None:
     """A prompt and a step in a small cache: what libraries then keep, such as workspaces, is not free."""
-    length = min(MOST_A_TURN["cuda"], len(parts.cos))
+    length = min(MOST_A_TURN["cuda"], len(parts.cos) - parts.stretched_from)
     cache = KVCache(config, CachePlan(1, length), parts.cache_dtype, parts.device)
     runner = Runner(parts, cache)
     runner.prefill([Chunk(0, 0, torch.zeros(length, dtype=torch.long, device=parts.device))])
