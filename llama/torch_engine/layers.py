@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from llama.errors import DoesNotFit
 from llama.loader import arithmetic_dtype, has_matrix_units
 from llama.torch_engine.linears import joined, packed
 
@@ -108,9 +109,15 @@ def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> 
     by_length = scaling["rope_type"] in ("dynamic", "longrope")
     stretched_from = trained if by_length and length > trained else 0
     tables = []
-    for count in (stretched_from, length) if stretched_from else (length,):
-        positions = torch.arange(count, device=device)
-        tables.append(model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None]))
+    try:
+        for count in (stretched_from, length) if stretched_from else (length,):
+            positions = torch.arange(count, device=device)
+            tables.append(model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None]))
+    except RuntimeError as error:
+        raise DoesNotFit(
+            f"the memory does not hold position tables for {length} tokens of context ({error}); set a smaller "
+            "LLAMA_MAX_CONTEXT"
+        ) from error
     cos, sin = (torch.cat(table, dim=1)[0, :, None] for table in zip(*tables, strict=True))
     return cos, sin, stretched_from
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
-from llama.errors import BadSettings, DoesNotFit
+from llama.errors import BadSettings
 from llama.loader import (
     context_wanted,
     load_model,
@@ -63,13 +63,7 @@ def start_engine(
         with times.part("weights"):
             model = load_model(folder, config, dtype, device, quantization)
         logger.info("loaded %s: %s on %s", folder.name, precision, device)
-        try:
-            parts = take_apart(model, context_wanted(settings, config))
-        except RuntimeError as error:
-            raise DoesNotFit(
-                f"the memory does not hold position tables for {context_wanted(settings, config)} tokens of "
-                f"context ({error}); set a smaller LLAMA_MAX_CONTEXT"
-            ) from error
+        parts = take_apart(model, context_wanted(settings, config))
         del model  # what was joined or packed is there once
         plan = plan_for(parts, config, settings)
         return parts, KVCache(config, plan, parts.cache_dtype, parts.device)
