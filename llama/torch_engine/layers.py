@@ -115,8 +115,8 @@ def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> 
             tables.append(model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None]))
     except RuntimeError as error:
         raise DoesNotFit(
-            f"the memory does not hold position tables for {length} tokens of context ({error}); set a smaller "
-            "LLAMA_MAX_CONTEXT"
+            f"the memory does not hold position tables for {length} tokens of context ({error}); set a "
+            "smaller LLAMA_MAX_CONTEXT"
         ) from error
     cos, sin = (torch.cat(table, dim=1)[0, :, None] for table in zip(*tables, strict=True))
     return cos, sin, stretched_from
