@@ -198,7 +198,7 @@ class Llama:
             yield f"the context leaves room for {params.maximum} new tokens"
         if request.debug:
             yield f"formatted prompt: {self._tokenizer.render(request.prompt)!r}"
-            yield f"settings: {json.dumps(params.model_dump(exclude_none=True))}"
+            yield f"settings: {json.dumps(params.model_dump(exclude_none=True), separators=(',', ':'))}"
 
 
 def _starter(settings: Settings) -> Callable[..., Engine]:
