@@ -5,6 +5,9 @@ Knows names, types and defaults; knows nothing of what a value means to a model 
 
 from __future__ import annotations
 
+import logging
+import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +16,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from llama import ROOT
 from llama.errors import BadSettings
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "LLAMA_"
+_OTHERS = ("LLAMA_GATEWAY_",)
+"""Prefixes of variables that are read by other programs of this package."""
 
 
 class Settings(BaseSettings):
@@ -32,6 +41,8 @@ class Settings(BaseSettings):
     """Tokens of prompt and answer together; None means all that the model and the cache allow."""
     cache_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     """Memory for keys and values, such as `8GB`; None means what a GPU has free, or half a CPU's memory."""
+    threads: PositiveInt | None = None
+    """CPU threads of the torch engine; None lets it use fewer than all while other programs need a core."""
     prefix_reuse: bool = True
     """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
     cuda_graphs: bool = True
@@ -54,14 +65,18 @@ class Settings(BaseSettings):
     """Where a copy of the manifest's files lies, each under its destination."""
     hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
     """The hub's own variable: sent to the hosts that the manifest names, over HTTPS, and to no other."""
-    max_concurrency: PositiveInt = Field(default=32, validation_alias="COG_MAX_CONCURRENCY")
+    max_concurrency: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=32, validation_alias="COG_MAX_CONCURRENCY"
+    )
     """Requests in one batch. Cog's own variable: its server lets no more in than this."""
 
     @classmethod
     def from_environment(cls) -> Settings:
-        """Read the environment. Raises BadSettings naming the first variable that cannot be used."""
+        """Read the environment. Raises BadSettings naming the first variable that cannot be used; a variable
+        that looks like one of ours and is not gets a warning."""
+        cls._warn_of_unknown()
         try:
-            return cls()
+            settings = cls()
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
@@ -69,3 +84,30 @@ class Settings(BaseSettings):
             raise BadSettings(
                 f"{variable} is {first['input']!r}: {first['msg']}; set it to a valid value or unset it"
             ) from error
+        if settings.pull and settings.weights is None:
+            raise BadSettings(
+                "LLAMA_PULL is 1 and LLAMA_WEIGHTS is not set; set it to the folder that is to be filled"
+            )
+        return settings
+
+    @classmethod
+    def _warn_of_unknown(cls) -> None:
+        known = [name.upper() for name in cls.model_fields]
+        for variable in os.environ:
+            name = variable.removeprefix(_PREFIX)
+            if name == variable or name in known or variable.startswith(_OTHERS):
+                continue
+            near = get_close_matches(name, known, n=1)
+            logger.warning(
+                "%s is no setting%s", variable, f"; did you mean {_PREFIX}{near[0]}?" if near else ""
+            )
+
+
+def expanded(path: Path, variable: str) -> Path:
+    """A path with its `~` replaced. Raises BadSettings for a user who has no home."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise BadSettings(
+            f"{variable} is {path}, and this user has no home directory; set it to a full path"
+        ) from error

@@ -10,13 +10,13 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import LlamaConfig
 
 from llama.checkpoint import Checkpoint
 from llama.errors import BadSettings
 from llama.loader import context_wanted, pick_dtype
+from llama.memory import available_memory
 from llama.metrics import SetupTimes
 from llama.plan import Gpu, alike, bytes_per_token, parallel_sizes, pick
 from llama.quantization import Quantization, configured
@@ -196,4 +196,4 @@ def _cache_on_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype)
     """Bytes for all requests, or half of what is free. vLLM gives them out by blocks, and keeps one."""
     blocks = settings.max_concurrency * -(-context_wanted(settings, config) // _BLOCK) + 1
     wanted = blocks * _BLOCK * bytes_per_token(config, dtype)
-    return min(wanted, int(psutil.virtual_memory().available) // 2)
+    return min(wanted, available_memory() // 2)

@@ -28,6 +28,7 @@ from llama.torch_engine.layers import Parts
 from llama.torch_engine.runner import Chunk, Runner
 from llama.torch_engine.sampler import UNUSABLE, Sampler
 from llama.torch_engine.scheduler import Scheduler, Sequence
+from llama.torch_engine.threads import ThreadCount
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 _SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
 MOST_A_TURN = {"cuda": 1024, "cpu": 512}
 _REPORT_EVERY = 60.0  # seconds
+_SAME_LENGTH = 256  # steps whose longest requests differ by less take about as long
 
 
 class TorchEngine:
@@ -49,6 +51,7 @@ class TorchEngine:
         eos_token_ids: Collection[int],
         prefix_reuse: bool,
         cuda_graphs: bool,
+        threads: int | None = None,
     ) -> None:
         """Waits until the model is loaded; raises what `load` raises. `vocabulary`: ids below this are
         tokens; a checkpoint may pad its table.
@@ -59,6 +62,7 @@ class TorchEngine:
         """
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
         self._prefix_reuse, self._cuda_graphs = prefix_reuse, cuda_graphs
+        self._fixed_threads = threads
         self._arrivals: SimpleQueue[Sequence | None] = SimpleQueue()
         self._streams: WeakSet[TokenStream] = WeakSet()
         self._lock = threading.Lock()
@@ -78,6 +82,10 @@ class TorchEngine:
         self._runner = Runner(parts, cache)
         self._sampler = Sampler(plan.rows, plan.length, self._vocabulary, self._eos, parts.device)
         self._scheduler = Scheduler(plan.rows, cache, prefix_reuse=self._prefix_reuse)
+        if self._fixed_threads is not None:
+            torch.set_num_threads(self._fixed_threads)
+        adapts = parts.device.type == "cpu" and self._fixed_threads is None
+        self._threads = ThreadCount(torch.get_num_threads() if adapts else 1, torch.set_num_threads)
         if parts.device.type == "cuda":
             if self._cuda_graphs:
                 self._runner.capture()
@@ -251,10 +259,13 @@ class TorchEngine:
         decoding = [sequence for sequence in running if sequence.decoding]
         if not decoding:
             return
-        logits = self._runner.decode(len(running), max(len(sequence.tokens) for sequence in decoding))
+        longest, started = max(len(sequence.tokens) for sequence in decoding), time.perf_counter()
+        logits = self._runner.decode(len(running), longest)
         for sequence in decoding:
             sequence.cached += 1
         self._emit(0, logits)
+        shape = len(running), longest // _SAME_LENGTH
+        self._threads.observe(shape, time.perf_counter() - started)
 
     def _emit(self, first: int, logits: Tensor) -> None:
         """Take the next token of the sequences from row `first` on and hand it out, or end them."""

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import LlamaConfig
 
@@ -22,6 +21,7 @@ from llama.loader import (
     pick_dtype,
     pick_quantization,
 )
+from llama.memory import available_memory
 from llama.metrics import SetupTimes
 from llama.plan import RESERVE
 from llama.settings import Settings
@@ -62,7 +62,7 @@ def start_engine(
     def load() -> tuple[Parts, KVCache]:
         with times.part("weights"):
             model = load_model(folder, config, dtype, device, quantization)
-        logger.info("loaded %s: %s on %s", folder.name, precision, device)
+        logger.info("loaded %s: %s on %s", folder.resolve().name, precision, device)
         parts = take_apart(model, context_wanted(settings, config))
         del model  # what was joined or packed is there once
         plan = plan_for(parts, config, settings)
@@ -75,6 +75,7 @@ def start_engine(
             eos_token_ids=eos_token_ids,
             prefix_reuse=settings.prefix_reuse,
             cuda_graphs=settings.cuda_graphs,
+            threads=settings.threads,
         )
 
 
@@ -99,7 +100,7 @@ def _free_memory(parts: Parts, config: LlamaConfig) -> int:
         torch.cuda.empty_cache()  # what loading has left there is free, and not seen to be
         free, _ = torch.cuda.mem_get_info(parts.device)
         return max(int(free) - RESERVE["torch"], 0)
-    return int(psutil.virtual_memory().available) // 2
+    return available_memory() // 2
 
 
 def _run_once(parts: Parts, config: LlamaConfig) -> None:

@@ -1,0 +1,113 @@
+"""How many threads a decode step uses on a CPU that other programs use too.
+
+OpenMP's threads wait for each other by spinning. On a quiet machine that is fastest; but as soon as another
+program takes one of their cores, all of them wait for the thread that lost it, and a step takes several times
+as long. With one thread fewer nothing waits. So the number is found by trial: from time to time a few steps
+are taken with one thread fewer or one more, and the number stays if steps of the same shape became faster.
+
+Knows step times and numbers of threads; knows nothing of models or tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+_RECENT = 8  # steps whose mean stands for the present
+_TRIAL = 4  # steps of a trial, unless the first ones are clearly slower
+_FASTER = 0.95  # a trial must take at most this share of the time before it
+_DEGRADED = 1.25  # slower than the best by this factor: something has changed
+_TRY_AGAIN_EVERY = 0.3  # seconds, when something has changed
+_TRY_MORE_EVERY = 1.7  # seconds: how long a core that has become free may stay unused
+_TRY_FEWER_EVERY = 10.0  # seconds: a trial on a quiet machine costs time and gains nothing
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Steps with another number of threads than `usual`, whose steps took `before` seconds."""
+
+    usual: int
+    before: float
+    times: list[float] = field(default_factory=list)
+
+
+class ThreadCount:
+    """Chooses a number of threads from 1 to `most`. `apply` is called with every new one."""
+
+    def __init__(
+        self, most: int, apply: Callable[[int], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most, self._apply, self._clock = most, apply, clock
+        self.current = most
+        self._shape: Hashable = None
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._best: float | None = None  # the fastest mean of this shape with the current number
+        self._leap = False  # whether to try half as many next: several cores may be busy
+        self._means: dict[int, float] = {}  # the latest mean of this shape by number of threads
+        self._trial: _Trial | None = None
+        self._tried_more = self._tried_fewer = clock() - _TRY_FEWER_EVERY
+
+    def observe(self, shape: Hashable, seconds: float) -> None:
+        """A step has taken so long. Only steps of one shape are compared."""
+        if self._most == 1:
+            return
+        if shape != self._shape:
+            self._forget(shape)
+        if self._trial is not None:
+            self._judge(self._trial, seconds)
+            return
+        self._recent.append(seconds)
+        if len(self._recent) < _RECENT // 2:
+            return
+        mean = sum(self._recent) / len(self._recent)
+        self._best = mean if self._best is None else min(self._best, mean)
+        self._consider_trial(mean)
+
+    def _consider_trial(self, mean: float) -> None:
+        now = self._clock()
+        degraded = self._best is not None and mean > _DEGRADED * self._best
+        fewer = self.current // 2 if self._leap else self.current - 1
+        fewer_was_faster = mean > self._means.get(fewer, mean)
+        every = _TRY_AGAIN_EVERY if degraded or fewer_was_faster else _TRY_FEWER_EVERY
+        if self.current > 1 and now - self._tried_fewer >= every:
+            self._tried_fewer = now
+            self._leap = not self._leap
+            self._begin(fewer, mean)
+        elif self.current < self._most and now - self._tried_more >= _TRY_MORE_EVERY:
+            self._tried_more = now
+            self._begin(self.current + 1, mean)
+
+    def _begin(self, count: int, mean: float) -> None:
+        self._trial = _Trial(self.current, mean)
+        self._means[self.current] = mean
+        self._use(count)
+
+    def _judge(self, trial: _Trial, seconds: float) -> None:
+        """End a trial as soon as it is clear whether its number of threads is better."""
+        trial.times.append(seconds)
+        mean = sum(trial.times) / len(trial.times)
+        if mean > _DEGRADED * trial.before or len(trial.times) == _TRIAL:
+            self._means[self.current] = mean
+            self._end(self.current if mean < _FASTER * trial.before else trial.usual)
+
+    def _end(self, count: int) -> None:
+        self._trial = None
+        self._use(count)
+        self._recent.clear()
+        self._best = None
+
+    def _forget(self, shape: Hashable) -> None:
+        """Steps of another shape follow: what was measured says nothing of them."""
+        if self._trial is not None:
+            self._use(self._trial.usual)
+            self._trial = None
+        self._shape, self._best = shape, None
+        self._recent.clear()
+        self._means.clear()
+
+    def _use(self, count: int) -> None:
+        if count != self.current:
+            self.current = count
+            self._apply(count)
