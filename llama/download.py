@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from llama.errors import DamagedWeights, DiskFull, DownloadFailed, LlamaError
 from llama.form import form_fault
-from llama.part import Part, disk_errors, file_sha256
+from llama.hash_cache import HashCache
+from llama.part import Part, disk_errors
 from llama.patience import Patience, Stopped
 from llama.progress import progress
 from llama.transport import Answer, Transport
@@ -71,12 +73,12 @@ def download(sources: Sequence[Source], folder: Path, patience: Patience) -> int
     tried, each further fault in the log. Parts are kept, and another call goes on from them.
     """
     with Transport(patience.timeout) as transport:
-        return _Download(transport, patience).run(sources, folder)
+        return _Download(transport, patience, HashCache(folder)).run(sources, folder)
 
 
 class _Download:
-    def __init__(self, transport: Transport, patience: Patience) -> None:
-        self._transport, self._patience = transport, patience
+    def __init__(self, transport: Transport, patience: Patience, hashes: HashCache) -> None:
+        self._transport, self._patience, self._hashes = transport, patience, hashes
         self._stop = threading.Event()
 
     def run(self, sources: Sequence[Source], folder: Path) -> int:
@@ -84,11 +86,13 @@ class _Download:
         try:
             # Nothing is written before every server has been asked: what is refused is known at once.
             found = [t for t in pool.map(self._probe, sources) if t is not None]
+            self._hashes.save()
             if found:
                 for transfer in found:
                     _make_room(transfer)
                 _check_disk(found, folder)
                 self._fetch_all(pool, found)
+                self._hashes.save()
             return len(found)
         finally:
             self._stop.set()
@@ -97,7 +101,7 @@ class _Download:
     def _probe(self, source: Source) -> _Transfer | None:
         """What the server says of a file; None when it is in its place already."""
         with disk_errors(source.path):
-            if source.sha256 and _is_there(source.path, source.sha256):
+            if source.sha256 and self._is_there(source.path, source.sha256):
                 return None
             transfer = self._patience.call(
                 lambda: self._ask(source), lambda: 0, name=source.path.name, stop=self._stop
@@ -107,11 +111,17 @@ class _Download:
                     f"{source.path.name}: its server tells neither length nor hash, so nobody could see that "
                     "it is whole; add #sha256=<hash> to its URL in the manifest"
                 )
-            if not source.sha256 and _is_there(source.path, transfer.sha256, transfer.size):
+            if not source.sha256 and self._is_there(source.path, transfer.sha256, transfer.size):
                 return None
             with suppress(FileNotFoundError):
                 transfer.received = transfer.part.stat().st_size if transfer.resumable else 0
         return transfer
+
+    def _is_there(self, path: Path, sha256: str | None, size: int | None = None) -> bool:
+        """Whether a file is in its place: by its hash or, if none is known, by its size."""
+        if not path.is_file() or size not in (None, path.stat().st_size):
+            return False
+        return sha256 is None or self._hashes.sha256(path) == sha256
 
     def _ask(self, source: Source) -> _Transfer:
         # One byte of the file and not a HEAD, which signed URLs refuse.
@@ -163,6 +173,7 @@ class _Download:
                     f"{place.name} {fault}; pull again, and if it stays so, mend the server's copy"
                 )
             part.move_to(place)
+            self._hashes.add(place, part.sha256)
         logger.info("%s is there%s", place.name, ", its sha256 is right" if transfer.sha256 else "")
 
     def _receive_whole(self, transfer: _Transfer, part: Part) -> None:
@@ -219,24 +230,17 @@ def _fault(transfer: _Transfer, part: Part) -> str | None:
     return fault and f"came as {fault}"
 
 
-def _is_there(path: Path, sha256: str | None, size: int | None = None) -> bool:
-    """Whether a file is in its place: by its hash, or by its size where nobody knows that."""
-    if not path.is_file() or size not in (None, path.stat().st_size):
-        return False
-    if sha256 is None:
-        return True
-    logger.info("%s is there: looking at its sha256", path.name)
-    return file_sha256(path) == sha256
-
-
 def _make_room(transfer: _Transfer) -> None:
     """Remove parts of other versions. A wrong file under the right name stays until there is a right one."""
     place = transfer.source.path
     with disk_errors(place):
         if place.exists():
             logger.warning("%s is not the file that the manifest names: it is brought again", place)
-        for part in place.parent.glob(f"{place.name}.*.part"):
-            if part != transfer.part or not transfer.resumable:
+        ours = re.compile(
+            re.escape(place.name) + r"\.[0-9a-f]{12}\.part"
+        )  # not model.safetensors.index.json's
+        for part in place.parent.glob("*.part"):
+            if ours.fullmatch(part.name) and (part != transfer.part or not transfer.resumable):
                 part.unlink()
 
 

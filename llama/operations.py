@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama.errors import BadSettings, InvalidInput, LlamaError
+from llama.process import undecodable
 from llama.settings import Settings
 from llama.weights import Inspection, folder_to_fill, lock, pull, verify, weights_folder
 
@@ -161,7 +162,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _lock(arguments: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     folder = arguments.folder or folder_to_fill(settings)
-    failed = _print_inspection(folder, lock(folder, settings.weights_manifest))
+    inspection = lock(folder, settings.weights_manifest)
+    failed = _print_inspection(folder, inspection)
+    if not failed:
+        print(f"{settings.weights_manifest} has the sha256 of all {inspection.files} files now")
     if failed:
         print(f"{settings.weights_manifest} is as it was", file=sys.stderr)
     return failed
@@ -208,7 +212,7 @@ def tokenize(_: argparse.Namespace) -> int:
     limits = PromptLimits(min(settings.max_context or context, context), tokenizer.longest_piece)
     defaults = input_defaults(published_run())
     refused = False
-    for line in filter(str.strip, (line.removeprefix("\ufeff") for line in sys.stdin)):
+    for line in filter(str.strip, (line.removeprefix("\ufeff") for line in sys.stdin or ())):
         result = _tokenize_line(line, defaults, tokenizer, limits)
         refused |= "error" in result
         print(json.dumps(result), flush=True)
@@ -221,6 +225,8 @@ def _tokenize_line(
     from llama.request import Request, encode_within
 
     try:
+        if undecodable(line):
+            raise InvalidInput(f"a line is not {sys.stdin.encoding} text; convert it and try again")
         try:
             inputs = json.loads(line)
         except (ValueError, RecursionError):

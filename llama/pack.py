@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama.checkpoint import Checkpoint
-from llama.errors import BadSettings, DiskFull, DoesNotFit
+from llama.errors import BadCheckpoint, BadSettings, DiskFull, DoesNotFit
 from llama.form import INDEX, SINGLE, read_object
 from llama.loader import load_config, stored_quantization
 from llama.manifest import is_read
@@ -130,10 +130,20 @@ def _copy_the_rest(source: Path, target: Path, quantization: Quantization) -> No
     for path in source.iterdir():
         ours = path.suffix == ".safetensors" or path.name in (INDEX, "config.json")
         if path.is_file() and is_read(path.name) and not ours:
-            shutil.copyfile(path, target / path.name)
+            (target / path.name).write_bytes(_read(path))
     config = read_object(source / "config.json")
     config |= {"quantization_config": configuration(quantization), PACKED: quantization}
     _write_json(target / "config.json", config)
+
+
+def _read(path: Path) -> bytes:
+    """A small file of the source. Its faults are the source's, and not the target's."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadCheckpoint(
+            f"{path} cannot be read ({error.strerror}); let this user read it, or copy it again"
+        ) from error
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -6,6 +6,7 @@ Knows seconds and failures; knows nothing of what is tried.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Patience:
     first_delay: float = 1.0
     """Doubled at every failure in a row."""
     longest_delay: float = 60.0
+    jitter: float = 0.25
+    """The share by which a delay is longer or shorter, so that many clients do not come back at once."""
     longest_retry_after: float = 3600.0
     """The most that a server's own `Retry-After` is obeyed."""
     timeout: float = 30.0
@@ -60,4 +63,5 @@ class Patience:
 
     def _delay(self, failures: int, retry_after: float) -> float:
         own = min(self.first_delay * 2.0 ** (failures - 1), self.longest_delay)
+        own *= random.uniform(1 - self.jitter, 1 + self.jitter)
         return max(own, min(retry_after, self.longest_retry_after))

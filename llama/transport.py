@@ -6,24 +6,28 @@ message has a URL in it: the ones that a server redirects to are signed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Self
 
 import httpx
 
-from llama.errors import DownloadFailed
+from llama.errors import BadSettings, DownloadFailed
 
 _SHA256 = re.compile(r'"?([0-9a-f]{64})"?')
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", re.IGNORECASE)
 _REDIRECTS = 10
 _FORBIDDEN = (401, 403)
 _LATER = (408, 425, 429, 500, 502, 503, 504)
 _CONNECT_TIMEOUT = 10.0
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class Transient(Exception):
@@ -107,11 +111,19 @@ class Transport:
     """Connections, kept open for the next file."""
 
     def __init__(self, timeout: float) -> None:
-        self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
-            headers={"Accept-Encoding": "identity", "User-Agent": "llama-2-70b-chat"},
-            follow_redirects=False,
-        )
+        """Raises BadSettings when the environment's proxies or certificates cannot be used."""
+        try:
+            self._client = httpx.Client(
+                timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
+                headers={"Accept-Encoding": "identity", "User-Agent": "llama-2-70b-chat"},
+                follow_redirects=False,
+            )
+        # httpx reads the environment here, and ends in ImportError, ValueError, OSError or errors of its own
+        except Exception as error:
+            raise BadSettings(
+                f"the environment variable {_faulty_variable()} cannot be used for downloads ({error}); "
+                "correct it or unset it"
+            ) from error
         self._timeout = timeout
 
     def __enter__(self) -> Self:
@@ -139,6 +151,10 @@ class Transport:
             raise DownloadFailed(f"an address is no URL ({error}); correct the manifest") from error
         except httpx.TimeoutException as error:
             raise Transient(f"no answer from {current.host} for {self._timeout:.0f} s") from error
+        except httpx.ProxyError as error:
+            raise Transient(
+                f"the proxy that the environment names does not let us through ({error})"
+            ) from error
         except httpx.ConnectError as error:
             raise Transient(f"no connection to {current.host} ({error})") from error
         except httpx.TransportError as error:
@@ -157,6 +173,20 @@ class Transport:
             yield response
         finally:
             response.close()
+
+
+def _faulty_variable() -> str:
+    """The name of the first variable that httpx cannot use by itself; NO_PROXY is what else it reads."""
+    for name, value in os.environ.items():
+        if value and name.upper() in _PROXIES:
+            try:
+                httpx.HTTPTransport(proxy=value, trust_env=False).close()
+            except Exception:
+                return name
+    for name in _CERTIFICATES:
+        if name in os.environ and not Path(os.environ[name]).exists():
+            return name
+    return next((name for name in os.environ if name.upper() == "NO_PROXY"), "NO_PROXY")
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:

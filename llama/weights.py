@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from llama import ROOT
 from llama.embedded import embedded_folder
-from llama.errors import BadCheckpoint, BadConfig, BadManifest, BadSettings, DamagedWeights, WeightsNotFound
+from llama.errors import BadCheckpoint, BadConfig, BadSettings, DamagedWeights, WeightsNotFound
 from llama.form import INDEX, file_names, form_fault, read_object
 from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
 from llama.part import PACKED, alone, file_sha256
-from llama.settings import Settings
+from llama.settings import Settings, expanded
 
 if TYPE_CHECKING:
     from llama.download import Source
@@ -34,7 +34,7 @@ def weights_folder(settings: Settings) -> Path:
     """An existing folder. Raises WeightsNotFound, naming what was looked for."""
     if settings.weights is None:
         return embedded_folder(settings.cache_dir)
-    folder = settings.weights.expanduser()
+    folder = expanded(settings.weights, "LLAMA_WEIGHTS")
     if not _is_folder(folder):
         raise WeightsNotFound(
             f"LLAMA_WEIGHTS is {folder}, which is not a folder; set it to one in Hugging Face format "
@@ -50,13 +50,13 @@ def _is_folder(path: Path) -> bool:
 def folder_to_serve(settings: Settings) -> Path:
     """As `weights_folder`, filled first where LLAMA_PULL says so."""
     if settings.pull and settings.weights is not None:
-        pull(settings.weights.expanduser(), settings)
+        pull(expanded(settings.weights, "LLAMA_WEIGHTS"), settings)
     return weights_folder(settings)
 
 
 def folder_to_fill(settings: Settings) -> Path:
     """Where the weights go when nobody says: where `cog.yaml` looks for them."""
-    return (settings.weights or ROOT / "weights" / "llama-2-70b-chat").expanduser()
+    return expanded(settings.weights or ROOT / "weights" / "llama-2-70b-chat", "LLAMA_WEIGHTS")
 
 
 def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> int:
@@ -155,8 +155,8 @@ def lock(folder: Path, manifest: Path) -> Inspection:
 
 
 def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -> str | None:
+    path = folder / entry.destination  # through links: only what writes must stay in the folder
     try:
-        path = place(folder, entry.destination)
         if not path.is_file():
             return "missing; pull again"
         fault = form_fault(path, path.name) if path.stat().st_size else "empty"
@@ -164,8 +164,6 @@ def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -
             hashes[entry.destination] = sha256 = file_sha256(path)
             if entry.sha256 not in (None, sha256):
                 fault = f"its sha256 is {sha256} and not {entry.sha256}"
-    except BadManifest:
-        return "a symbolic link leads out of the folder; remove the link and pull again"
     except OSError as error:
         return f"cannot be read ({error.strerror}); let this user read it, or delete it and pull again"
     return fault and f"{fault}; delete it and pull again"

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ import pytest
 from conftest import ROOT
 from safetensors.numpy import save
 from weights_server import (
+    Handler,
     Server,
     Step,
     cut_after,
+    head_of,
     other_bytes,
     other_range,
     redirect,
@@ -45,7 +48,7 @@ from llama.errors import (
     LlamaError,
     WeightsNotFound,
 )
-from llama.manifest import read_manifest
+from llama.manifest import Entry, read_manifest
 from llama.part import PACKED
 from llama.patience import Patience
 from llama.progress import LogProgress
@@ -114,7 +117,7 @@ def hashed(server: Server, tmp_path: Path) -> Settings:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -817,3 +820,97 @@ def test_the_weights_commands_load_no_model_code() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+# --- what a real machine brings ---
+
+
+def test_a_file_is_hashed_once_for_as_long_as_it_stays_the_same(
+    server: Server, hashed: Settings, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="llama")
+    pull(folder, hashed, QUICK)
+    caplog.clear()
+    assert pull(folder, hashed, QUICK) == 0
+    assert not any("looking at its sha256" in line for line in caplog.messages)
+    # A change of the contents is seen by size or by time, and the file is fetched again.
+    (folder / NAMES[0]).write_bytes(b"x" * len(FILES[NAMES[0]]))
+    assert pull(folder, hashed, QUICK) == 1
+    assert contents(folder) == FILES
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config.json": 5}', '{"config.json": [1, 2, 3]}'])
+def test_a_damaged_list_of_hashes_is_not_believed(hashed: Settings, folder: Path, damage: str) -> None:
+    pull(folder, hashed, QUICK)
+    (folder / ".sha256-cache").write_text(damage)
+    assert pull(folder, hashed, QUICK) == 0
+    assert contents(folder) == FILES
+
+
+def test_the_part_of_another_file_that_is_named_alike_is_kept(
+    server: Server, settings: Settings, folder: Path
+) -> None:
+    folder.mkdir()
+    server.files["/model.safetensors"] = FILES[NAMES[0]]
+    settings.weights_manifest.write_text(f"{server.url}/model.safetensors model.safetensors\n")
+    kept = folder / "model.safetensors.index.json.0123456789ab.part"
+    gone = folder / "model.safetensors.0123456789ab.part"
+    for path in (kept, gone):
+        path.write_bytes(b"some bytes")
+    pull(folder, settings, QUICK)
+    assert kept.exists()
+    assert not gone.exists()
+
+
+def test_the_unit_of_a_range_may_be_in_capitals(server: Server, hashed: Settings, folder: Path) -> None:
+    def in_capitals(handler: Handler, body: bytes) -> None:
+        code, headers, start = head_of(handler, body)
+        headers["Content-Range"] = headers["Content-Range"].replace("bytes", "Bytes")
+        handler.answer(code, headers, body[start:])
+
+    server.steps[SHARD] = [cut_after(100), in_capitals]
+    pull(folder, hashed, QUICK)
+    assert contents(folder) == FILES
+    assert len(server.downloads(SHARD)) == 2
+
+
+def test_delays_are_spread() -> None:
+    patience = Patience(first_delay=1.0)
+    delays = {patience._delay(1, 0.0) for _ in range(50)}
+    assert len(delays) > 40
+    assert 0.75 <= min(delays) <= max(delays) <= 1.25
+    assert patience._delay(1, 30.0) == 30.0
+
+
+def test_a_snapshot_of_the_hubs_cache_is_verified_through_its_links(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "b").write_text("{}")
+    (snapshot / "x.json").symlink_to("../../blobs/b")
+    (snapshot / "gone.json").symlink_to("../../blobs/none")
+    entries = [Entry("https://h.example/x.json", "x.json", sha256(b"{}"))]
+    assert verify(snapshot, entries).faults == []
+    entries.append(Entry("https://h.example/gone.json", "gone.json"))
+    (fault,) = verify(snapshot, entries).faults
+    assert "gone.json: missing" in str(fault)
+
+
+def test_lock_says_where_it_has_written(server: Server, settings: Settings, folder: Path) -> None:
+    pull(folder, settings, QUICK)
+    manifest = settings.weights_manifest
+    result = run("lock", str(folder), LLAMA_WEIGHTS_MANIFEST=str(manifest))
+    assert result.stdout.splitlines()[-1] == f"{manifest} has the sha256 of all {len(FILES)} files now"
+
+
+def test_a_proxy_that_refuses_is_said_to(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        (tmp_path / "weights.txt").write_text("https://h.example/a.json a.json\n")
+        settings = Settings(weights_manifest=tmp_path / "weights.txt")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("NO_PROXY")
+            patch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_port}")
+            with pytest.raises(DownloadFailed, match="the proxy that the environment names"):
+                pull(tmp_path / "w", settings, QUICK)
+        proxy.shutdown()
