@@ -6,33 +6,62 @@ Translates arguments and prints; every rule is the package's own.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
-import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama import ROOT
-from llama.errors import InvalidInput, LlamaError
+from llama.errors import InvalidInput, LlamaError, PromptRequired
 from llama.operations import add_plan, add_weights, tokenize
+from llama.process import end_by_exception_on_signals, forgiving_streams, leave, undecodable
 
 if TYPE_CHECKING:
     from llama.generation import Llama
+    from llama.settings import Settings
+
+_OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
-def main() -> int:
+def main() -> NoReturn:
+    """Run a command and end with its exit code, or with the usual one of what ended it."""
+    forgiving_streams()
     arguments = _parser().parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama").setLevel(logging.INFO)
+    end_by_exception_on_signals()
+    leave(_exit_code(arguments))
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
     try:
-        return int(arguments.command(arguments) or 0)
+        code = int(arguments.command(arguments) or 0)
+        sys.stdout.flush()
     except LlamaError as error:
         print(error, file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, BrokenPipeError):
-        return 130
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except SystemExit as error:  # a signal's code, or a message
+        if isinstance(error.code, int | None):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _OUTPUT_FAULTS:
+            raise
+        print(
+            f"the output cannot be written ({error.strerror}); free some space or write it elsewhere",
+            file=sys.stderr,
+        )
+        return 1
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,63 +135,47 @@ def _answer(llama: Llama, inputs: dict[str, Any]) -> Iterator[str]:
     return llama.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
 
 
-def _print_stream(pieces: Iterator[str], said: list[str]) -> None:
-    """Print an answer as it comes; `said` has all of it that anyone has seen, however it ends."""
-    for piece in pieces:
-        said.append(piece)
-        print(piece, end="", flush=True)
-    print()
-
-
 def _complete(arguments: argparse.Namespace) -> None:
     inputs = _read_inputs(arguments.inputs)
-    inputs["prompt"] = (
-        sys.stdin.read().removeprefix("\ufeff") if arguments.prompt is None else arguments.prompt
-    )
+    inputs["prompt"] = _read_prompt() if arguments.prompt is None else arguments.prompt
+    _check(inputs)
     llama = _load()
     try:
-        _print_stream(_answer(llama, inputs), [])
+        for piece in _answer(llama, inputs):
+            print(piece, end="", flush=True)
+        print()
     finally:
         llama.close()
+
+
+def _read_prompt() -> str:
+    if sys.stdin is None:
+        raise PromptRequired("standard input is closed; give a prompt as an argument")
+    prompt = sys.stdin.read().removeprefix("\ufeff")
+    if undecodable(prompt):
+        raise InvalidInput(f"standard input is not {sys.stdin.encoding} text; convert it and try again")
+    return prompt
+
+
+def _check(inputs: dict[str, Any]) -> None:
+    """Refuse what no model could answer, before one is loaded."""
+    from llama.request import PromptLimits, Request
+
+    Request.from_inputs(inputs, PromptLimits(context=sys.maxsize, longest_piece=1))
 
 
 def _chat(arguments: argparse.Namespace) -> None:
     inputs = _read_inputs(arguments.inputs)
+    if sys.stdin is None:
+        raise PromptRequired("standard input is closed; open it, or use complete")
+    _check({**inputs, "messages": [*(inputs["messages"] or []), {"role": "user", "content": "Hi!"}]})
+    from llama.chat import Chat
+
     llama = _load()
-    messages: list[dict[str, str]] = inputs["messages"] or []
     try:
-        while (user := _ask()) is not None:
-            if not user.strip():
-                continue
-            answer = _turn(llama, {**inputs, "messages": [*messages, {"role": "user", "content": user}]})
-            if answer:
-                messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        Chat(llama, inputs).run()
     finally:
         llama.close()
-
-
-def _ask() -> str | None:
-    """The user's next turn; None at the end of input."""
-    try:
-        return input("> ").removeprefix("\ufeff")
-    except EOFError:
-        print()
-        return None
-    except KeyboardInterrupt:
-        print()
-        return ""
-
-
-def _turn(llama: Llama, inputs: dict[str, Any]) -> str:
-    """Stream an answer; Ctrl-C ends it, and what was said stays said."""
-    said = list[str]()
-    try:
-        _print_stream(_answer(llama, inputs), said)
-    except KeyboardInterrupt:
-        print()
-    except LlamaError as error:
-        print(error, file=sys.stderr)
-    return "".join(said)
 
 
 def _schema(_: argparse.Namespace) -> None:
@@ -175,7 +188,9 @@ def _predict(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     from llama.schema import published_run, write_schema
     from llama.server import CogServer, ServerFailed
+    from llama.settings import Settings
 
+    _prepare_weights(Settings.from_environment())
     inputs = {k: v for k, v in _read_inputs(arguments.inputs).items() if v is not None}
     write_schema(published_run(), ROOT)
     print("starting the server ...", file=sys.stderr)
@@ -196,17 +211,49 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(f"first token {first:.1f} s after the start", file=sys.stderr)
 
 
-def _serve(arguments: argparse.Namespace) -> None:
-    from llama.schema import published_run, write_schema
-    from llama.server import is_free, server_command, server_environment
+def _prepare_weights(settings: Settings) -> None:
+    """Find the weights, and convert the embedded model if this is its first use, where it can be watched: the
+    server's own log is not shown."""
+    from llama.weights import weights_folder
 
-    if not is_free(arguments.host, arguments.port):
-        sys.exit(f"cannot listen on {arguments.host}:{arguments.port}; name another port with --port")
+    if not settings.pull:
+        weights_folder(settings)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from llama.schema import published_run, write_schema
+    from llama.server import CogServer, ServerFailed, listening_fault
+    from llama.settings import Settings
+
+    settings = Settings.from_environment()
+    if fault := listening_fault(arguments.host, arguments.port):
+        sys.exit(
+            f"cannot listen on {arguments.host}:{arguments.port} ({fault}); name another port with --port "
+            "(make serve PORT=...)"
+        )
+    _prepare_weights(settings)
     write_schema(published_run(), ROOT)
-    command = server_command(arguments.host)
-    os.chdir(ROOT)
-    os.execvpe(command[0], command, server_environment(arguments.port))
+    print("starting the server ...", file=sys.stderr)
+    with CogServer(output=None, host=arguments.host, port=arguments.port, grace=None) as server:
+        try:
+            server.wait_until_ready()
+        except ServerFailed as error:
+            print(error, file=sys.stderr)
+        else:
+            print(_invitation(arguments.host, arguments.port), file=sys.stderr)
+        return int(server.process.wait())
+
+
+def _invitation(host: str, port: int) -> str:
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
+    url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    return (
+        f"ready on {url}, Ctrl-C ends it. Try it from another terminal:\n"
+        f"  curl -N {url}/predictions -H 'Accept: text/event-stream' \\\n"
+        "    -H 'Content-Type: application/json' \\\n"
+        """    -d '{"input": {"prompt": "Write a haiku about llamas"}}'"""
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

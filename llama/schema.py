@@ -14,12 +14,14 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import cog
 
 from llama import ROOT
+from llama.errors import BadSettings
 
 _JSON_TYPES: dict[Any, str] = {
     bool: "boolean",
@@ -77,12 +79,23 @@ def openapi_schema(run: Callable[..., object]) -> dict[str, Any]:
 
 
 def write_schema(run: Callable[..., object], root: Path) -> Path:
-    """Write the document where Cog's server looks for it, below `root`."""
+    """Write the document where Cog's server looks for it, below `root`, unless it is there already. Raises
+    BadSettings when it cannot be written."""
     path = root / ".cog" / "openapi_schema.json"
-    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(openapi_schema(run), indent=2) + "\n"
+    with suppress(OSError, ValueError):
+        if path.read_text(encoding="utf-8") == text:
+            return path
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(openapi_schema(run), indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise BadSettings(
+            f"{path} cannot be written ({error.strerror}); let this user write the folder, or run `python -m "
+            "llama schema` there once as one who may"
+        ) from error
     return path
 
 

@@ -23,6 +23,7 @@ from typing import IO, Any, Self
 import httpx
 
 from llama import ROOT
+from llama.process import dies_with_parent
 
 _NO_TIMEOUT = httpx.Timeout(None, connect=10)
 
@@ -45,19 +46,17 @@ def server_environment(port: int) -> dict[str, str]:
     return {**baked, **os.environ, "PORT": str(port), "PATH": path}
 
 
-def server_command(host: str) -> list[str]:
-    return [sys.executable, "-m", "cog.server.http", "--host", host]
-
-
-def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
+def listening_fault(host: str, port: int) -> str | None:
+    """Why a server cannot listen there; None when it can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error.strerror or str(error)
+        except OverflowError:
+            return "a port is a number from 0 to 65535"
+    return None
 
 
 def free_port() -> int:
@@ -68,7 +67,8 @@ def free_port() -> int:
 
 
 class ChildServer(ABC):
-    """A server as a child process on a loopback port: a context manager. `output` takes what it prints."""
+    """A server as a child process: a context manager. `output` takes what it prints. On the way out it has
+    `grace` seconds to finish what it is answering; None: as long as it takes."""
 
     def __init__(
         self,
@@ -76,10 +76,12 @@ class ChildServer(ABC):
         environment: Mapping[str, str],
         port: int,
         output: IO[bytes] | int | None = subprocess.DEVNULL,
+        grace: float | None = 30,
     ) -> None:
-        self.port = port
+        self.port, self._grace = port, grace
         self._command, self._environment, self._output = command, environment, output
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT)
+        # Not by the environment's proxies, which cannot reach this machine's loopback.
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT, trust_env=False)
 
     @abstractmethod
     def ready(self) -> bool:
@@ -95,6 +97,8 @@ class ChildServer(ABC):
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # One system call that is prepared before the fork, so threads do not matter.
+            preexec_fn=dies_with_parent(),  # noqa: PLW1509
         )
         return self
 
@@ -102,14 +106,16 @@ class ChildServer(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.client.close()
-        if self.process.poll() is None:
-            self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=30)
-        # Workers are processes of their own in the same group: nothing is left behind.
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=self._grace)
+        finally:  # another Ctrl-C ends the wait
+            # Workers are processes of their own in the same group: nothing is left behind.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def wait_until_ready(self, timeout: float = 600) -> None:
         """Raises ServerFailed with the setup's own words, or after `timeout` seconds."""
@@ -125,17 +131,21 @@ class ChildServer(ABC):
 
 
 class CogServer(ChildServer):
-    """Cog's server on a free port. `.cog/openapi_schema.json` must have been written."""
+    """Cog's server, by default on a free port. `.cog/openapi_schema.json` must have been written."""
 
     def __init__(
         self,
         environment: Mapping[str, str] | None = None,
         *,
         output: IO[bytes] | int | None = subprocess.DEVNULL,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        grace: float | None = 30,
     ) -> None:
-        port = free_port()
+        port = free_port() if port is None else port
         environment = {**server_environment(port), **(environment or {})}
-        super().__init__(server_command("127.0.0.1"), environment, port, output)
+        command = [sys.executable, "-m", "cog.server.http", "--host", host]
+        super().__init__(command, environment, port, output, grace)
 
     def health(self) -> dict[str, Any]:
         """The body of `/health-check`; its HTTP status is always 200."""
@@ -156,13 +166,13 @@ class CogServer(ChildServer):
             if response.status_code != 200:
                 response.read()
             response.raise_for_status()
-            yield from read_events(response.iter_lines())
+            yield from read_events(response.iter_bytes())
 
 
-def read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The server-sent events in lines of text."""
+def read_events(chunks: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The server-sent events in a response's body."""
     event, data = "", list[str]()
-    for line in lines:
+    for line in _lines(chunks):
         field, _, value = line.partition(":")
         if field == "event":
             event = value.strip()
@@ -171,3 +181,13 @@ def read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         elif not line and data:
             yield event, json.loads("\n".join(data))
             event, data = "", []
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Lines of UTF-8 that end with a line feed, as Cog's server writes them. httpx's own `iter_lines` would
+    also split at U+2028, U+2029 and U+0085, which are characters of an answer."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r").decode()

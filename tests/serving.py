@@ -71,7 +71,7 @@ def events(
     while True:
         with server.client.stream("POST", "/predictions", **arguments) as response:
             if response.status_code == 200:
-                yield from read_events(response.iter_lines())
+                yield from read_events(response.iter_bytes())
                 return
             response.read()
             assert response.status_code == 409, response.text

@@ -131,7 +131,10 @@ def test_a_port_in_use_is_one_line_on_stderr() -> None:
         port = taken.getsockname()[1]
         result = run("serve", "--port", str(port), weights=None)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == f"cannot listen on 127.0.0.1:{port}; name another port with --port\n"
+    assert result.stderr == (
+        f"cannot listen on 127.0.0.1:{port} (Address already in use); name another port with --port "
+        "(make serve PORT=...)\n"
+    )
 
 
 def test_schema_writes_what_the_server_loads(llama_folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jsonschema
 import pytest
@@ -219,6 +220,22 @@ def test_the_speeds_in_the_readme_are_the_measured_ones_and_no_miss_is_left_out(
     assert targets_table({"targets": missed}) in readme
     report = (ROOT / "benchmarks" / "results" / "cpu.md").read_text("utf-8")
     assert report == markdown(results, "cpu")
+
+
+def without_descriptions(value: Any) -> Any:
+    """Descriptions change from version to version; everything else is the API."""
+    if isinstance(value, dict):
+        return {key: without_descriptions(v) for key, v in value.items() if key != "description"}
+    return [without_descriptions(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="what Cog itself makes of the project is not in this checkout"
+)
+def test_the_schema_is_the_one_that_cog_itself_makes() -> None:
+    golden = json.loads((SHARED / "cog_golden" / "openapi_schema.json").read_text("utf-8"))
+    ours = json.loads(json.dumps(openapi_schema(Predictor.run)))
+    assert without_descriptions(ours) == without_descriptions(golden)
 
 
 def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:

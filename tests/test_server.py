@@ -744,7 +744,7 @@ def test_a_reader_who_comes_late_gets_the_answer_from_its_beginning(server: CogS
         headers={"Accept": "text/event-stream"},
         timeout=PATIENCE,
     ) as response:
-        seen = list(read_events(response.iter_lines()))
+        seen = list(read_events(response.iter_bytes()))
 
     name, last = seen[-1]
     assert name == "completed", last
