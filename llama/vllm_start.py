@@ -55,6 +55,8 @@ def start_vllm_engine(
         raise BadSettings(
             "LLAMA_DEVICE is for the torch engine; unset it, and name GPUs in CUDA_VISIBLE_DEVICES"
         )
+    if settings.threads is not None:
+        raise BadSettings("LLAMA_THREADS is for the torch engine; unset it, or set OMP_NUM_THREADS")
     checkpoint = Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
     gpus = local_gpus(settings)
     arguments = engine_arguments(folder, config, settings, gpus)

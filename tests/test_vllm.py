@@ -162,6 +162,8 @@ def test_the_cache_is_divided_among_the_workers(tmp_path: Path) -> None:
 def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:
     with pytest.raises(BadSettings, match="LLAMA_DEVICE is for the torch engine"):
         Llama.load(Settings(weights=llama_folder, engine="vllm", device="cpu"))
+    with pytest.raises(BadSettings, match="LLAMA_THREADS is for the torch engine"):
+        Llama.load(Settings(weights=llama_folder, engine="vllm", threads=1))
     with pytest.raises(BadSettings, match="LLAMA_TENSOR_PARALLEL is 2; set LLAMA_ENGINE to vllm"):
         Llama.load(Settings(weights=llama_folder, engine="torch", tensor_parallel=2))
     with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 0.5; set LLAMA_ENGINE to vllm"):
