@@ -222,6 +222,32 @@ def test_the_speeds_in_the_readme_are_the_measured_ones_and_no_miss_is_left_out(
     assert report == markdown(results, "cpu")
 
 
+def test_the_kubernetes_manifest_packs_once_and_lets_only_a_gateway_in() -> None:
+    text = (ROOT / "docs" / "kubernetes.yaml").read_text("utf-8")
+    parts = {(part["kind"], part["metadata"]["name"]): part for part in yaml.safe_load_all(text)}
+    job, server = parts["Job", "llama-weights"]["spec"], parts["Deployment", "llama"]["spec"]
+    pods = [job["template"]["spec"], server["template"]["spec"]]
+    containers = [c for pod in pods for c in (*pod["initContainers"], *pod["containers"])]
+    for container in containers:
+        assert ":" in container["image"].rpartition("/")[2]
+        assert container["resources"]["requests"]["cpu"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods)
+    # The server waits for what the Job packs, longer than that takes, and never sees the token.
+    (packed,) = {e["value"] for e in containers[-1]["env"] if e["name"] == "LLAMA_WEIGHTS"}
+    assert f"weights pack {packed} " in containers[1]["command"][-1]
+    assert f"test -d {packed};" in containers[2]["command"][-1]
+    assert server["progressDeadlineSeconds"] >= 3600
+    assert [c["name"] for c in containers if any(e["name"] == "HF_TOKEN" for e in c.get("env", ()))] == [
+        "pull"
+    ]
+    policy = parts["NetworkPolicy", "llama"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == server["template"]["metadata"]["labels"]
+    (rule,) = policy["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": {"app": "llama-gateway"}}}]
+    assert rule["ports"][0]["port"] == containers[-1]["ports"][0]["containerPort"]
+
+
 def without_descriptions(value: Any) -> Any:
     """Descriptions change from version to version; everything else is the API."""
     if isinstance(value, dict):
