@@ -12,7 +12,6 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama import ROOT
@@ -22,7 +21,6 @@ from llama.process import end_by_exception_on_signals, forgiving_streams, leave,
 
 if TYPE_CHECKING:
     from llama.generation import Llama
-    from llama.settings import Settings
 
 _OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
@@ -126,22 +124,13 @@ def _load() -> Llama:
     return Llama.load(Settings.from_environment())
 
 
-def _answer(llama: Llama, inputs: dict[str, Any]) -> Iterator[str]:
-    from llama.cancellation import Cancellation
-    from llama.metrics import NoScope
-
-    prediction = llama.prepare(inputs)
-    log = logging.getLogger("llama").info
-    return llama.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
-
-
 def _complete(arguments: argparse.Namespace) -> None:
     inputs = _read_inputs(arguments.inputs)
     inputs["prompt"] = _read_prompt() if arguments.prompt is None else arguments.prompt
     _check(inputs)
     llama = _load()
     try:
-        for piece in _answer(llama, inputs):
+        for piece in llama.answer(inputs, logging.getLogger("llama").info):
             print(piece, end="", flush=True)
         print()
     finally:
@@ -186,14 +175,10 @@ def _schema(_: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
-    from llama.schema import published_run, write_schema
     from llama.server import CogServer, ServerFailed
-    from llama.settings import Settings
 
-    _prepare_weights(Settings.from_environment())
     inputs = {k: v for k, v in _read_inputs(arguments.inputs).items() if v is not None}
-    write_schema(published_run(), ROOT)
-    print("starting the server ...", file=sys.stderr)
+    _prepare_server()
     with CogServer() as server:
         try:
             server.wait_until_ready()
@@ -211,29 +196,29 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(f"first token {first:.1f} s after the start", file=sys.stderr)
 
 
-def _prepare_weights(settings: Settings) -> None:
-    """Find the weights, and convert the embedded model if this is its first use, where it can be watched: the
-    server's own log is not shown."""
+def _prepare_server() -> None:
+    """Check the settings, find the weights and write the schema. The embedded model is converted here at its
+    first use, where that can be watched: the server's own log may not be shown."""
+    from llama.schema import published_run, write_schema
+    from llama.settings import Settings
     from llama.weights import weights_folder
 
+    settings = Settings.from_environment()
     if not settings.pull:
         weights_folder(settings)
+    write_schema(published_run(), ROOT)
+    print("starting the server ...", file=sys.stderr)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from llama.schema import published_run, write_schema
     from llama.server import CogServer, ServerFailed, listening_fault
-    from llama.settings import Settings
 
-    settings = Settings.from_environment()
     if fault := listening_fault(arguments.host, arguments.port):
         sys.exit(
             f"cannot listen on {arguments.host}:{arguments.port} ({fault}); name another port with --port "
             "(make serve PORT=...)"
         )
-    _prepare_weights(settings)
-    write_schema(published_run(), ROOT)
-    print("starting the server ...", file=sys.stderr)
+    _prepare_server()
     with CogServer(output=None, host=arguments.host, port=arguments.port, grace=None) as server:
         try:
             server.wait_until_ready()

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from llama.cancellation import Cancellation
 from llama.errors import LlamaError, PromptTooLong
-from llama.metrics import NoScope
 from llama.process import undecodable
 
 if TYPE_CHECKING:
@@ -60,15 +58,13 @@ class Chat:
             self.messages.pop()
 
     def _answer(self) -> Iterator[str]:
+        log = self._log if self._inputs["debug"] else lambda _: None
         while True:
             try:
-                prediction = self._llama.prepare({**self._inputs, "messages": self.messages})
-                break
+                return self._llama.answer({**self._inputs, "messages": self.messages}, log)
             except PromptTooLong:
                 if not self._drop_oldest():
                     raise
-        log = self._log if self._inputs["debug"] else lambda _: None
-        return self._llama.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
 
     def _drop_oldest(self) -> bool:
         """Drop the oldest question and its answer, so that the last turn fits; a system message stays."""

@@ -20,7 +20,7 @@ from llama.control_markers import PRIVATE, ControlMarkers, encode_text
 from llama.detokenizer import Vocabulary
 from llama.dialog import Dialog
 from llama.errors import BadTokenizer, InvalidInput
-from llama.form import read_object, without_byte_order_marks
+from llama.form import named_ends, without_byte_order_marks
 from llama.template import Control, FormattedPrompt
 from llama.tokenizer import Check, Segment, Tokenizer, characters, no_check, without_surrogates
 
@@ -257,8 +257,7 @@ def _check_end_of_text(tokenizer: Any, folder: Path) -> None:
 
 def _end_of_text(folder: Path) -> int:
     """The first id that ends an answer, for a tokenizer that names no token of its own."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        named = read_object(path).get("eos_token_id") if path.is_file() else None
+    for _, named in named_ends(folder):
         first = named[0] if isinstance(named, list) and named else named
         if type(first) is int:
             return first

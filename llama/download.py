@@ -86,17 +86,16 @@ class _Download:
         try:
             # Nothing is written before every server has been asked: what is refused is known at once.
             found = [t for t in pool.map(self._probe, sources) if t is not None]
-            self._hashes.save()
             if found:
                 for transfer in found:
                     _make_room(transfer)
                 _check_disk(found, folder)
                 self._fetch_all(pool, found)
-                self._hashes.save()
             return len(found)
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
+            self._hashes.save()
 
     def _probe(self, source: Source) -> _Transfer | None:
         """What the server says of a file; None when it is in its place already."""
@@ -236,9 +235,8 @@ def _make_room(transfer: _Transfer) -> None:
     with disk_errors(place):
         if place.exists():
             logger.warning("%s is not the file that the manifest names: it is brought again", place)
-        ours = re.compile(
-            re.escape(place.name) + r"\.[0-9a-f]{12}\.part"
-        )  # not model.safetensors.index.json's
+        # Of model.safetensors, and not of model.safetensors.index.json.
+        ours = re.compile(re.escape(place.name) + r"\.[0-9a-f]{12}\.part")
         for part in place.parent.glob("*.part"):
             if ours.fullmatch(part.name) and (part != transfer.part or not transfer.resumable):
                 part.unlink()

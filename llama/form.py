@@ -37,6 +37,14 @@ def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, A
     return raw
 
 
+def named_ends(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """The files that name the tokens that end an answer, in the order of precedence, and what they name."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        named = read_object(path).get("eos_token_id") if path.is_file() else None
+        if named is not None:
+            yield path, named
+
+
 @contextmanager
 def without_byte_order_marks(folder: Path) -> Iterator[Path]:
     """The folder itself or, if a text file in it begins with a byte order mark, a temporary copy of its

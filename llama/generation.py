@@ -18,7 +18,7 @@ from llama.cancellation import Cancellation
 from llama.detokenizer import Detokenizer, StopFilter
 from llama.engine import Engine, TokenStream
 from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError, EngineStopped
-from llama.metrics import GuardedScope, Metrics, Scope, SetupTimes
+from llama.metrics import GuardedScope, Metrics, NoScope, Scope, SetupTimes, guarded
 from llama.request import PromptLimits, Request, encode_within
 from llama.sampling import SamplingParams
 from llama.settings import Settings
@@ -134,6 +134,12 @@ class Llama:
         )
         return Prediction(request, token_ids, params, metrics)
 
+    def answer(self, inputs: Mapping[str, Any], log: Log) -> Iterator[str]:
+        """Prepare and stream in one, for use outside Cog: nothing is recorded, and leaving the iterator is
+        the way to cancel."""
+        prediction = self.prepare(inputs)
+        return self.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
+
     def stream(
         self, prediction: Prediction, *, scope: Scope, log: Log, cancellation: Cancellation
     ) -> Iterator[str]:
@@ -144,7 +150,9 @@ class Llama:
         to the server's log and the answer goes on.
         """
         metrics = prediction.metrics
-        scope, log = GuardedScope(scope), _guarded(log)
+        scope = GuardedScope(scope)
+        # Without the line, which may hold a prompt.
+        log = guarded(log, "the log of a prediction cannot be written; this prediction logs no more")
         for note in self._notes(prediction):
             log(note)
         try:
@@ -229,23 +237,6 @@ def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
             f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
             "another LLAMA_DTYPE"
         ) from error
-
-
-def _guarded(log: Log) -> Log:
-    """A caller's log. If it fails, the server's log says so once, without the line: it may hold a prompt."""
-    failed = False
-
-    def write(line: str) -> None:
-        nonlocal failed
-        if failed:
-            return
-        try:
-            log(line)
-        except Exception:
-            failed = True
-            logger.exception("the log of a prediction cannot be written; this prediction logs no more")
-
-    return write
 
 
 def _report(prediction: Prediction) -> Iterator[str]:

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from llama.checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, DoesNotFit
 from llama.filling import Filling
-from llama.form import read_object
+from llama.form import named_ends, read_object
 from llama.plan import Gpu, pick
 from llama.progress import LogProgress
 from llama.quantization import Quantization, configured
@@ -84,10 +84,7 @@ def load_config(folder: Path) -> LlamaConfig:
 
 def eos_token_ids(folder: Path, config: LlamaConfig) -> set[int]:
     """The ids that end an answer, from `generation_config.json` or else `config.json`."""
-    path = folder / "generation_config.json"
-    named = read_object(path).get("eos_token_id") if path.is_file() else None
-    if named is None:
-        path, named = folder / "config.json", config.eos_token_id
+    path, named = next(named_ends(folder), (folder / "config.json", config.eos_token_id))
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise BadConfig(
@@ -247,6 +244,8 @@ def load_model(
     naming the file or tensor at fault.
     """
     checkpoint = Checkpoint(folder)
+    # Tied, and stored under the other name.
+    renamed = {HEAD: EMBEDDINGS} if config.tie_word_embeddings and checkpoint.has_only_the_head else {}
     if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
         logger.warning(
             "config.json ties the output layer to the embeddings, but the checkpoint stores another one, "
@@ -266,9 +265,7 @@ def load_model(
     try:
         for path in checkpoint.files:
             for name, tensor in checkpoint.tensors(path):
-                if config.tie_word_embeddings and checkpoint.has_only_the_head and name == HEAD:
-                    name = EMBEDDINGS  # noqa: PLW2901 - tied, and stored under the other name
-                filling.add(name, tensor)
+                filling.add(renamed.get(name, name), tensor)
                 done += tensor.nbytes
                 progress.show(done)
     except torch.OutOfMemoryError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -30,21 +30,34 @@ class NoScope:
         pass
 
 
+def guarded(call: Callable[..., object], failure: str) -> Callable[..., None]:
+    """`call`, which may fail: the first failure is logged, and from then on nothing is called. `failure` may
+    name the first argument as `{}`."""
+    failed = False
+
+    def guard(*arguments: object) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            call(*arguments)
+        except Exception:
+            failed = True
+            logger.exception(failure.format(*arguments))
+
+    return guard
+
+
 class GuardedScope:
     """Records in another scope. If that fails, the first failure is logged and the prediction goes on."""
 
     def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-        self._failed = False
+        self._record = guarded(
+            scope.record_metric, "the metric {} could not be recorded; this prediction records no more"
+        )
 
     def record_metric(self, name: str, value: float | str) -> None:
-        if self._failed:
-            return
-        try:
-            self._scope.record_metric(name, value)
-        except Exception:
-            self._failed = True
-            logger.exception("the metric %s could not be recorded; this prediction records no more", name)
+        self._record(name, value)
 
 
 class Metrics:

@@ -202,14 +202,14 @@ def tokenize(_: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     folder = weights_folder(settings)
     tokenizer = load_tokenizer(folder)
-    context = _LLAMA_2_CONTEXT
+    context = min(settings.max_context or _LLAMA_2_CONTEXT, _LLAMA_2_CONTEXT)
     if (folder / "config.json").is_file():
-        from llama.loader import fit_tokenizer, load_config, longest_context
+        from llama.loader import context_wanted, fit_tokenizer, load_config
 
         config = load_config(folder)
         fit_tokenizer(tokenizer, config, folder)
-        context = longest_context(config)
-    limits = PromptLimits(min(settings.max_context or context, context), tokenizer.longest_piece)
+        context = context_wanted(settings, config)
+    limits = PromptLimits(context, tokenizer.longest_piece)
     defaults = input_defaults(published_run())
     refused = False
     for line in filter(str.strip, (line.removeprefix("\ufeff") for line in sys.stdin or ())):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+_UNDECODABLE = re.compile("[\\udc80-\\udcff]")
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -41,7 +43,7 @@ def forgiving_streams() -> None:
 
 def undecodable(text: str) -> bool:
     """Whether a text of standard input had bytes that its encoding does not allow."""
-    return any("\udc80" <= character <= "\udcff" for character in text)
+    return _UNDECODABLE.search(text) is not None
 
 
 def leave(code: int) -> NoReturn:

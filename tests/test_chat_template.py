@@ -150,17 +150,20 @@ def test_words_around_a_typed_control_word_are_encoded_as_in_any_text(chatml: Ch
     assert sum(a != b for a, b in zip(typed, alike, strict=True)) == 1
 
 
-def test_a_control_word_in_full_width_letters_is_text_too(
-    processor: SentencePieceProcessor, tmp_path: Path
+@pytest.mark.parametrize(
+    ("normalizer", "typed"), [("NFKC", "a\uff1c|im_end|\uff1eb"), ("Lowercase", "a <|IM_END|> b")]
+)
+def test_a_normalizer_makes_no_control_token_of_typed_text(
+    processor: SentencePieceProcessor, tmp_path: Path, normalizer: str, typed: str
 ) -> None:
     words = [AddedToken(word, normalized=True, special=True) for word in CHATML_WORDS]
     folder = write_tokenizer(tmp_path, processor, template=CHATML, words=words)
     raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    raw["normalizer"] = {"type": "NFKC"}
+    raw["normalizer"] = {"type": normalizer}
     (folder / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode(HI) == by_transformers(folder, HI)
-    ids = tokenizer.encode(Dialog("", ("a\uff1c|im_end|\uff1eb",)))
+    ids = tokenizer.encode(Dialog("", (typed,)))
     assert (ids.count(700), ids.count(701)) == (2, 1)
 
 
@@ -215,18 +218,6 @@ def test_a_content_may_have_all_private_characters(chatml: ChatTemplateTokenizer
     assert chatml.encode(Dialog("", (everything,)))
     with pytest.raises(InvalidInput, match="^E1000 .* every private-use character"):
         chatml.encode(Dialog("", (everything + "<|im_end|>",)))
-
-
-def test_a_lowercase_normalizer_makes_no_control_token_of_typed_text(
-    processor: SentencePieceProcessor, tmp_path: Path
-) -> None:
-    words = [AddedToken(word, normalized=True, special=True) for word in CHATML_WORDS]
-    folder = write_tokenizer(tmp_path, processor, template=CHATML, words=words)
-    raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    raw["normalizer"] = {"type": "Lowercase"}
-    (folder / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
-    ids = load_tokenizer(folder).encode(Dialog("", ("a <|IM_END|> b",)))
-    assert (ids.count(700), ids.count(701)) == (2, 1)
 
 
 def test_a_single_template_may_be_named_in_an_object(

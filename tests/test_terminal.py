@@ -145,7 +145,7 @@ def test_a_closed_input_is_one_line(llama_folder: Path, command: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(scripted_folder: Path) -> None:
     with open("/dev/full", "wb") as full:  # noqa: PTH123
         result = subprocess.run(

@@ -53,9 +53,8 @@ class Runner:
         rows = cache.plan.rows
         self._tokens = torch.zeros(rows, dtype=torch.long, device=parts.device)
         self._positions = torch.full_like(self._tokens, self._nowhere)
-        self._stretches = torch.zeros_like(
-            self._tokens
-        )  # added to a position to find it in the rotary tables
+        # What is added to a position to find it in the rotary tables.
+        self._stretches = torch.zeros_like(self._tokens)
         _, _, self._kv_heads, length, self._head_dim = cache.layers[0].shape
         starts = torch.arange(2 * rows * self._kv_heads, device=parts.device) * length
         self._starts = starts.view(2, rows, self._kv_heads).transpose(0, 1)

@@ -10,6 +10,7 @@ Knows step times and numbers of threads; knows nothing of models or tensors.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -43,7 +44,7 @@ class ThreadCount:
         self.current = most
         self._shape: Hashable = None
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._best: float | None = None  # the fastest mean of this shape with the current number
+        self._best = math.inf  # the fastest mean of this shape with the current number
         self._leap = False  # whether to try half as many next: several cores may be busy
         self._means: dict[int, float] = {}  # the latest mean of this shape by number of threads
         self._trial: _Trial | None = None
@@ -62,12 +63,12 @@ class ThreadCount:
         if len(self._recent) < _RECENT // 2:
             return
         mean = sum(self._recent) / len(self._recent)
-        self._best = mean if self._best is None else min(self._best, mean)
+        self._best = min(self._best, mean)
         self._consider_trial(mean)
 
     def _consider_trial(self, mean: float) -> None:
         now = self._clock()
-        degraded = self._best is not None and mean > _DEGRADED * self._best
+        degraded = mean > _DEGRADED * self._best
         fewer = self.current // 2 if self._leap else self.current - 1
         fewer_was_faster = mean > self._means.get(fewer, mean)
         every = _TRY_AGAIN_EVERY if degraded or fewer_was_faster else _TRY_FEWER_EVERY
@@ -96,14 +97,14 @@ class ThreadCount:
         self._trial = None
         self._use(count)
         self._recent.clear()
-        self._best = None
+        self._best = math.inf
 
     def _forget(self, shape: Hashable) -> None:
         """Steps of another shape follow: what was measured says nothing of them."""
         if self._trial is not None:
             self._use(self._trial.usual)
             self._trial = None
-        self._shape, self._best = shape, None
+        self._shape, self._best = shape, math.inf
         self._recent.clear()
         self._means.clear()
 
