@@ -15,6 +15,9 @@ GPU_BIN := $(GPU_VENV)/bin
 IMAGE_PYTHON := 3.12
 IMAGE_CUDA := 12.8
 IMAGE_PLATFORM := x86_64-manylinux_2_35
+# Where the GPU image's torch comes from. Empty: the package index's own build of the same version.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA))
+RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM)
 
 .PHONY: help install predict serve test test-vllm check check-images bench bench-gpu clean
 
@@ -56,8 +59,9 @@ check: install ## formatting, lint and types
 	$(BIN)/mypy
 
 check-images: install ## whether the pins of both images resolve together, on the Python that they have
-	$(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM) requirements-gpu.txt --output-file /dev/null
-	$(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM) requirements-vllm.txt --output-file /dev/null
+	$(RESOLVE) requirements-gpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
+		| grep '^torch==.*$(if $(TORCH_INDEX),+$(notdir $(TORCH_INDEX)))$$'
+	$(RESOLVE) requirements-vllm.txt --output-file /dev/null
 
 bench: $(VENV)/.bench ## measure beside peers: LLAMA_CPP=python and VLLM=python name the optional ones
 	$(BIN)/python -m benchmarks $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM))
@@ -72,7 +76,7 @@ bench-gpu: $(GPU_VENV)/.installed ## check and measure a random 70B on this mach
 # The image's pins, torch built for its CUDA (from the index that Cog names), and Cog's server itself.
 $(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt
 	$(PYTHON) -m venv $(GPU_VENV)
-	$(GPU_BIN)/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA)) \
+	$(GPU_BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		-r requirements-gpu.txt -r requirements-bench.txt $$(grep '^cog' requirements.txt)
 	@touch $@
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, scenarios, workload
+from benchmarks import busy_cpu, cold_start, scenarios, workload
 from benchmarks.machine import describe
 from benchmarks.process import CannotDo, PeerProcess, Spec
 from benchmarks.report import write_report
@@ -57,6 +57,7 @@ def main() -> None:
         results["seconds_to_load"] = {peer.spec.name: peer.seconds_to_load for peer in peers}
         results |= _measure(peers)
     results |= _starts(arguments)
+    results["busy_cpu"] = busy_cpu.measure(model, _OUT / "peers.log")
     results["minutes"] = (time.monotonic() - started) / 60
     results["targets"] = evaluate(results)
     write_report(results, arguments.results)

@@ -34,6 +34,7 @@ def markdown(results: Results, name: str) -> str:
         *_speeds(results),
         *_one_engine(results),
         *_starts(results),
+        *_busy_cpu(results),
         "## Versions",
         "\n".join(
             f"- {peer}: {', '.join(f'{k} {v}' for k, v in versions.items())}"
@@ -124,6 +125,29 @@ def _starts(results: Results) -> Iterator[str]:
     yield _table(
         ("", *next(iter(results["linears"].values()))),
         ((kernel, *(f"{t:,.0f}" for t in times.values())) for kernel, times in results["linears"].items()),
+    )
+
+
+def _busy_cpu(results: Results) -> Iterator[str]:
+    measured = results["busy_cpu"]
+    machine, speeds = measured["machine"], measured["speeds"]
+    settings = list(next(iter(speeds.values()))["1"]["quiet"])
+    yield "## Beside a busy program, tokens per second"
+    yield (
+        f"Measured on {machine['processor']}, {machine['cores']} cores. Busy: another program keeps one core "
+        "busy with an endless loop. The number of threads is chosen by the engine, or fixed."
+    )
+    yield _table(
+        (
+            "model",
+            "requests at once",
+            *(f"{state}, threads {name}" for state in ("quiet", "busy") for name in settings),
+        ),
+        (
+            (model, batch, *(f"{rows[state][name]:.0f}" for state in ("quiet", "busy") for name in settings))
+            for model, by_batch in speeds.items()
+            for batch, rows in by_batch.items()
+        ),
     )
 
 

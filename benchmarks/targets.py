@@ -11,6 +11,7 @@ OURS = "ours, bfloat16"
 OURS_IN_FLOAT32 = "ours, float32"
 SERVED = "ours over HTTP, bfloat16"
 SERVED_ON_VLLM = "ours on vLLM over HTTP, bfloat16"
+CHOSEN = "chosen by the engine"
 VLLM_SERVER = "vLLM's own server (CPU, eager), bfloat16"
 
 
@@ -36,6 +37,7 @@ def _rows(results: Results) -> Iterator[Row]:
     yield from _ours_alone(results)
     yield from _served_on_vllm(results)
     yield from _long_runs(results)
+    yield from _busy_cpu(results)
 
 
 def _speeds_of_peers(results: Results) -> Iterator[Row]:
@@ -105,6 +107,27 @@ def _long_runs(results: Results) -> Iterator[Row]:
         load["reading"] / load["loading"],
         False,
     )
+
+
+def _busy_cpu(results: Results) -> Iterator[Row]:
+    for model, by_batch in results["busy_cpu"]["speeds"].items():
+        for batch, speeds in by_batch.items():
+            what = f"{model}, {batch} at once"
+            quiet, busy = (against_fixed(speeds, state) for state in ("quiet", "busy"))
+            yield f"{what}, quiet CPU: speed over that with a thread for every core", 0.95, quiet, False
+            yield (
+                f"{what}, beside a busy loop: speed over the better fixed number of threads",
+                0.9,
+                busy,
+                False,
+            )
+
+
+def against_fixed(speeds: Results, state: str) -> float:
+    """The engine's own choice of threads over a fixed number: over all cores on a quiet machine, over whichever
+    is faster on a busy one."""
+    *fixed, all_cores = (speed for name, speed in speeds[state].items() if name != CHOSEN)
+    return float(speeds[state][CHOSEN] / (all_cores if state == "quiet" else max(*fixed, all_cores)))
 
 
 def _ratio(results: Results, batch: int, peer: str) -> float | None:

@@ -10,8 +10,10 @@ import errno
 import json
 import logging
 import signal
+import subprocess
 import sys
 import time
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama import ROOT
@@ -175,11 +177,12 @@ def _schema(_: argparse.Namespace) -> None:
 
 def _predict(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
-    from llama.server import CogServer, ServerFailed
+    from llama.server import CogServer, ServerFailed, print_setup
 
     inputs = {k: v for k, v in _read_inputs(arguments.inputs).items() if v is not None}
     _prepare_server()
-    with CogServer() as server:
+    with CogServer(output=subprocess.PIPE) as server:
+        Thread(target=print_setup, args=(server.process.stdout,), daemon=True).start()
         try:
             server.wait_until_ready()
         except ServerFailed as error:

@@ -169,6 +169,16 @@ class CogServer(ChildServer):
             yield from read_events(response.iter_bytes())
 
 
+def print_setup(output: IO[bytes]) -> None:
+    """Print what setup logs to stderr, until the server ends. `output` is the server's own log, JSON objects
+    by line; all of it is read, so that the server never waits for a reader."""
+    for line in output:
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and entry.get("target") == "coglet::setup":
+                print(entry["fields"]["message"], file=sys.stderr)
+
+
 def read_events(chunks: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The server-sent events in a response's body."""
     event, data = "", list[str]()

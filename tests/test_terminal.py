@@ -107,6 +107,15 @@ def test_an_answer_with_a_line_separator_comes_whole_through_the_server(scripted
     result = run("predict", "--prompt", "x", *GREEDY, weights=scripted_folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.decode() == "a🦙\u2028b\n"
+    # What setup does is shown as it happens, in words and not as the server's JSON.
+    first, loaded, context, ready, last = result.stderr.decode().splitlines()
+    assert first == "starting the server ..."
+    assert loaded == f"loaded {scripted_folder.name}: float32 on cpu"
+    assert (context, ready[:11], last[:11]) == (
+        "context 2048 tokens, 2 requests at once",
+        "ready after",
+        "first token",
+    )
 
 
 def test_what_the_terminal_cannot_show_is_a_question_mark(scripted_folder: Path) -> None:
