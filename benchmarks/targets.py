@@ -124,7 +124,7 @@ def _busy_cpu(results: Results) -> Iterator[Row]:
 
 
 def against_fixed(speeds: Results, state: str) -> float:
-    """The engine's own choice of threads over a fixed number: over all cores on a quiet machine, over whichever
+    """The engine's choice of threads over a fixed number: over all cores on a quiet machine, over whichever
     is faster on a busy one."""
     *fixed, all_cores = (speed for name, speed in speeds[state].items() if name != CHOSEN)
     return float(speeds[state][CHOSEN] / (all_cores if state == "quiet" else max(*fixed, all_cores)))
