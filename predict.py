@@ -10,8 +10,8 @@ from typing import Optional
 
 from cog import BaseRunner, ConcatenateIterator, Input, concurrent, current_scope, streaming
 
-from llama.cancellation import cancellation_of_current_task
 from llama.generation import Llama
+from llama.serving.cancellation import cancellation_of_current_task
 from llama.settings import Settings
 
 

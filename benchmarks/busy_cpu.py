@@ -26,8 +26,8 @@ from benchmarks.report import write_report
 from benchmarks.scenarios import CONCURRENCY, fresh, log, warm_up
 from benchmarks.targets import CHOSEN, evaluate
 from llama import ROOT
-from llama.embedded import embedded_folder
 from llama.settings import Settings
+from llama.weights.embedded import embedded_folder
 
 ROUNDS = 3
 SETTLE = 2.0  # seconds after a busy loop starts or ends: in that time the engine must have adapted

@@ -19,8 +19,8 @@ from benchmarks.process import PeerProcess, Spec
 from benchmarks.protocol import Request
 from benchmarks.workload import prompt
 from llama import ROOT
-from llama.schema import write_schema
-from llama.server import CogServer
+from llama.serving.schema import write_schema
+from llama.serving.server import CogServer
 from predict import Predictor
 
 _ROUNDS = 3
@@ -86,7 +86,7 @@ def _load_here(folder: Path, quantization: str) -> float:
     import bitsandbytes  # noqa: F401
     import torch
 
-    from llama.loader import load_config, load_model
+    from llama.model.loader import load_config, load_model
 
     config = load_config(folder)
     return _seconds(lambda: load_model(folder, config, torch.bfloat16, torch.device("cpu"), quantization))

@@ -25,8 +25,8 @@ from benchmarks.gpu_serving import serve_packed
 from benchmarks.gpu_steps import measure
 from benchmarks.machine import describe
 from llama import ROOT
-from llama.plan import LLAMA_2_70B
-from llama.quantization import Quantization
+from llama.model.plan import LLAMA_2_70B
+from llama.model.quantization import Quantization
 from llama.sampling import SamplingParams
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CachePlan, KVCache

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 
 from benchmarks.gpu_model import write_packed
 from llama import ROOT
-from llama.plan import bytes_of_weights, bytes_per_token
-from llama.quantization import Quantization
-from llama.schema import write_schema
-from llama.server import CogServer
+from llama.model.plan import bytes_of_weights, bytes_per_token
+from llama.model.quantization import Quantization
+from llama.serving.schema import write_schema
+from llama.serving.server import CogServer
 from predict import Predictor
 
 _QUANTIZATION: Quantization = "nf4"

@@ -13,10 +13,10 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_model import random_model
-from llama.plan import bytes_of_weights, bytes_per_token
-from llama.quantization import Quantization
+from llama.model.plan import bytes_of_weights, bytes_per_token
+from llama.model.quantization import Quantization
 from llama.sampling import SamplingParams
-from llama.schema import input_defaults
+from llama.serving.schema import input_defaults
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
 from llama.torch_engine.runner import Chunk, Runner

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.cancellation import Cancellation
-from llama.detokenizer import Detokenizer, StopFilter
 from llama.engine import Engine, TokenStream
 from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError, EngineStopped
 from llama.metrics import GuardedScope, Metrics, NoScope, Scope, SetupTimes, guarded
-from llama.request import PromptLimits, Request, encode_within
+from llama.prompt.request import PromptLimits, Request, encode_within
 from llama.sampling import SamplingParams
+from llama.serving.cancellation import Cancellation
 from llama.settings import Settings
-from llama.tokenizer import Tokenizer
+from llama.text.detokenizer import Detokenizer, StopFilter
+from llama.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ class Llama:
         """
         times = SetupTimes()
         with times.part("imports"):
-            from llama.loader import eos_token_ids, fit_tokenizer, load_config
-            from llama.tokenizer import load_tokenizer
-            from llama.weights import folder_to_serve
+            from llama.model.loader import eos_token_ids, fit_tokenizer, load_config
+            from llama.text.tokenizer import load_tokenizer
+            from llama.weights.folder import folder_to_serve
 
             start_engine = _starter(settings)
         with times.part("folder"):
@@ -216,7 +216,7 @@ def _starter(settings: Settings) -> Callable[..., Engine]:
 
         return start_engine
     try:
-        from llama.vllm_start import start_vllm_engine
+        from llama.vllm_engine.start import start_vllm_engine
     except ImportError as error:
         raise BadSettings(
             f"LLAMA_ENGINE is vllm, which cannot be imported ({error}); "

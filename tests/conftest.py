@@ -94,7 +94,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: 
 
 @pytest.fixture(scope="session")
 def embedded_folder() -> Path:
-    from llama.embedded import embedded_folder
     from llama.settings import Settings
+    from llama.weights.embedded import embedded_folder
 
     return embedded_folder(Settings().cache_dir)

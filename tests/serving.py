@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import httpx
 
-from llama.server import CogServer, read_events
+from llama.serving.server import CogServer, read_events
 
 Body = dict[str, Any]
 

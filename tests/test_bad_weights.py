@@ -17,8 +17,8 @@ from conftest import ROOT, write_model
 
 from llama.errors import WeightsError
 from llama.generation import Llama
-from llama.schema import write_schema
-from llama.server import CogServer, ServerFailed
+from llama.serving.schema import write_schema
+from llama.serving.server import CogServer, ServerFailed
 from llama.settings import Settings
 from predict import Predictor
 

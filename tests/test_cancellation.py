@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llama.cancellation import Cancellation, cancellation_of_current_task
+from llama.serving.cancellation import Cancellation, cancellation_of_current_task
 
 
 @pytest.fixture

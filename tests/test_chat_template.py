@@ -20,15 +20,15 @@ from tokenizer_files import CHATML, CHATML_WORDS, SPELLINGS, VICUNA, ZEPHYR, wri
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from llama.chat_template import ChatTemplateTokenizer
-from llama.dialog import Dialog
 from llama.engine import TokenStream
 from llama.errors import BadTokenizer, InvalidInput, PromptRequired, PromptTooLong
 from llama.generation import Llama
-from llama.request import PromptLimits, encode_within
+from llama.prompt.dialog import Dialog
+from llama.prompt.prompt_template import Control, FormattedPrompt
+from llama.prompt.request import PromptLimits, encode_within
 from llama.sampling import SamplingParams
-from llama.template import Control, FormattedPrompt
-from llama.tokenizer import load_tokenizer
+from llama.text.chat_template import ChatTemplateTokenizer
+from llama.text.tokenizer import load_tokenizer
 
 TEMPLATES = {"chatml": (CHATML, CHATML_WORDS), "zephyr": (ZEPHYR, ()), "vicuna": (VICUNA, ())}
 CLASSES = ("PreTrainedTokenizerFast", "LlamaTokenizer")

@@ -16,7 +16,7 @@ import pytest
 from conftest import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
 
 from llama import ROOT
-from llama.schema import openapi_schema
+from llama.serving.schema import openapi_schema
 from predict import Predictor
 
 COMMAND = [sys.executable, "-m", "llama"]

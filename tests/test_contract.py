@@ -18,13 +18,13 @@ import torch
 from conftest import VOCABULARY, write_model
 from transformers import LlamaForCausalLM
 
-from llama.cancellation import Cancellation
 from llama.engine import Engine, TokenStream
 from llama.errors import EngineStopped, NotSupported, PromptTooLong
 from llama.generation import Llama
 from llama.metrics import NoScope
 from llama.sampling import SamplingParams
-from llama.schema import input_defaults
+from llama.serving.cancellation import Cancellation
+from llama.serving.schema import input_defaults
 from llama.settings import Settings
 from predict import Predictor
 

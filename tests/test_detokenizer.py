@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from llama.detokenizer import Detokenizer, StopFilter, Vocabulary
-from llama.tokenizer import LlamaTokenizer
+from llama.text.detokenizer import Detokenizer, StopFilter, Vocabulary
+from llama.text.tokenizer import LlamaTokenizer
 
 CUTS = st.lists(st.integers(1, 4), min_size=1)
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.dialog import Dialog, read_messages, read_prompt
 from llama.errors import BadMessages, PromptRequired
+from llama.prompt.dialog import Dialog, read_messages, read_prompt
 
 SYSTEM = "input system"
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from llama.cancellation import Cancellation
 from llama.engine import FinishReason, TokenStream
 from llama.errors import EngineStopped, GenerationFailed, MinimumAboveMaximum, NotSupported, PromptTooLong
 from llama.generation import Llama
 from llama.sampling import SamplingParams
-from llama.schema import input_defaults
-from llama.tokenizer import LlamaTokenizer, Tokenizer, load_tokenizer
+from llama.serving.cancellation import Cancellation
+from llama.serving.schema import input_defaults
+from llama.text.tokenizer import LlamaTokenizer, Tokenizer, load_tokenizer
 from predict import Predictor
 
 CONTEXT = 200

@@ -21,18 +21,18 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from llama.errors import BadCheckpoint, BadSettings, WeightsError
-from llama.form import read_object
 from llama.generation import Llama
-from llama.loader import load_config, load_model, pick_quantization
-from llama.pack import pack
-from llama.part import PACKED
+from llama.model.loader import load_config, load_model, pick_quantization
+from llama.model.pack import pack
 from llama.sampling import SamplingParams
-from llama.schema import write_schema
-from llama.server import CogServer
+from llama.serving.schema import write_schema
+from llama.serving.server import CogServer
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
 from llama.torch_engine.runner import Chunk, Runner
+from llama.weights.file_checks import read_object
+from llama.weights.partial_file import PACKED
 from predict import Predictor
 
 CPU = torch.device("cpu")
@@ -274,7 +274,7 @@ def test_the_server_answers_as_transformers_does_with_the_same_quantization(
     reference = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BY_TRANSFORMERS[quantization], device_map={"": "cpu"}
     )
-    from llama.tokenizer import load_tokenizer
+    from llama.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     inputs = {"prompt": "Hi there", "prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 12}
@@ -289,7 +289,7 @@ def test_the_server_answers_as_transformers_does_with_the_same_quantization(
 
 
 def detokenized(tokenizer: Any, token_ids: list[int]) -> str:
-    from llama.detokenizer import Detokenizer
+    from llama.text.detokenizer import Detokenizer
 
     ids = token_ids[: token_ids.index(2)] if 2 in token_ids else token_ids
     detokenizer = Detokenizer(tokenizer.vocabulary, continues=False)
@@ -299,8 +299,8 @@ def detokenized(tokenizer: Any, token_ids: list[int]) -> str:
 PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from llama.loader import load_config, load_model
-from llama.quantization import quantize
+from llama.model.loader import load_config, load_model
+from llama.model.quantization import quantize
 folder = Path(sys.argv[1])
 def resident(name):
     line = next(l for l in open("/proc/self/status") if l.startswith(name))

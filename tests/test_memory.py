@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llama.memory import available_memory
+from llama.model.memory import available_memory
 
 GB = 10**9
 

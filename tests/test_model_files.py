@@ -23,18 +23,18 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama.dialog import Dialog
 from llama.errors import BadTokenizer, InvalidInput
-from llama.form import without_byte_order_marks
 from llama.generation import Llama
-from llama.loader import context_wanted, load_config, longest_context
-from llama.manifest import read_manifest
-from llama.request import PromptLimits, encode_within
+from llama.model.loader import context_wanted, load_config, longest_context
+from llama.prompt.dialog import Dialog
+from llama.prompt.prompt_template import FormattedPrompt
+from llama.prompt.request import PromptLimits, encode_within
 from llama.sampling import SamplingParams
 from llama.settings import Settings
-from llama.template import FormattedPrompt
-from llama.tokenizer import LlamaTokenizer, load_tokenizer
+from llama.text.tokenizer import LlamaTokenizer, load_tokenizer
 from llama.torch_engine.layers import take_apart
+from llama.weights.file_checks import without_byte_order_marks
+from llama.weights.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

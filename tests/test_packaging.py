@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT, SHARED
 
 from benchmarks.report import markdown, targets_table, throughput_table
-from llama.schema import input_properties, openapi_schema, write_schema
+from llama.serving.schema import input_properties, openapi_schema, write_schema
 from llama.settings import Settings
 from predict import Predictor
 
@@ -135,7 +135,7 @@ def test_the_pins_of_an_image_are_resolved_for_the_python_that_it_has(name: str)
     makefile = (ROOT / "Makefile").read_text("utf-8")
     build = cog_yaml(name)["build"]
     assert f"IMAGE_PYTHON := {build['python_version']}\n" in makefile
-    assert f"$(IMAGE_PLATFORM) {build['python_requirements']} " in makefile
+    assert f"$(RESOLVE) {build['python_requirements']} " in makefile
 
 
 def test_the_gpu_benchmark_has_torch_for_the_cuda_of_the_image() -> None:

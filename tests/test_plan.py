@@ -9,11 +9,11 @@ import torch
 from conftest import LLAMA_2_TOKENIZER, ROOT
 from transformers import LlamaConfig
 
-from llama.__main__ import _parser
+from llama.cli.main import _parser
+from llama.cli.operations import table
 from llama.errors import BadSettings, DoesNotFit
-from llama.loader import empty_model, load_config
-from llama.operations import table
-from llama.plan import (
+from llama.model.loader import empty_model, load_config
+from llama.model.plan import (
     LLAMA_2_70B,
     RESERVE,
     Gpu,
@@ -23,7 +23,7 @@ from llama.plan import (
     pick,
     plan,
 )
-from llama.quantization import quantize, to_stored
+from llama.model.quantization import quantize, to_stored
 
 CONTEXT = 4096
 HOPPER, AMPERE, TURING, PASCAL = (9, 0), (8, 0), (7, 5), (6, 1)

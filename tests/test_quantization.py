@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama.quantization import Fp8Linear, from_stored, quantize, stored_names, to_stored
+from llama.model.quantization import Fp8Linear, from_stored, quantize, stored_names, to_stored
 from llama.torch_engine.linears import joined, packed
 
 INPUTS, OUTPUTS = 64, 48

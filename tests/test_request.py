@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.dialog import Dialog
 from llama.errors import LlamaError
-from llama.request import PromptLimits, Request
+from llama.prompt.dialog import Dialog
+from llama.prompt.request import PromptLimits, Request
 from llama.sampling import SamplingParams
-from llama.schema import input_defaults
+from llama.serving.schema import input_defaults
 from predict import Predictor
 
 LIMITS = PromptLimits(context=4096, longest_piece=16)

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.errors import EngineNotStarted
-from llama.loader import has_quick_bfloat16
-from llama.torch_engine.graphs import doubling
+from llama.model.loader import has_quick_bfloat16
+from llama.torch_engine.cuda_graphs import doubling
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
 from llama.torch_engine.runner import Chunk, Runner

@@ -32,8 +32,8 @@ from serving import (
     until,
 )
 
-from llama.schema import openapi_schema, write_schema
-from llama.server import CogServer, read_events
+from llama.serving.schema import openapi_schema, write_schema
+from llama.serving.server import CogServer, read_events
 from predict import Predictor
 
 SYSTEM_PROMPT = "You are a helpful, respectful and honest assistant."

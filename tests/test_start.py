@@ -10,13 +10,13 @@ import torch
 from conftest import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokenizer
 from transformers import LlamaConfig
 
-from llama.embedded import embedded_folder as find_embedded_folder
 from llama.errors import BadSettings, DoesNotFit
 from llama.generation import Llama
-from llama.loader import eos_token_ids, pick_device, pick_dtype
-from llama.plan import LLAMA_2_70B, bytes_per_token
+from llama.model.loader import eos_token_ids, pick_device, pick_dtype
+from llama.model.plan import LLAMA_2_70B, bytes_per_token
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CachePlan, KVCache, plan_cache
+from llama.weights.embedded import embedded_folder as find_embedded_folder
 
 CPU = torch.device("cpu")
 TOKEN_70B = 2 * 80 * 8 * 128 * 2  # keys and values, layers, KV heads, head_dim, bytes of bfloat16

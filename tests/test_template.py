@@ -8,11 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.dialog import Dialog
 from llama.errors import BadPromptTemplate, PromptRequired
-from llama.request import PromptLimits, Request
-from llama.schema import input_defaults
-from llama.template import PUBLISHED_DEFAULT, Control, FormattedPrompt, PromptTemplate, is_default
+from llama.prompt.dialog import Dialog
+from llama.prompt.prompt_template import (
+    PUBLISHED_DEFAULT,
+    Control,
+    FormattedPrompt,
+    PromptTemplate,
+    is_default,
+)
+from llama.prompt.request import PromptLimits, Request
+from llama.serving.schema import input_defaults
 from predict import Predictor
 
 BOS, EOS = Control.BOS, Control.EOS

@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from serving import until
 
-from llama.chat import Chat
-from llama.embedded import embedded_folder
+from llama.cli.chat import Chat
 from llama.errors import BadSettings
 from llama.generation import Llama
-from llama.schema import input_defaults, write_schema
-from llama.server import free_port, read_events
+from llama.serving.schema import input_defaults, write_schema
+from llama.serving.server import free_port, read_events
 from llama.settings import Settings
+from llama.weights.embedded import embedded_folder
 from predict import Predictor
 
 COMMAND = [sys.executable, "-m", "llama"]

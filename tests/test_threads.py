@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llama.torch_engine.threads import ThreadCount
+from llama.torch_engine.thread_count import ThreadCount
 
 
 class Machine:

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from llama.chat_template import ChatTemplateTokenizer
-from llama.dialog import Dialog
 from llama.errors import BadTokenizer
-from llama.request import PromptLimits, Request
-from llama.schema import input_defaults
-from llama.tokenizer import LlamaTokenizer, load_tokenizer
+from llama.prompt.dialog import Dialog
+from llama.prompt.request import PromptLimits, Request
+from llama.serving.schema import input_defaults
+from llama.text.chat_template import ChatTemplateTokenizer
+from llama.text.tokenizer import LlamaTokenizer, load_tokenizer
 from predict import Predictor
 
 LIMITS = PromptLimits(context=4096, longest_piece=100)

@@ -23,11 +23,11 @@ from transformers import LlamaConfig  # noqa: E402
 
 from llama.errors import BadSettings, DoesNotFit, EngineError, EngineNotStarted, EngineStopped  # noqa: E402
 from llama.generation import Llama  # noqa: E402
-from llama.plan import LLAMA_2_70B, Gpu  # noqa: E402
+from llama.model.plan import LLAMA_2_70B, Gpu  # noqa: E402
 from llama.sampling import SamplingParams  # noqa: E402
 from llama.settings import Settings  # noqa: E402
-from llama.vllm_engine import vllm_params  # noqa: E402
-from llama.vllm_start import engine_arguments  # noqa: E402
+from llama.vllm_engine.engine import vllm_params  # noqa: E402
+from llama.vllm_engine.start import engine_arguments  # noqa: E402
 
 HOPPER = Gpu("H100", 72 * 10**9, (9, 0))
 AMPERE = Gpu("A100", 72 * 10**9, (8, 0))

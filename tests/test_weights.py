@@ -48,12 +48,12 @@ from llama.errors import (
     LlamaError,
     WeightsNotFound,
 )
-from llama.manifest import Entry, read_manifest
-from llama.part import PACKED
-from llama.patience import Patience
-from llama.progress import LogProgress
 from llama.settings import Settings
-from llama.weights import folder_to_serve, lock, pull, verify, weights_folder
+from llama.weights.folder import folder_to_serve, lock, pull, verify, weights_folder
+from llama.weights.manifest import Entry, read_manifest
+from llama.weights.partial_file import PACKED
+from llama.weights.progress import LogProgress
+from llama.weights.retry import Patience
 
 TOKEN = "hf_secret0123456789"
 QUICK = Patience(attempts=3, first_delay=0.01, timeout=2)

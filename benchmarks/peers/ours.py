@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
-from llama.loader import load_config
 from llama.metrics import SetupTimes
+from llama.model.loader import load_config
 from llama.sampling import SamplingParams
 from llama.settings import Settings
-from llama.tokenizer import load_tokenizer
+from llama.text.tokenizer import load_tokenizer
 from llama.torch_engine.start import start_engine
 
 

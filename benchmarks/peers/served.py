@@ -15,8 +15,8 @@ import httpx
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
 from benchmarks.workload import as_text
 from llama import ROOT
-from llama.schema import write_schema
-from llama.server import CogServer
+from llama.serving.schema import write_schema
+from llama.serving.server import CogServer
 from predict import Predictor
 
 

@@ -13,7 +13,7 @@ import httpx
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
 from benchmarks.workload import as_text
-from llama.server import ChildServer, free_port
+from llama.serving.server import ChildServer, free_port
 
 
 class _OpenAIServer(ChildServer):

@@ -28,7 +28,7 @@ from llama.torch_engine.layers import Parts
 from llama.torch_engine.runner import Chunk, Runner
 from llama.torch_engine.sampler import UNUSABLE, Sampler
 from llama.torch_engine.scheduler import Scheduler, Sequence
-from llama.torch_engine.threads import ThreadCount
+from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 

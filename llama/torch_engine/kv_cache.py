@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llama.errors import DoesNotFit
-from llama.plan import bytes_per_token
+from llama.model.plan import bytes_per_token
 
 SMALLEST_CONTEXT = 64
 

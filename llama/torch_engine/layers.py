@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llama.errors import DoesNotFit
-from llama.loader import arithmetic_dtype, has_matrix_units
+from llama.model.loader import arithmetic_dtype, has_matrix_units
 from llama.torch_engine.linears import joined, packed
 
 

@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from llama.quantization import Fp8Linear, linear
+from llama.model.quantization import Fp8Linear, linear
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _BATCH_HINT = 32  # rows that oneDNN lays a packed weight out for; any number is computed right

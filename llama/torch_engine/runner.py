@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.errors import EngineNotStarted
-from llama.torch_engine.graphs import Step, StepGraphs
+from llama.torch_engine.cuda_graphs import Step, StepGraphs
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import Layer, Parts
 

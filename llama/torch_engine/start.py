@@ -14,16 +14,16 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadSettings
-from llama.loader import (
+from llama.metrics import SetupTimes
+from llama.model.loader import (
     context_wanted,
     load_model,
     pick_device,
     pick_dtype,
     pick_quantization,
 )
-from llama.memory import available_memory
-from llama.metrics import SetupTimes
-from llama.plan import RESERVE
+from llama.model.memory import available_memory
+from llama.model.plan import RESERVE
 from llama.settings import Settings
 from llama.torch_engine.engine import MOST_A_TURN, TorchEngine
 from llama.torch_engine.kv_cache import CachePlan, KVCache, plan_cache

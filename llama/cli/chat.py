@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from llama.errors import LlamaError, PromptTooLong
-from llama.process import undecodable
+from llama.serving.process import undecodable
 
 if TYPE_CHECKING:
     from llama.generation import Llama

@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 import httpx
 
 from llama import ROOT
-from llama.process import dies_with_parent
+from llama.serving.process import dies_with_parent
 
 _NO_TIMEOUT = httpx.Timeout(None, connect=10)
 

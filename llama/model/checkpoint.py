@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.errors import BadCheckpoint
-from llama.form import file_names
+from llama.weights.file_checks import file_names
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 

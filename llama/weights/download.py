@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama.errors import DamagedWeights, DiskFull, DownloadFailed, LlamaError
-from llama.form import form_fault
-from llama.hash_cache import HashCache
-from llama.part import Part, disk_errors
-from llama.patience import Patience, Stopped
-from llama.progress import progress
-from llama.transport import Answer, Transport
+from llama.weights.file_checks import form_fault
+from llama.weights.hash_cache import HashCache
+from llama.weights.partial_file import Part, disk_errors
+from llama.weights.retry import Patience, Stopped
+from llama.weights.progress import progress
+from llama.weights.http import Answer, Transport
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.control_markers import PRIVATE, ControlMarkers, encode_text
-from llama.detokenizer import Vocabulary
-from llama.dialog import Dialog
 from llama.errors import BadTokenizer, InvalidInput
-from llama.form import named_ends, without_byte_order_marks
-from llama.template import Control, FormattedPrompt
-from llama.tokenizer import Check, Segment, Tokenizer, characters, no_check, without_surrogates
+from llama.prompt.dialog import Dialog
+from llama.prompt.prompt_template import Control, FormattedPrompt
+from llama.text.control_markers import PRIVATE, ControlMarkers, encode_text
+from llama.text.detokenizer import Vocabulary
+from llama.text.tokenizer import Check, Segment, Tokenizer, characters, no_check, without_surrogates
+from llama.weights.file_checks import named_ends, without_byte_order_marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

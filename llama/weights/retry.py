@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from llama.errors import DownloadFailed
-from llama.transport import Transient
+from llama.weights.http import Transient
 
 logger = logging.getLogger(__name__)
 

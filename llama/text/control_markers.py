@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from tokenizers import AddedToken, Tokenizer
 
 from llama.errors import InvalidInput
-from llama.tokenizer import Segment, without_surrogates
+from llama.text.tokenizer import Segment, without_surrogates
 
 PRIVATE = range(0xF0000, 0xFFFFE)
 """Code points without a meaning."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import BadTokenizer
-from llama.form import read_object
+from llama.weights.file_checks import read_object
 
 _CONTROL = ("<s>", "</s>")
 _UNKNOWN = "<unk>"

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.detokenizer import Vocabulary
-from llama.dialog import B_INST, B_SYS, E_INST, E_SYS, Dialog
 from llama.errors import BadTokenizer
-from llama.form import read_object
-from llama.template import Control, FormattedPrompt
+from llama.prompt.dialog import B_INST, B_SYS, E_INST, E_SYS, Dialog
+from llama.prompt.prompt_template import Control, FormattedPrompt
+from llama.text.detokenizer import Vocabulary
+from llama.weights.file_checks import read_object
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -136,7 +136,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     template = _chat_template(folder)
     if template is not None and B_SYS not in template:
-        from llama.chat_template import load_chat_template_tokenizer
+        from llama.text.chat_template import load_chat_template_tokenizer
 
         return load_chat_template_tokenizer(folder)
     path = next(
@@ -181,7 +181,7 @@ def _chat_template(folder: Path) -> str | None:
 def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
-    from llama.sentencepiece_model import from_tokenizer_json
+    from llama.text.sentencepiece_model import from_tokenizer_json
 
     try:
         if path.suffix == ".json":

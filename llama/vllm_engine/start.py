@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from llama.checkpoint import Checkpoint
 from llama.errors import BadSettings
-from llama.loader import context_wanted, pick_dtype
-from llama.memory import available_memory
 from llama.metrics import SetupTimes
-from llama.plan import Gpu, alike, bytes_per_token, parallel_sizes, pick
-from llama.quantization import Quantization, configured
+from llama.model.checkpoint import Checkpoint
+from llama.model.loader import context_wanted, pick_dtype
+from llama.model.memory import available_memory
+from llama.model.plan import Gpu, alike, bytes_per_token, parallel_sizes, pick
+from llama.model.quantization import Quantization, configured
 from llama.settings import Settings
 
 # Before vLLM is imported, and for its processes: it starts them by itself, tells nobody of its use, and
@@ -33,7 +33,7 @@ from vllm import AsyncEngineArgs
 from vllm.v1.executor import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from llama.vllm_engine import VLLMEngine
+from llama.vllm_engine.engine import VLLMEngine
 
 logger = logging.getLogger(__name__)
 

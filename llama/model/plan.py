@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadSettings, DoesNotFit
-from llama.quantization import Quantization, bytes_of_weight
+from llama.model.quantization import Quantization, bytes_of_weight
 
 ENOUGH_REQUESTS = 8
 """At full context: what a precision must leave room for, for `auto` to take it over a narrower one."""

@@ -17,17 +17,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama.checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, BadTokenizer, DoesNotFit
-from llama.filling import Filling
-from llama.form import named_ends, read_object
-from llama.plan import Gpu, pick
-from llama.progress import LogProgress
-from llama.quantization import Quantization, configured
+from llama.model.assembly import Filling
+from llama.model.checkpoint import EMBEDDINGS, HEAD, Checkpoint
+from llama.model.plan import Gpu, pick
+from llama.model.quantization import Quantization, configured
 from llama.settings import Settings
+from llama.weights.file_checks import named_ends, read_object
+from llama.weights.progress import LogProgress
 
 if TYPE_CHECKING:
-    from llama.tokenizer import Tokenizer
+    from llama.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llama.dialog import B_INST, Dialog, read_messages, read_prompt
 from llama.errors import BadMessages, InvalidInput, PromptRequired, PromptTooLong, UnsupportedWeights
+from llama.prompt.dialog import B_INST, Dialog, read_messages, read_prompt
+from llama.prompt.prompt_template import FormattedPrompt, PromptTemplate, is_default, raw_text
 from llama.sampling import SamplingParams
-from llama.template import FormattedPrompt, PromptTemplate, is_default, raw_text
 
 if TYPE_CHECKING:
-    from llama.tokenizer import Tokenizer
+    from llama.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from llama.dialog import B_INST, E_INST
 from llama.errors import BadPromptTemplate
+from llama.prompt.dialog import B_INST, E_INST
 
 PUBLISHED_DEFAULT = "[INST] <<SYS>>\n{system_prompt}\n<</SYS>>\n\n{prompt} [/INST]"
 

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama.checkpoint import Checkpoint
 from llama.errors import BadCheckpoint, BadSettings, DiskFull, DoesNotFit
-from llama.form import INDEX, SINGLE, read_object
-from llama.loader import load_config, stored_quantization
-from llama.manifest import is_read
-from llama.part import LOCK, PACKED, alone, disk_errors
-from llama.plan import bytes_of_weights
-from llama.quantization import Quantization, configuration, quantize, to_stored
+from llama.model.checkpoint import Checkpoint
+from llama.model.loader import load_config, stored_quantization
+from llama.model.plan import bytes_of_weights
+from llama.model.quantization import Quantization, configuration, quantize, to_stored
+from llama.weights.file_checks import INDEX, SINGLE, read_object
+from llama.weights.manifest import is_read
+from llama.weights.partial_file import LOCK, PACKED, alone, disk_errors
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llama.errors import BadCheckpoint
-from llama.quantization import (
+from llama.model.quantization import (
     STORED_SCALE,
     Quantization,
     from_stored,

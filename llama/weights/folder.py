@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llama import ROOT
-from llama.embedded import embedded_folder
+from llama.weights.embedded import embedded_folder
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, DamagedWeights, WeightsNotFound
-from llama.form import INDEX, file_names, form_fault, read_object
-from llama.manifest import Entry, place, read_manifest, rebase, write_hashes
-from llama.part import PACKED, alone, file_sha256
+from llama.weights.file_checks import INDEX, file_names, form_fault, read_object
+from llama.weights.manifest import Entry, place, read_manifest, rebase, write_hashes
+from llama.weights.partial_file import PACKED, alone, file_sha256
 from llama.settings import Settings, expanded
 
 if TYPE_CHECKING:
-    from llama.download import Source
-    from llama.patience import Patience
+    from llama.weights.download import Source
+    from llama.weights.retry import Patience
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _READERS = 4
@@ -65,8 +65,8 @@ def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> 
     One process at a time works in a folder, a second one waits. Raises BadManifest, DownloadFailed, DiskFull
     or DamagedWeights; what has come is kept, and another call goes on from there.
     """
-    from llama.download import download
-    from llama.patience import Patience
+    from llama.weights.download import download
+    from llama.weights.retry import Patience
 
     _check_not_packed(folder)
     sources = _sources(folder, settings)
@@ -82,7 +82,7 @@ def _check_not_packed(folder: Path) -> None:
 
 
 def _sources(folder: Path, settings: Settings) -> list[Source]:
-    from llama.download import Source
+    from llama.weights.download import Source
 
     entries = read_manifest(settings.weights_manifest)
     base, token = settings.weights_base_url, _token(settings)

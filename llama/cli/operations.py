@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama.errors import BadSettings, InvalidInput, LlamaError
-from llama.process import undecodable
+from llama.serving.process import undecodable
 from llama.settings import Settings
-from llama.weights import Inspection, folder_to_fill, lock, pull, verify, weights_folder
+from llama.weights.folder import Inspection, folder_to_fill, lock, pull, verify, weights_folder
 
 if TYPE_CHECKING:
-    from llama.plan import Gpu, Plan
-    from llama.request import PromptLimits
-    from llama.tokenizer import Tokenizer
+    from llama.model.plan import Gpu, Plan
+    from llama.prompt.request import PromptLimits
+    from llama.text.tokenizer import Tokenizer
 
 # What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
 _ASSUMED_CAPABILITY = (9, 0)
@@ -83,8 +83,8 @@ def _capability(text: str) -> tuple[int, int]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from llama.loader import context_wanted, load_config, pick_dtype, stored_quantization
-    from llama.plan import LLAMA_2_70B, alike, parallel_sizes, plan
+    from llama.model.loader import context_wanted, load_config, pick_dtype, stored_quantization
+    from llama.model.plan import LLAMA_2_70B, alike, parallel_sizes, plan
 
     settings = Settings.from_environment()
     config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
@@ -131,8 +131,8 @@ def table(found: Plan, context: int, most: int, bits: int) -> str:
 def _gpus(arguments: argparse.Namespace) -> Sequence[Gpu]:
     import torch
 
-    from llama.loader import gpu_of
-    from llama.plan import Gpu
+    from llama.model.loader import gpu_of
+    from llama.model.plan import Gpu
 
     if arguments.gpus is not None:
         return [Gpu(f"{size:g} GB", int(size * 1e9), arguments.capability) for size in arguments.gpus]
@@ -152,7 +152,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from llama.manifest import read_manifest
+    from llama.weights.manifest import read_manifest
 
     settings = Settings.from_environment()
     folder = arguments.folder or folder_to_fill(settings)
@@ -182,8 +182,8 @@ def _print_inspection(folder: Path, inspection: Inspection) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from llama.loader import pick_device
-    from llama.pack import pack
+    from llama.model.loader import pick_device
+    from llama.model.pack import pack
 
     settings = Settings.from_environment()
     if settings.weights is None:
@@ -195,16 +195,16 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def tokenize(_: argparse.Namespace) -> int:
     """Exit code 1 when any line was refused; the others are answered all the same."""
-    from llama.request import PromptLimits
-    from llama.schema import input_defaults, published_run
-    from llama.tokenizer import load_tokenizer
+    from llama.prompt.request import PromptLimits
+    from llama.serving.schema import input_defaults, published_run
+    from llama.text.tokenizer import load_tokenizer
 
     settings = Settings.from_environment()
     folder = weights_folder(settings)
     tokenizer = load_tokenizer(folder)
     context = min(settings.max_context or _LLAMA_2_CONTEXT, _LLAMA_2_CONTEXT)
     if (folder / "config.json").is_file():
-        from llama.loader import context_wanted, fit_tokenizer, load_config
+        from llama.model.loader import context_wanted, fit_tokenizer, load_config
 
         config = load_config(folder)
         fit_tokenizer(tokenizer, config, folder)
@@ -222,7 +222,7 @@ def tokenize(_: argparse.Namespace) -> int:
 def _tokenize_line(
     line: str, defaults: dict[str, Any], tokenizer: Tokenizer, limits: PromptLimits
 ) -> dict[str, Any]:
-    from llama.request import Request, encode_within
+    from llama.prompt.request import Request, encode_within
 
     try:
         if undecodable(line):

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llama.errors import BadSettings, DiskFull, DownloadFailed, WeightsNotFound
-from llama.part import alone
+from llama.weights.partial_file import alone
 from llama.settings import expanded
 
 logger = logging.getLogger(__name__)
