@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workload import VOCABULARY, tokenizer_model
-from llama.model.checkpoint import INDEX
 from llama.model.loader import empty_model
 from llama.model.quantization import Quantization, configuration, quantize, to_stored
+from llama.weights.file_checks import INDEX
 
 _LATER_LAYER = re.compile(r"model\.layers\.[1-9]")
 

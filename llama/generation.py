@@ -17,12 +17,14 @@ from typing import Any
 from llama.engine import Engine, TokenStream
 from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError, EngineStopped
 from llama.metrics import GuardedScope, Metrics, NoScope, Scope, SetupTimes, guarded
-from llama.prompt.request import PromptLimits, Request, encode_within
+from llama.prompt.limits import PromptLimits
+from llama.prompt.request import Request
 from llama.sampling import SamplingParams
 from llama.serving.cancellation import Cancellation
 from llama.settings import Settings
-from llama.text.detokenizer import Detokenizer, StopFilter
-from llama.text.tokenizer import Tokenizer
+from llama.text.detokenizer import Detokenizer
+from llama.text.stop_filter import StopFilter
+from llama.text.tokenizer import Tokenizer, encode_within
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class Llama:
         times = SetupTimes()
         with times.part("imports"):
             from llama.model.loader import eos_token_ids, fit_tokenizer, load_config
-            from llama.text.tokenizer import load_tokenizer
+            from llama.text.load_tokenizer import load_tokenizer
             from llama.weights.folder import folder_to_serve
 
             start_engine = _starter(settings)

@@ -24,11 +24,12 @@ from llama.engine import TokenStream
 from llama.errors import BadTokenizer, InvalidInput, PromptRequired, PromptTooLong
 from llama.generation import Llama
 from llama.prompt.dialog import Dialog
+from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import Control, FormattedPrompt
-from llama.prompt.request import PromptLimits, encode_within
 from llama.sampling import SamplingParams
 from llama.text.chat_template import ChatTemplateTokenizer
-from llama.text.tokenizer import load_tokenizer
+from llama.text.load_tokenizer import load_tokenizer
+from llama.text.tokenizer import encode_within
 
 TEMPLATES = {"chatml": (CHATML, CHATML_WORDS), "zephyr": (ZEPHYR, ()), "vicuna": (VICUNA, ())}
 CLASSES = ("PreTrainedTokenizerFast", "LlamaTokenizer")

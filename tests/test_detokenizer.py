@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from llama.text.detokenizer import Detokenizer, StopFilter, Vocabulary
-from llama.text.tokenizer import LlamaTokenizer
+from llama.text.detokenizer import Detokenizer
+from llama.text.llama2_tokenizer import Llama2Tokenizer
+from llama.text.stop_filter import StopFilter
+from llama.text.vocabulary import Vocabulary
 
 CUTS = st.lists(st.integers(1, 4), min_size=1)
 
@@ -50,7 +52,7 @@ def ids_with_many_bytes(vocabulary: int) -> st.SearchStrategy[list[int]]:
 def test_any_ids_cut_anywhere_give_sentencepieces_text(
     small: SentencePieceProcessor, ids: list[int], cuts: list[int]
 ) -> None:
-    assert detokenize(LlamaTokenizer(small).vocabulary, ids, cuts) == small.decode(ids)
+    assert detokenize(Llama2Tokenizer(small).vocabulary, ids, cuts) == small.decode(ids)
 
 
 @needs_llama_2_tokenizer
@@ -67,13 +69,13 @@ _VOCABULARIES: dict[int, Vocabulary] = {}
 
 def real_vocabulary(processor: SentencePieceProcessor) -> Vocabulary:
     """Made once: it has 32,000 pieces."""
-    return _VOCABULARIES.setdefault(id(processor), LlamaTokenizer(processor).vocabulary)
+    return _VOCABULARIES.setdefault(id(processor), Llama2Tokenizer(processor).vocabulary)
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(), cuts=CUTS)
 def test_any_text_comes_back(small: SentencePieceProcessor, text: str, cuts: list[int]) -> None:
-    assert detokenize(LlamaTokenizer(small).vocabulary, small.encode(text), cuts) == text
+    assert detokenize(Llama2Tokenizer(small).vocabulary, small.encode(text), cuts) == text
 
 
 @settings(max_examples=200, deadline=None)
@@ -83,7 +85,7 @@ def test_a_begun_answer_and_its_continuation_read_as_one_text(
 ) -> None:
     ids, begun_ids = small.encode(begun + rest), small.encode(begun)
     if ids[: len(begun_ids)] == begun_ids:  # else the tokens of the whole are cut elsewhere
-        continued = detokenize(LlamaTokenizer(small).vocabulary, ids[len(begun_ids) :], cuts, continues=True)
+        continued = detokenize(Llama2Tokenizer(small).vocabulary, ids[len(begun_ids) :], cuts, continues=True)
         assert begun + continued == begun + rest
 
 

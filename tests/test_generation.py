@@ -17,7 +17,9 @@ from llama.generation import Llama
 from llama.sampling import SamplingParams
 from llama.serving.cancellation import Cancellation
 from llama.serving.schema import input_defaults
-from llama.text.tokenizer import LlamaTokenizer, Tokenizer, load_tokenizer
+from llama.text.llama2_tokenizer import Llama2Tokenizer
+from llama.text.load_tokenizer import load_tokenizer
+from llama.text.tokenizer import Tokenizer
 from predict import Predictor
 
 CONTEXT = 200
@@ -79,7 +81,7 @@ def tokenizer(llama_folder: Path) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    assert isinstance(tokenizer, LlamaTokenizer)
+    assert isinstance(tokenizer, Llama2Tokenizer)
     return tokenizer._encode_text(text)
 
 

@@ -31,8 +31,8 @@ from llama.settings import Settings
 from llama.torch_engine.kv_cache import CachePlan, KVCache
 from llama.torch_engine.layers import take_apart
 from llama.torch_engine.runner import Chunk, Runner
+from llama.weights.disk import PACKED
 from llama.weights.file_checks import read_object
-from llama.weights.partial_file import PACKED
 from predict import Predictor
 
 CPU = torch.device("cpu")
@@ -274,7 +274,7 @@ def test_the_server_answers_as_transformers_does_with_the_same_quantization(
     reference = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BY_TRANSFORMERS[quantization], device_map={"": "cpu"}
     )
-    from llama.text.tokenizer import load_tokenizer
+    from llama.text.load_tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     inputs = {"prompt": "Hi there", "prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 12}

@@ -27,11 +27,13 @@ from llama.errors import BadTokenizer, InvalidInput
 from llama.generation import Llama
 from llama.model.loader import context_wanted, load_config, longest_context
 from llama.prompt.dialog import Dialog
+from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import FormattedPrompt
-from llama.prompt.request import PromptLimits, encode_within
 from llama.sampling import SamplingParams
 from llama.settings import Settings
-from llama.text.tokenizer import LlamaTokenizer, load_tokenizer
+from llama.text.llama2_tokenizer import Llama2Tokenizer
+from llama.text.load_tokenizer import load_tokenizer
+from llama.text.tokenizer import encode_within
 from llama.torch_engine.layers import take_apart
 from llama.weights.file_checks import without_byte_order_marks
 from llama.weights.manifest import read_manifest
@@ -87,18 +89,18 @@ def json_only(
     request: pytest.FixtureRequest,
     processor: SentencePieceProcessor,
     tmp_path_factory: pytest.TempPathFactory,
-) -> LlamaTokenizer:
+) -> Llama2Tokenizer:
     folder = tmp_path_factory.mktemp("json-only")
     write_tokenizer(folder, processor, template=LLAMA_2, spelling=request.param)
     tokenizer = load_tokenizer(folder)
-    assert isinstance(tokenizer, LlamaTokenizer)
+    assert isinstance(tokenizer, Llama2Tokenizer)
     return tokenizer
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
 @given(text=TEXTS)
 def test_a_tokenizer_json_alone_gives_the_ids_of_sentencepiece(
-    json_only: LlamaTokenizer, processor: SentencePieceProcessor, text: str
+    json_only: Llama2Tokenizer, processor: SentencePieceProcessor, text: str
 ) -> None:
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     assert json_only.encode(FormattedPrompt((text,))) == [1, *processor.encode(text)]

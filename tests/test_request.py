@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llama.errors import LlamaError
 from llama.prompt.dialog import Dialog
-from llama.prompt.request import PromptLimits, Request
+from llama.prompt.limits import PromptLimits
+from llama.prompt.request import Request
 from llama.sampling import SamplingParams
 from llama.serving.schema import input_defaults
 from predict import Predictor

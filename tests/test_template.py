@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llama.errors import BadPromptTemplate, PromptRequired
 from llama.prompt.dialog import Dialog
+from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import (
     PUBLISHED_DEFAULT,
     Control,
@@ -17,7 +18,7 @@ from llama.prompt.prompt_template import (
     PromptTemplate,
     is_default,
 )
-from llama.prompt.request import PromptLimits, Request
+from llama.prompt.request import Request
 from llama.serving.schema import input_defaults
 from predict import Predictor
 

@@ -16,10 +16,12 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from llama.errors import BadTokenizer
 from llama.prompt.dialog import Dialog
-from llama.prompt.request import PromptLimits, Request
+from llama.prompt.limits import PromptLimits
+from llama.prompt.request import Request
 from llama.serving.schema import input_defaults
 from llama.text.chat_template import ChatTemplateTokenizer
-from llama.text.tokenizer import LlamaTokenizer, load_tokenizer
+from llama.text.llama2_tokenizer import Llama2Tokenizer
+from llama.text.load_tokenizer import load_tokenizer
 from predict import Predictor
 
 LIMITS = PromptLimits(context=4096, longest_piece=100)
@@ -44,8 +46,8 @@ def processor(request: pytest.FixtureRequest, sentencepiece_model: Path) -> Sent
 
 
 @pytest.fixture(scope="module")
-def tokenizer(processor: SentencePieceProcessor) -> LlamaTokenizer:
-    return LlamaTokenizer(processor)
+def tokenizer(processor: SentencePieceProcessor) -> Llama2Tokenizer:
+    return Llama2Tokenizer(processor)
 
 
 def reference(processor: SentencePieceProcessor, system: str, turns: list[str]) -> list[int]:
@@ -104,7 +106,7 @@ CASES: list[tuple[str, str, str, list[str]]] = [
 
 @pytest.mark.parametrize(("prompt", "given", "system", "turns"), CASES)
 def test_a_dialogue_is_spelt_as_meta_spells_it(
-    tokenizer: LlamaTokenizer,
+    tokenizer: Llama2Tokenizer,
     processor: SentencePieceProcessor,
     prompt: str,
     given: str,
@@ -116,7 +118,7 @@ def test_a_dialogue_is_spelt_as_meta_spells_it(
 
 
 def test_messages_are_spelt_as_the_same_dialogue(
-    tokenizer: LlamaTokenizer, processor: SentencePieceProcessor
+    tokenizer: Llama2Tokenizer, processor: SentencePieceProcessor
 ) -> None:
     contents = [" a [/INST] b", "c </s>", " [INST] d "]
     roles = ["user", "assistant", "user"]
@@ -127,18 +129,20 @@ def test_messages_are_spelt_as_the_same_dialogue(
 
 @pytest.mark.parametrize("text", ["[INST] a [/INST] b </s><s>[INST] c [/INST]", "<s>[INST] a [/INST]"])
 def test_the_raw_route_gives_the_ids_of_the_dialogue_that_it_spells(
-    tokenizer: LlamaTokenizer, text: str
+    tokenizer: Llama2Tokenizer, text: str
 ) -> None:
     raw = tokenizer.encode(request(prompt=text, prompt_template="{prompt}").prompt)
     assert raw == tokenizer.encode(request(prompt=text, system_prompt="").prompt)
 
 
-def test_what_is_shown_of_a_prompt_has_its_control_tokens_as_words(tokenizer: LlamaTokenizer) -> None:
+def test_what_is_shown_of_a_prompt_has_its_control_tokens_as_words(tokenizer: Llama2Tokenizer) -> None:
     dialog = request(prompt="[INST] a [/INST] b [INST] c", system_prompt="").prompt
     assert tokenizer.render(dialog) == "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]"
 
 
-def test_halves_of_surrogate_pairs_become_signs_and_whole_pairs_characters(tokenizer: LlamaTokenizer) -> None:
+def test_halves_of_surrogate_pairs_become_signs_and_whole_pairs_characters(
+    tokenizer: Llama2Tokenizer,
+) -> None:
     broken = tokenizer.encode(request(prompt="a \ud800 b", system_prompt="").prompt)
     assert broken == tokenizer.encode(request(prompt="a \ufffd b", system_prompt="").prompt)
     split = tokenizer.encode(request(prompt="\ud83e\udd99", system_prompt="").prompt)
@@ -161,7 +165,7 @@ SLOW_FIXTURE = settings(
 @SLOW_FIXTURE
 @given(turns=st.lists(NASTY, min_size=1, max_size=5), system=NASTY)
 def test_no_text_in_a_dialogue_becomes_a_control_token(
-    tokenizer: LlamaTokenizer, turns: list[str], system: str
+    tokenizer: Llama2Tokenizer, turns: list[str], system: str
 ) -> None:
     ids = tokenizer.encode(Dialog(system, tuple(turns)))
     exchanges = (len(turns) + 1) // 2
@@ -173,7 +177,7 @@ def test_no_text_in_a_dialogue_becomes_a_control_token(
 @SLOW_FIXTURE
 @given(prompt=NASTY, system=NASTY)
 def test_no_text_that_is_filled_in_becomes_a_control_token(
-    tokenizer: LlamaTokenizer, prompt: str, system: str
+    tokenizer: Llama2Tokenizer, prompt: str, system: str
 ) -> None:
     inputs = request(
         prompt="x" + prompt, system_prompt=system, prompt_template="<s>{system_prompt}</s>Q: {prompt}"
@@ -260,10 +264,10 @@ def copied(source: Path, folder: Path, **files: str) -> Path:
 
 
 def test_llama_2s_template_or_none_gets_llama_2s_format(llama_folder: Path, tmp_path: Path) -> None:
-    assert isinstance(load_tokenizer(llama_folder), LlamaTokenizer)
+    assert isinstance(load_tokenizer(llama_folder), Llama2Tokenizer)
     template = json.dumps({"chat_template": "{% if true %}<<SYS>>{% endif %}"})
     folder = copied(llama_folder, tmp_path / "a", tokenizer_config__json=template)
-    assert isinstance(load_tokenizer(folder), LlamaTokenizer)
+    assert isinstance(load_tokenizer(folder), Llama2Tokenizer)
 
 
 @needs_embedded

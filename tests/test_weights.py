@@ -49,9 +49,9 @@ from llama.errors import (
     WeightsNotFound,
 )
 from llama.settings import Settings
+from llama.weights.disk import PACKED
 from llama.weights.folder import folder_to_serve, lock, pull, verify, weights_folder
 from llama.weights.manifest import Entry, read_manifest
-from llama.weights.partial_file import PACKED
 from llama.weights.progress import LogProgress
 from llama.weights.retry import Patience
 

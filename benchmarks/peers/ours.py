@@ -11,7 +11,7 @@ from llama.metrics import SetupTimes
 from llama.model.loader import load_config
 from llama.sampling import SamplingParams
 from llama.settings import Settings
-from llama.text.tokenizer import load_tokenizer
+from llama.text.load_tokenizer import load_tokenizer
 from llama.torch_engine.start import start_engine
 
 

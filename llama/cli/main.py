@@ -150,7 +150,8 @@ def _read_prompt() -> str:
 
 def _check(inputs: dict[str, Any]) -> None:
     """Refuse what no model could answer, before one is loaded."""
-    from llama.prompt.request import PromptLimits, Request
+    from llama.prompt.limits import PromptLimits
+    from llama.prompt.request import Request
 
     Request.from_inputs(inputs, PromptLimits(context=sys.maxsize, longest_piece=1))
 

@@ -21,7 +21,7 @@ from llama.weights.folder import Inspection, folder_to_fill, lock, pull, verify,
 
 if TYPE_CHECKING:
     from llama.model.plan import Gpu, Plan
-    from llama.prompt.request import PromptLimits
+    from llama.prompt.limits import PromptLimits
     from llama.text.tokenizer import Tokenizer
 
 # What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
@@ -195,9 +195,9 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def tokenize(_: argparse.Namespace) -> int:
     """Exit code 1 when any line was refused; the others are answered all the same."""
-    from llama.prompt.request import PromptLimits
+    from llama.prompt.limits import PromptLimits
     from llama.serving.schema import input_defaults, published_run
-    from llama.text.tokenizer import load_tokenizer
+    from llama.text.load_tokenizer import load_tokenizer
 
     settings = Settings.from_environment()
     folder = weights_folder(settings)
@@ -222,7 +222,8 @@ def tokenize(_: argparse.Namespace) -> int:
 def _tokenize_line(
     line: str, defaults: dict[str, Any], tokenizer: Tokenizer, limits: PromptLimits
 ) -> dict[str, Any]:
-    from llama.prompt.request import Request, encode_within
+    from llama.prompt.request import Request
+    from llama.text.tokenizer import encode_within
 
     try:
         if undecodable(line):

@@ -24,9 +24,9 @@ from llama.model.checkpoint import Checkpoint
 from llama.model.loader import load_config, stored_quantization
 from llama.model.plan import bytes_of_weights
 from llama.model.quantization import Quantization, configuration, quantize, to_stored
+from llama.weights.disk import LOCK, PACKED, disk_errors, folder_lock
 from llama.weights.file_checks import INDEX, SINGLE, read_object
 from llama.weights.manifest import is_read
-from llama.weights.partial_file import LOCK, PACKED, alone, disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
         raise BadSettings(f"{source} is quantized already; set LLAMA_WEIGHTS to plain weights")
     checkpoint = Checkpoint(source)
     part = target.with_name(f"{target.name}.part")
-    with alone(part), disk_errors(part):
+    with folder_lock(part), disk_errors(part):
         _check_new(target)  # another process may have written it while this one waited
         for left in part.iterdir():
             if left.name != LOCK:

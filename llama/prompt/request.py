@@ -9,58 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llama.errors import BadMessages, InvalidInput, PromptRequired, PromptTooLong, UnsupportedWeights
+from llama.errors import BadMessages, InvalidInput, PromptRequired, UnsupportedWeights
 from llama.prompt.dialog import B_INST, Dialog, read_messages, read_prompt
+from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import FormattedPrompt, PromptTemplate, is_default, raw_text
 from llama.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from llama.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class PromptLimits:
-    """What a context can hold: its length in tokens, and the characters of the longest token."""
-
-    context: int
-    longest_piece: int
-
-    def check_characters(self, characters: int) -> None:
-        """Refuse a text that is too long whatever its tokens are, before any work is put into it."""
-        self.check_least(-(-characters // self.longest_piece))
-
-    def check_least(self, tokens: int) -> None:
-        """The same for a prompt of which only a lower bound is known."""
-        if tokens >= self.context:
-            self._refuse(tokens, "at least ")
-
-    def check_tokens(self, tokens: int) -> None:
-        """Refuse a prompt that leaves no room for one new token."""
-        if tokens >= self.context:
-            self._refuse(tokens, "")
-
-    def _refuse(self, tokens: int, at_least: str) -> None:
-        raise PromptTooLong(
-            f"the prompt is {at_least}{tokens} tokens and the model's context is {self.context}; "
-            f"shorten it by at least {tokens - self.context + 1} tokens"
-        )
-
-
-def encode_within(limits: PromptLimits, prompt: Dialog | FormattedPrompt, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a prompt. Raises PromptTooLong if they leave no room for one new token, PromptRequired
-    if there are none, InvalidInput if the model has no such token."""
-    token_ids = tokenizer.encode(prompt, limits.check_characters)
-    if not token_ids:
-        raise PromptRequired("the formatted prompt has no tokens; send a prompt with words in it")
-    if max(token_ids) >= tokenizer.size:
-        raise InvalidInput(
-            f"the prompt contains token {max(token_ids)} and the model has {tokenizer.size} tokens; "
-            "leave control words out of it"
-        )
-    limits.check_tokens(len(token_ids))
-    return token_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,34 +1,26 @@
 """The dialogue format of a model that brings a chat template, encoded by its own fast tokenizer.
 
 Token ids are those of transformers' `apply_chat_template`, except that a control word which a caller typed
-stays text. Knows chat templates and the two ways in which fast tokenizers spell text (byte-level, and like
-SentencePiece); knows nothing of Llama 2's tags.
+stays text. Knows chat templates; knows nothing of Llama 2's tags or of files.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llama.errors import BadTokenizer, InvalidInput
+from llama.errors import InvalidInput
 from llama.prompt.dialog import Dialog
 from llama.prompt.prompt_template import Control, FormattedPrompt
 from llama.text.control_markers import PRIVATE, ControlMarkers, encode_text
-from llama.text.detokenizer import Vocabulary
 from llama.text.tokenizer import Check, Segment, Tokenizer, characters, no_check, without_surrogates
-from llama.weights.file_checks import named_ends, without_byte_order_marks
+from llama.text.vocabulary import read_fast_vocabulary
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
-
-logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
 
@@ -43,7 +35,7 @@ class ChatTemplateTokenizer(Tokenizer):
         self._tokenizer = tokenizer
         backend = tokenizer.backend_tokenizer
         self.eos_token_id = tokenizer.eos_token_id
-        self.vocabulary = _vocabulary(backend)
+        self.vocabulary = read_fast_vocabulary(backend)
         own = backend.get_vocab(with_added_tokens=False).values()
         self.text_size = 1 + max((i for i in own if self.vocabulary.pieces[i]), default=0)
         self._bos = (
@@ -192,80 +184,6 @@ def _unmasked(text: str, mask: Mapping[str, str]) -> str:
     return text
 
 
-def load_chat_template_tokenizer(folder: Path) -> ChatTemplateTokenizer:
-    """Raises BadTokenizer when the folder's tokenizer cannot be loaded, when it spells text in a way that is
-    not known here, or when its chat template cannot render a message."""
-    tokenizer = _load(folder)
-    faults = [_template_fault(tokenizer, system) for system in ("", "Be brief.")]
-    if all(faults):  # some templates demand a system message, and some refuse one
-        raise BadTokenizer(f"the chat template in {folder} {faults[0]}; correct it, or copy the model's own")
-    if faults[1]:
-        logger.warning(
-            "the chat template %s with a system message: callers must leave system_prompt blank", faults[1]
-        )
-    return tokenizer
-
-
-def _template_fault(tokenizer: ChatTemplateTokenizer, system: str) -> str | None:
-    """What is wrong with how a chat template renders one user message; None when it is right."""
-    one, other = Dialog(system, ("Hello",)), Dialog(system, ("Why?",))
-    try:
-        if not tokenizer.encode(one):
-            return "renders a user message as nothing"
-        if tokenizer.render(one) == tokenizer.render(other):
-            return "leaves out what the user says"
-    except InvalidInput as error:
-        line = getattr(error.__cause__, "lineno", None)
-        return f"cannot render a user message ({error.__cause__}{f', line {line}' if line else ''})"
-    return None
-
-
-def _load(folder: Path) -> ChatTemplateTokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        with without_byte_order_marks(folder) as clean:
-            tokenizer = AutoTokenizer.from_pretrained(clean, local_files_only=True, trust_remote_code=False)
-        _check_end_of_text(tokenizer, folder)
-        return ChatTemplateTokenizer(tokenizer)
-    except BadTokenizer:
-        raise
-    # transformers and tokenizers raise many types here, bare Exception among them
-    except Exception as error:
-        if not (folder / "tokenizer.json").is_file():
-            raise BadTokenizer(
-                f"{folder} has a chat template but no tokenizer.json, without which it cannot be used; copy "
-                "the model's tokenizer.json into the folder, or write one with transformers' save_pretrained"
-            ) from error
-        raise BadTokenizer(
-            f"the tokenizer files in {folder} cannot be loaded ({type(error).__name__}: {error}); copy them "
-            "again"
-        ) from error
-
-
-def _check_end_of_text(tokenizer: Any, folder: Path) -> None:
-    """Give the tokenizer the end of text that the model's configuration names, if it names none itself."""
-    if not tokenizer.is_fast:
-        raise BadTokenizer(f"{folder} has no tokenizer.json; copy the model's into the folder")
-    if tokenizer.eos_token_id is None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(_end_of_text(folder))
-    if tokenizer.eos_token_id is None:
-        raise BadTokenizer(
-            f"the token that ends a text is not in {folder / 'tokenizer.json'}; correct eos_token_id"
-        )
-
-
-def _end_of_text(folder: Path) -> int:
-    """The first id that ends an answer, for a tokenizer that names no token of its own."""
-    for _, named in named_ends(folder):
-        first = named[0] if isinstance(named, list) and named else named
-        if type(first) is int:
-            return first
-    raise BadTokenizer(
-        f"no file in {folder} names the token that ends a text; set eos_token in tokenizer_config.json"
-    )
-
-
 def _control_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Ids by word: special tokens, and added tokens that look like control words. Only the names differ from
     model to model: many add `<|user|>` without calling it special."""
@@ -274,38 +192,3 @@ def _control_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.special or _LOOKS_LIKE_CONTROL.search(token.content)
     }
-
-
-def _vocabulary(backend: Backend) -> Vocabulary:
-    """Raises BadTokenizer when the pieces are spelt in a way not known here."""
-    decoder = json.dumps(json.loads(backend.to_str())["decoder"])
-    byte_level = "ByteLevel" in decoder
-    if not byte_level and "ByteFallback" not in decoder:
-        raise BadTokenizer("tokenizer.json is neither byte-level nor SentencePiece-like; use another model")
-    vocabulary, added = backend.get_vocab(), backend.get_added_tokens_decoder()
-    pieces: list[str | bytes] = [b"" if byte_level else ""] * (max(vocabulary.values()) + 1)
-    byte_of = _byte_of_character()
-    try:
-        for piece, token_id in vocabulary.items():
-            if token_id in added:
-                text = "" if added[token_id].special else added[token_id].content
-                pieces[token_id] = text.encode() if byte_level else text
-            elif byte_level:
-                pieces[token_id] = bytes(byte_of[character] for character in piece)
-            else:
-                pieces[token_id] = _byte_fallback_piece(piece)
-    except KeyError as error:
-        raise BadTokenizer(f"tokenizer.json is not byte-level throughout ({error}); copy it again") from error
-    return Vocabulary(pieces, sentencepiece=not byte_level)
-
-
-def _byte_of_character() -> dict[str, int]:
-    """How a byte-level vocabulary spells bytes as printable characters, read backwards."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-def _byte_fallback_piece(piece: str) -> str | bytes:
-    match = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-    return bytes([int(match[1], 16)]) if match else piece

@@ -1,8 +1,7 @@
-"""Token ids of a prompt, exactly as the model was trained on them.
+"""Token ids of a prompt, exactly as the model was trained on them: what every tokenizer has in common.
 
-Two formats: Llama 2's, here, by SentencePiece as in Meta's reference; and that of a model that brings
-a chat template of its own (`chat_template.py`). In both, text never becomes a control token. Knows how
-a dialogue is spelt; knows nothing of sampling, engines or weights.
+A prompt is spelt as segments: runs of text, and ids of control tokens. Text never becomes a control token.
+Knows nothing of sampling, engines or weights.
 """
 
 from __future__ import annotations
@@ -10,17 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llama.errors import BadTokenizer
-from llama.prompt.dialog import B_INST, B_SYS, E_INST, E_SYS, Dialog
-from llama.prompt.prompt_template import Control, FormattedPrompt
-from llama.text.detokenizer import Vocabulary
-from llama.weights.file_checks import read_object
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
+from llama.errors import InvalidInput, PromptRequired
+from llama.prompt.dialog import Dialog
+from llama.prompt.limits import PromptLimits
+from llama.prompt.prompt_template import FormattedPrompt
+from llama.text.vocabulary import Vocabulary
 
 Segment = str | int
 """A run of text to be encoded, or the id of a control token."""
@@ -79,125 +73,19 @@ class Tokenizer(ABC):
     def _control_word(self, token_id: int) -> str: ...
 
 
-class LlamaTokenizer(Tokenizer):
-    """Llama 2's format: every exchange encoded on its own, between BOS and EOS.
-
-    Source: `chat_completion` in Meta's reference (llama/generation.py).
-    """
-
-    def __init__(self, processor: SentencePieceProcessor) -> None:
-        self._processor = processor
-        self.eos_token_id = processor.eos_id()
-        self.vocabulary = Vocabulary(
-            [_sentencepiece_piece(processor, i) for i in range(processor.vocab_size())], sentencepiece=True
+def encode_within(limits: PromptLimits, prompt: Dialog | FormattedPrompt, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a prompt. Raises PromptTooLong if they leave no room for one new token, PromptRequired
+    if there are none, InvalidInput if the model has no such token."""
+    token_ids = tokenizer.encode(prompt, limits.check_characters)
+    if not token_ids:
+        raise PromptRequired("the formatted prompt has no tokens; send a prompt with words in it")
+    if max(token_ids) >= tokenizer.size:
+        raise InvalidInput(
+            f"the prompt contains token {max(token_ids)} and the model has {tokenizer.size} tokens; "
+            "leave control words out of it"
         )
-        self.text_size = 1 + max((i for i, piece in enumerate(self.vocabulary.pieces) if piece), default=0)
-
-    def encode(self, prompt: Dialog | FormattedPrompt, check: Check = no_check) -> list[int]:
-        segments = list(self._segments(prompt))
-        check(characters(segments))
-        ids = list[int]()
-        for segment in segments:
-            ids += [segment] if isinstance(segment, int) else self._encode_text(without_surrogates(segment))
-        return ids
-
-    def _segments(self, prompt: Dialog | FormattedPrompt) -> Iterator[Segment]:
-        bos, eos = self._processor.bos_id(), self.eos_token_id
-        if isinstance(prompt, FormattedPrompt):
-            yield bos
-            for part in prompt.parts:
-                yield part if isinstance(part, str) else {Control.BOS: bos, Control.EOS: eos}[part]
-            return
-        turns = [*prompt.turns]
-        if prompt.system.strip():
-            turns[0] = f"{B_SYS}\n{prompt.system}\n{E_SYS}\n\n{turns[0]}"
-        for start in range(0, len(turns), 2):
-            user = f"{B_INST} {turns[start].strip()} {E_INST}"
-            yield bos
-            if start + 2 < len(turns):
-                yield f"{user} {turns[start + 1].strip()} "
-                yield eos
-            elif start + 1 < len(turns):  # a begun answer: no EOS and no space after it
-                yield f"{user} {turns[start + 1].strip()}"
-            else:
-                yield user
-
-    def _encode_text(self, text: str) -> list[int]:
-        return list(self._processor.encode(text))
-
-    def _control_word(self, token_id: int) -> str:
-        return str(self._processor.id_to_piece(token_id))
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder, with the format that the model was trained on.
-
-    Raises BadTokenizer when there is none, it is damaged, or it has no dialogue format known here.
-    """
-    template = _chat_template(folder)
-    if template is not None and B_SYS not in template:
-        from llama.text.chat_template import load_chat_template_tokenizer
-
-        return load_chat_template_tokenizer(folder)
-    path = next(
-        (folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()), None
-    )
-    if path is None:
-        raise BadTokenizer(
-            f"{folder / 'tokenizer.model'} is not there, and neither is tokenizer.json; copy the model's "
-            "tokenizer files into the folder"
-        )
-    processor = _load_sentencepiece(path)
-    if [processor.id_to_piece(i) for i in range(4)] != ["<unk>", "<s>", "</s>", "<0x00>"]:
-        raise BadTokenizer(
-            f"{path} is not a Llama 2 vocabulary and the folder has no chat template of another format; "
-            "add the chat template that the model was trained on"
-        )
-    return LlamaTokenizer(processor)
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The chat template that transformers would render: of several the one called default, and "" if there is
-    none of that name. None for a folder without templates."""
-    try:
-        if (path := folder / "chat_template.jinja").is_file():
-            return path.read_text(encoding="utf-8-sig")
-        if (path := folder / "additional_chat_templates").is_dir() and any(path.glob("*.jinja")):
-            return ""
-    except (OSError, ValueError) as error:
-        raise BadTokenizer(f"{path} cannot be read ({error}); copy it again") from error
-    path = folder / "tokenizer_config.json"
-    template = read_object(path, BadTokenizer).get("chat_template") if path.is_file() else None
-    if isinstance(template, dict):
-        template = template.get("default", "")
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[-1].get("template") if named else ""
-    if not isinstance(template, str | None):
-        raise BadTokenizer(f"{path} has no text as chat_template; copy it again")
-    return template
-
-
-def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
-    from sentencepiece import SentencePieceProcessor
-
-    from llama.text.sentencepiece_model import from_tokenizer_json
-
-    try:
-        if path.suffix == ".json":
-            return SentencePieceProcessor(model_proto=from_tokenizer_json(path))
-        return SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise BadTokenizer(f"{path} is not a SentencePiece model; copy it again") from error
-
-
-def _sentencepiece_piece(processor: SentencePieceProcessor, token_id: int) -> str | bytes:
-    if processor.is_control(token_id) or processor.is_unused(token_id):
-        return ""
-    if processor.is_unknown(token_id):
-        return str(processor.decode([token_id]))
-    piece = str(processor.id_to_piece(token_id))
-    return bytes([int(piece[3:5], 16)]) if processor.is_byte(token_id) else piece
+    limits.check_tokens(len(token_ids))
+    return token_ids
 
 
 def without_surrogates(text: str) -> str:

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama.errors import DamagedWeights, DiskFull, DownloadFailed, LlamaError
+from llama.weights.disk import disk_errors
 from llama.weights.file_checks import form_fault
 from llama.weights.hash_cache import HashCache
-from llama.weights.partial_file import Part, disk_errors
-from llama.weights.retry import Patience, Stopped
-from llama.weights.progress import progress
 from llama.weights.http import Answer, Transport
+from llama.weights.partial_file import Part
+from llama.weights.progress import progress
+from llama.weights.retry import Patience, Stopped
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llama.errors import BadSettings, DiskFull, DownloadFailed, WeightsNotFound
-from llama.weights.partial_file import alone
 from llama.settings import expanded
+from llama.weights.disk import folder_lock
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def embedded_folder(cache_dir: Path) -> Path:
     folder = expanded(cache_dir, "LLAMA_CACHE_DIR") / name
     if not folder.is_dir():
         try:
-            with alone(folder.parent):
+            with folder_lock(folder.parent):
                 if not folder.is_dir():  # another process may have made it while this one waited
                     _convert(Path(spec.origin).parent, folder)
         except (OSError, DownloadFailed, DiskFull) as error:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llama import ROOT
-from llama.weights.embedded import embedded_folder
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, DamagedWeights, WeightsNotFound
+from llama.settings import Settings, expanded
+from llama.weights.disk import PACKED, file_sha256, folder_lock
+from llama.weights.embedded import embedded_folder
 from llama.weights.file_checks import INDEX, file_names, form_fault, read_object
 from llama.weights.manifest import Entry, place, read_manifest, rebase, write_hashes
-from llama.weights.partial_file import PACKED, alone, file_sha256
-from llama.settings import Settings, expanded
 
 if TYPE_CHECKING:
     from llama.weights.download import Source
@@ -70,7 +70,7 @@ def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> 
 
     _check_not_packed(folder)
     sources = _sources(folder, settings)
-    with alone(folder):
+    with folder_lock(folder):
         return download(sources, folder, patience or Patience())
 
 

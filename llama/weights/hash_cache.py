@@ -12,7 +12,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from llama.weights.partial_file import file_sha256
+from llama.weights.disk import file_sha256
 
 logger = logging.getLogger(__name__)
 

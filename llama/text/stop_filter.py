@@ -1,0 +1,90 @@
+"""Cuts an answer at the first stop sequence, wherever its pieces are cut.
+
+Holds back only what may still become a stop sequence. Knows text; knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+
+class StopFilter:
+    """Cuts a text at the first stop sequence, wherever the pieces of text are cut.
+
+    An Aho-Corasick automaton: after each character its state is the longest end of the text that may
+    still become a stop sequence, which is what must be held back. The sequence that ends first wins,
+    the longest of those that end together. Time is linear in the text, whatever the number of stops.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stopped = False
+        self._held = ""
+        self._state = 0
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]
+        self._match = [0]  # length of the longest stop that ends in this state
+        self._fail = [0]
+        for stop in stops:
+            self._insert(stop)
+        self._link()
+
+    def update(self, text: str, *, may_stop: bool = True) -> str:
+        """The text that no stop sequence can claim any more; "" once stopped.
+
+        If `may_stop` is false, a stop sequence that ends in `text` is ignored. One that begins here and ends
+        in later text still counts.
+        """
+        if self.stopped:
+            return ""
+        if len(self._next) == 1:
+            return text
+        for index, character in enumerate(text):
+            self._state = self._step(self._state, character)
+            if not (length := self._match[self._state]):
+                continue
+            if may_stop:
+                self.stopped = True
+                kept = self._held + text[: index + 1]
+                self._held = ""
+                return kept[: len(kept) - length]
+            while self._state and not self._next[self._state]:  # no longer stop sequence begins like this
+                self._state = self._fail[self._state]
+        kept = self._held + text
+        cut = len(kept) - self._depth[self._state]
+        self._held = kept[cut:]
+        return kept[:cut]
+
+    def flush(self) -> str:
+        """What was held back and turned out to be no stop sequence."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+    def _insert(self, stop: str) -> None:
+        state = 0
+        for character in stop:
+            following = self._next[state].get(character)
+            if following is None:
+                following = len(self._next)
+                self._next[state][character] = following
+                self._next.append({})
+                self._depth.append(self._depth[state] + 1)
+                self._match.append(0)
+                self._fail.append(0)
+            state = following
+        self._match[state] = len(stop)
+
+    def _link(self) -> None:
+        """Breadth first, so that the state to fall back to, which is nearer the root, is ready."""
+        waiting = deque(self._next[0].values())
+        while waiting:
+            state = waiting.popleft()
+            for character, following in self._next[state].items():
+                self._fail[following] = self._step(self._fail[state], character)
+                self._match[following] = self._match[following] or self._match[self._fail[following]]
+                waiting.append(following)
+
+    def _step(self, state: int, character: str) -> int:
+        while state and character not in self._next[state]:
+            state = self._fail[state]
+        return self._next[state].get(character, 0)

@@ -1,0 +1,1 @@
+"""The folder of weights: downloaded, verified and found."""
