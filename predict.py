@@ -10,7 +10,7 @@ from typing import Optional
 
 from cog import BaseRunner, ConcatenateIterator, Input, concurrent, current_scope, streaming
 
-from llama.generation import Llama
+from llama.load import load_llama
 from llama.serving.cancellation import cancellation_of_current_task
 from llama.settings import Settings
 
@@ -20,7 +20,7 @@ class Predictor(BaseRunner):
         """Load the model and start the engine."""
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llama").setLevel(logging.INFO)
-        self.llama = Llama.load(Settings.from_environment())
+        self.llama = load_llama(Settings.from_environment())
 
     def healthcheck(self) -> bool:
         return self.llama.healthy

@@ -82,14 +82,17 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _load_here(folder: Path, quantization: str) -> float:
+def _load_here(folder: Path, quantization: Any) -> float:
     import bitsandbytes  # noqa: F401
     import torch
 
-    from llama.model.loader import load_config, load_model
+    from llama.model.config import load_config
+    from llama.model.loader import load_model
+    from llama.model.precision import Placement
 
     config = load_config(folder)
-    return _seconds(lambda: load_model(folder, config, torch.bfloat16, torch.device("cpu"), quantization))
+    placement = Placement(torch.device("cpu"), torch.bfloat16, quantization, 128)
+    return _seconds(lambda: load_model(folder, config, placement))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ from benchmarks.gpu_steps import measure
 from benchmarks.machine import describe
 from llama import ROOT
 from llama.model.plan import LLAMA_2_70B
+from llama.model.precision import Placement
 from llama.model.quantization import Quantization
 from llama.sampling import SamplingParams
+from llama.torch_engine.batch import Batch
 from llama.torch_engine.engine import TorchEngine
-from llama.torch_engine.kv_cache import CachePlan, KVCache
-from llama.torch_engine.layers import Parts, take_apart
+from llama.torch_engine.kv_cache import CacheShape, KVCache
+from llama.torch_engine.layers import take_apart
 
 
 def main() -> None:
@@ -130,7 +132,7 @@ def _differences(right: list[list[int]], answers: list[list[int]]) -> Iterator[s
 
 def _answers(model: LlamaForCausalLM) -> list[list[int]]:
     """Of 12 requests of different lengths, every other one sampled."""
-    engine = _engine(model, CachePlan(8, 256))
+    engine = _engine(model, CacheShape(8, 256))
     try:
         streams = []
         for index in range(12):
@@ -142,14 +144,23 @@ def _answers(model: LlamaForCausalLM) -> list[list[int]]:
         engine.close()
 
 
-def _engine(model: LlamaForCausalLM, plan: CachePlan) -> TorchEngine:
-    def load() -> tuple[Parts, KVCache]:
-        parts = take_apart(model, plan.length)
-        return parts, KVCache(model.config, plan, parts.cache_dtype, parts.device)
+def _engine(model: LlamaForCausalLM, shape: CacheShape) -> TorchEngine:
+    placement = Placement(model.device, model.dtype, "none", shape.length)
 
-    return TorchEngine(
-        load, vocabulary=model.config.vocab_size, eos_token_ids=[], prefix_reuse=False, cuda_graphs=True
-    )
+    def load() -> Batch:
+        cache = KVCache(model.config, shape, placement.cache_dtype, placement.device)
+        batch = Batch(
+            take_apart(model, placement),
+            cache,
+            vocabulary=model.config.vocab_size,
+            eos_token_ids=[],
+            prefix_reuse=False,
+        )
+        if placement.device.type == "cuda":
+            batch.capture_graphs()
+        return batch
+
+    return TorchEngine(load)
 
 
 def _generator(seed: int) -> torch.Generator:

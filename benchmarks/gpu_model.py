@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workload import VOCABULARY, tokenizer_model
 from llama.model.loader import empty_model
-from llama.model.quantization import Quantization, configuration, quantize, to_stored
+from llama.model.quantization import Quantization, quantize, to_config, to_stored
 from llama.weights.file_checks import INDEX
 
 _LATER_LAYER = re.compile(r"model\.layers\.[1-9]")
@@ -78,7 +78,7 @@ def write_packed(config: LlamaConfig, quantization: Quantization, folder: Path, 
     described = {
         **config.to_dict(),
         "architectures": ["LlamaForCausalLM"],
-        "quantization_config": configuration(quantization),
+        "quantization_config": to_config(quantization),
     }
     (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(tokenizer_model())

@@ -14,12 +14,15 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_model import random_model
 from llama.model.plan import bytes_of_weights, bytes_per_token
+from llama.model.precision import Placement
 from llama.model.quantization import Quantization
 from llama.sampling import SamplingParams
 from llama.serving.schema import input_defaults
-from llama.torch_engine.kv_cache import CachePlan, KVCache
+from llama.torch_engine.attention import Chunk
+from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.runner import Chunk, Runner
+from llama.torch_engine.rows import Rows
+from llama.torch_engine.runner import Runner
 from llama.torch_engine.sampler import Sampler
 from predict import Predictor
 
@@ -44,17 +47,19 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the peer's
     published = SamplingParams.from_inputs(input_defaults(Predictor.run)).with_seed()
-    plan = CachePlan(_ROWS, _CONTEXT)
-    parts = take_apart(model, plan.length)
+    placement = Placement(device, model.dtype, quantization, _CONTEXT)
+    parts = take_apart(model, placement)
+    shape = CacheShape(_ROWS, _CONTEXT)
     with torch.inference_mode():
-        runner = Runner(parts, KVCache(config, plan, parts.cache_dtype, device))
+        rows = Rows(KVCache(config, shape, placement.cache_dtype, device))
+        runner = Runner(parts, rows)
         if device.type == "cuda":
             runner.capture()
-        sampler = Sampler(plan.rows, plan.length, config.vocab_size, [], device)
+        sampler = Sampler(rows, config.vocab_size, [])
         steps = {height: _step(runner, sampler, height, _GREEDY, device) for height in _HEIGHTS}
         sampled = {height: _step(runner, sampler, height, published, device) for height in _HEIGHTS}
         prefill = _prefill(runner, device)
-    per_token = bytes_per_token(config, parts.cache_dtype)
+    per_token = bytes_per_token(config, placement.cache_dtype)
     # One row of the embedding is read a request.
     floors = {height: (weights - embedding + height * _PROMPT * per_token) / bandwidth for height in _HEIGHTS}
     return {
@@ -62,7 +67,7 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
         "copy_bandwidth": bandwidth,
         "bytes_of_weights": weights,
         "bytes_of_weights_planned": bytes_of_weights(config, quantization),
-        "bytes_of_cache": plan.rows * plan.length * per_token,
+        "bytes_of_cache": shape.rows * shape.length * per_token,
         "bytes_used_at_most": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "decode": {
             height: {
@@ -96,10 +101,10 @@ def _step(
     prompt = torch.randint(3, 1000, (_PROMPT,), device=device)
     for row in range(height):
         sampler.add(row, prompt, params)
-        runner.place(row, _PROMPT)
+        runner.start_decoding(row, _PROMPT)
 
     def step() -> list[int]:
-        tokens = sampler.sample(runner.decode(height, _PROMPT + _NEW), 0)
+        tokens = sampler.sample(runner.decode(height, _PROMPT + _NEW), 0, [params] * height)
         runner.feed(0, tokens)
         return tokens.tolist()
 

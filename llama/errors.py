@@ -41,7 +41,9 @@ class LlamaError(Exception):
     code: ClassVar[str]
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{self.code} {type(self).__name__}: {' '.join(message.split())}")
+        self.message = " ".join(message.split())
+        """Without code and name."""
+        super().__init__(f"{self.code} {type(self).__name__}: {self.message}")
 
 
 class UserError(LlamaError):

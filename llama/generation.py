@@ -11,17 +11,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llama.engine import Engine, TokenStream
-from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError, EngineStopped
-from llama.metrics import GuardedScope, Metrics, NoScope, Scope, SetupTimes, guarded
+from llama.errors import EngineStopped
+from llama.metrics import GuardedScope, Metrics, NoScope, Scope, guarded
 from llama.prompt.limits import PromptLimits
 from llama.prompt.request import Request
 from llama.sampling import SamplingParams
 from llama.serving.cancellation import Cancellation
-from llama.settings import Settings
 from llama.text.detokenizer import Detokenizer
 from llama.text.stop_filter import StopFilter
 from llama.text.tokenizer import Tokenizer, encode_within
@@ -53,49 +51,6 @@ class Llama:
         self._limits = PromptLimits(engine.context_length, tokenizer.longest_piece)
         # A thread for each prediction: a long prompt that is being tokenized does not hold up a short one.
         self._threads = ThreadPoolExecutor(max_concurrency, "llama-prepare")
-
-    @classmethod
-    def load(cls, settings: Settings) -> Llama:
-        """Load what the settings name, saying in the log what it is and how long each part took.
-
-        Raises a WeightsError that names the file or setting at fault.
-        """
-        times = SetupTimes()
-        with times.part("imports"):
-            from llama.model.loader import eos_token_ids, fit_tokenizer, load_config
-            from llama.text.load_tokenizer import load_tokenizer
-            from llama.weights.folder import folder_to_serve
-
-            start_engine = _starter(settings)
-        with times.part("folder"):
-            folder = folder_to_serve(settings)
-        with times.part("tokenizer"):
-            config = load_config(folder)
-            tokenizer = load_tokenizer(folder)
-            fit_tokenizer(tokenizer, config, folder)
-        named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
-        if not (ends := {i for i in named if i < tokenizer.size}):
-            raise BadTokenizer(
-                f"none of the tokens that end an answer in {folder} ({sorted(named)}) is below the "
-                f"vocab_size of config.json, {config.vocab_size}; copy the model's own tokenizer files"
-            )
-        engine = start_engine(
-            folder,
-            config,
-            settings,
-            times,
-            vocabulary=tokenizer.size,
-            eos_token_ids=ends,
-        )
-        with times.part("warm-up"):
-            try:
-                _warm_up(engine, min(ends), folder)
-            except BaseException:
-                engine.close()
-                raise
-        logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
-        logger.info("ready after %s", times)
-        return cls(tokenizer, engine, settings.max_concurrency)
 
     @property
     def healthy(self) -> bool:
@@ -209,36 +164,6 @@ class Llama:
         if request.debug:
             yield f"formatted prompt: {self._tokenizer.render(request.prompt)!r}"
             yield f"settings: {json.dumps(params.model_dump(exclude_none=True), separators=(',', ':'))}"
-
-
-def _starter(settings: Settings) -> Callable[..., Engine]:
-    """What starts the engine that the settings name. Raises BadSettings where it is not installed."""
-    if settings.engine == "torch":
-        from llama.torch_engine.start import start_engine
-
-        return start_engine
-    try:
-        from llama.vllm_engine.start import start_vllm_engine
-    except ImportError as error:
-        raise BadSettings(
-            f"LLAMA_ENGINE is vllm, which cannot be imported ({error}); "
-            "`pip install -r requirements-vllm.txt`, or unset it"
-        ) from error
-    return start_vllm_engine
-
-
-def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
-    """Prefill and decode once, so that the first caller does not pay for first-time work, nor meet
-    weights that cannot be computed with. Nobody is billed for it."""
-    params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
-    try:
-        for _ in engine.submit([token_id], params):
-            pass
-    except EngineError as error:
-        raise BadCheckpoint(
-            f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
-            "another LLAMA_DTYPE"
-        ) from error
 
 
 def _report(prediction: Prediction) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a prediction is billed and judged by, and where the seconds of a start go.
+"""What a prediction is billed and judged by.
 
 Knows counts and times; knows nothing of Cog but that a scope records a name and a value.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 from llama.engine import FinishReason
@@ -104,25 +103,3 @@ class Metrics:
     def record_progress(self, scope: Scope) -> None:
         """Record the tokens so far, so that they can be billed even if the server is killed."""
         scope.record_metric("output_token_count", self.output_token_count)
-
-
-class SetupTimes:
-    """Seconds of each part of a start, in order."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count a block as `name`, less the parts within it."""
-        started, before = time.perf_counter(), self._total
-        yield
-        self._parts[name] = time.perf_counter() - started - (self._total - before)
-
-    @property
-    def _total(self) -> float:
-        return sum(self._parts.values())
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._parts.items())
-        return f"{self._total:.1f} s ({parts})"

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, write_model
 
 from llama.errors import WeightsError
-from llama.generation import Llama
+from llama.load import load_llama
 from llama.serving.schema import write_schema
 from llama.serving.server import CogServer, ServerFailed
 from llama.settings import Settings
@@ -271,7 +271,7 @@ def test_weights_that_cannot_be_served_are_named_with_what_to_do(folder: Path, h
     change(folder)
 
     with pytest.raises(WeightsError) as raised:
-        Llama.load(Settings(weights=folder))
+        load_llama(Settings(weights=folder))
 
     line = str(raised.value)
     assert line.startswith(code)
@@ -303,7 +303,7 @@ def test_a_setting_that_cannot_be_used_is_named_with_what_to_do(
     monkeypatch.setenv(variable, value)
 
     with pytest.raises(WeightsError) as raised:
-        Llama.load(Settings.from_environment())
+        load_llama(Settings.from_environment())
 
     line = str(raised.value)
     assert line.startswith("E3")
@@ -314,7 +314,7 @@ def test_a_setting_that_cannot_be_used_is_named_with_what_to_do(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_published_dtype_loads(folder: Path, dtype: Any) -> None:
-    Llama.load(Settings(weights=folder, dtype=dtype)).close()
+    load_llama(Settings(weights=folder, dtype=dtype)).close()
 
 
 @pytest.mark.parametrize(

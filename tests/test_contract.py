@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from llama.engine import Engine, TokenStream
 from llama.errors import EngineStopped, NotSupported, PromptTooLong
 from llama.generation import Llama
+from llama.load import load_llama
 from llama.metrics import NoScope
 from llama.sampling import SamplingParams
 from llama.serving.cancellation import Cancellation
@@ -97,7 +98,7 @@ def load(folder: Path, engine: str) -> Llama:
         if engine == TWO_RANKS:
             a_core_each = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
             environment.setenv("VLLM_CPU_OMP_THREADS_BIND", a_core_each)
-        return Llama.load(settings)
+        return load_llama(settings)
 
 
 @torch.inference_mode()

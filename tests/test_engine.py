@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
 from llama.errors import EngineStopped, GenerationFailed
+from llama.model.precision import Placement
 from llama.sampling import SamplingParams
+from llama.torch_engine.batch import Batch
 from llama.torch_engine.engine import TorchEngine
-from llama.torch_engine.kv_cache import CachePlan, KVCache
-from llama.torch_engine.layers import Parts, take_apart
+from llama.torch_engine.kv_cache import CacheShape, KVCache
+from llama.torch_engine.layers import take_apart
+from llama.torch_engine.scheduler import BatchRequest, State
 
 EOS = 2
 LENGTH = 512
@@ -46,29 +51,53 @@ class Head(torch.nn.Module):
         return self.inner(hidden)
 
 
-@contextmanager
-def running(
+def batch_of(
     model: LlamaForCausalLM,
     rows: int = 8,
     eos: tuple[int, ...] = (EOS,),
     prefix_reuse: bool = True,
     head: Head | None = None,
-) -> Iterator[TorchEngine]:
-    taken = copy.deepcopy(model)  # an engine takes its model apart
+) -> Batch:
+    """A batch without a thread: the tests step it."""
+    taken = copy.deepcopy(model)  # a batch takes its model apart
     if head is not None:
         head.inner, taken.lm_head = taken.lm_head, head
-
-    def load() -> tuple[Parts, KVCache]:
-        parts = take_apart(taken, LENGTH)
-        return parts, KVCache(model.config, CachePlan(rows, LENGTH), parts.cache_dtype, parts.device)
-
-    engine = TorchEngine(
-        load,
+    placement = Placement(model.device, model.dtype, "none", LENGTH)
+    return Batch(
+        take_apart(taken, placement),
+        KVCache(model.config, CacheShape(rows, LENGTH), placement.cache_dtype, placement.device),
         vocabulary=model.config.vocab_size,
         eos_token_ids=eos,
         prefix_reuse=prefix_reuse,
-        cuda_graphs=True,
     )
+
+
+def add(batch: Batch, prompt: list[int], params: SamplingParams) -> BatchRequest:
+    request = batch.request(prompt, params)
+    batch.add(request)
+    return request
+
+
+def finish(batch: Batch) -> None:
+    """Step until no request is left."""
+    for _ in range(10_000):
+        if batch.idle:
+            return
+        batch.step()
+    raise AssertionError("the batch never becomes idle")
+
+
+def answers_of(batch: Batch, *requests: tuple[list[int], SamplingParams]) -> list[list[int]]:
+    """The answers to requests that arrive together."""
+    added = [add(batch, *request) for request in requests]
+    finish(batch)
+    return [request.tokens[request.prompt_length :] for request in added]
+
+
+@contextmanager
+def running(model: LlamaForCausalLM, **more: Any) -> Iterator[TorchEngine]:
+    """The same on a thread, arguments as in `batch_of`."""
+    engine = TorchEngine(lambda: batch_of(model, **more))
     try:
         yield engine
     finally:
@@ -112,113 +141,141 @@ def wait_until(condition: Callable[[], bool], timeout: float = 30) -> None:
 
 def test_every_request_of_a_mixed_batch_is_what_generate_gives(model: LlamaForCausalLM) -> None:
     lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more than there are rows
-    prompts = [prompt_of(seed, length) for seed, length in enumerate(lengths)]
+    requests = [(prompt_of(i, length), greedy(20 + 5 * i)) for i, length in enumerate(lengths)]
+    expected = [generate(model, prompt, params.maximum) for prompt, params in requests]
+    assert answers_of(batch_of(model, rows=5), *requests) == expected
     with running(model, rows=5) as engine:
-        streams = [engine.submit(prompt, greedy(20 + 5 * i)) for i, prompt in enumerate(prompts)]
-        answers = [collect(stream) for stream in streams]
-    for i, prompt in enumerate(prompts):
-        assert answers[i] == generate(model, prompt, 20 + 5 * i)
+        streams = [engine.submit(*request) for request in requests]
+        assert [collect(stream) for stream in streams] == expected
 
 
 def test_requests_that_join_while_others_run_change_nothing(model: LlamaForCausalLM) -> None:
-    with running(model) as engine:
-        first = engine.submit(prompt_of(1, 30), greedy(120))
-        pieces = iter(first)
-        head = [token for _ in range(3) for token in next(pieces)]
-        others = [engine.submit(prompt_of(seed, 50), greedy(10)) for seed in (2, 3)]
-        tails = [collect(other) for other in others]
-        answer = head + [token for tokens in pieces for token in tokens]
-    assert answer == generate(model, prompt_of(1, 30), 120)
+    batch = batch_of(model)
+    first = add(batch, prompt_of(1, 30), greedy(120))
+    for _ in range(3):
+        batch.step()
+    others = [add(batch, prompt_of(seed, 50), greedy(10)) for seed in (2, 3)]
+    finish(batch)
+    assert collect(first.stream) == generate(model, prompt_of(1, 30), 120)
+    tails = [collect(other.stream) for other in others]
     assert tails == [generate(model, prompt_of(seed, 50), 10) for seed in (2, 3)]
+
+
+def test_a_request_passes_through_its_states_one_step_at_a_time(model: LlamaForCausalLM) -> None:
+    batch = batch_of(model, rows=1)
+    long, next_one = (add(batch, prompt_of(seed, 500), greedy(3)) for seed in (1, 2))
+    states = []
+    while not batch.idle:
+        states.append((long.state.name, next_one.state.name, batch.running, batch.waiting))
+        batch.step()
+    # 501 tokens of a prompt fit one step, which also decodes the second token.
+    assert states == [
+        ("WAITING", "WAITING", 0, 2),
+        ("DECODING", "WAITING", 1, 1),
+        ("ENDED", "WAITING", 0, 1),
+        ("ENDED", "DECODING", 1, 0),
+    ]
+    assert (long.state, next_one.state, batch.generated) == (State.ENDED, State.ENDED, 6)
+
+
+def test_a_long_prompt_is_read_in_several_steps_beside_running_requests(model: LlamaForCausalLM) -> None:
+    batch = batch_of(model, rows=2)
+    first = add(batch, prompt_of(1, 5), greedy(100))
+    batch.step()
+    long = add(batch, prompt_of(2, 400), greedy(5))
+    steps, before = 0, first.generated
+    while long.state in (State.WAITING, State.READING):
+        batch.step()
+        steps += 1
+    # 36 prompt tokens a step beside one stream, twice as many while another prompt waits.
+    assert 8 <= steps <= 12
+    assert first.generated == before + steps
+    finish(batch)
+    assert collect(long.stream) == generate(model, prompt_of(2, 400), 5)
+    assert collect(first.stream) == generate(model, prompt_of(1, 5), 100)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
 def test_the_repetition_penalty_is_that_of_generate(model: LlamaForCausalLM, penalty: float) -> None:
     prompt = prompt_of(4, 30)
-    with running(model) as engine:
-        answer = collect(engine.submit(prompt, greedy(40, repetition_penalty=penalty)))
+    (answer,) = answers_of(batch_of(model), (prompt, greedy(40, repetition_penalty=penalty)))
     assert answer == generate(model, prompt, 40, repetition_penalty=penalty)
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_among_others(model: LlamaForCausalLM) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, seed=42, max_new_tokens=60)
-    prompt = prompt_of(9, 20)
-    with running(model, rows=8) as engine:
-        alone = collect(engine.submit(prompt, params))
-        noise = [
-            engine.submit(
-                prompt_of(seed, 10 + seed), SamplingParams(temperature=1.5, seed=seed, max_new_tokens=50)
-            )
-            for seed in range(31)
-        ]
-        among = engine.submit(prompt, params)
-        noise[3].cancel()
-        assert collect(among) == alone
-        assert collect(engine.submit(prompt, params.model_copy(update={"seed": 43}))) != alone
+    prompt, batch = prompt_of(9, 20), batch_of(model, rows=8)
+    (alone,) = answers_of(batch, (prompt, params))
+    noise = [
+        add(batch, prompt_of(seed, 10 + seed), SamplingParams(temperature=1.5, seed=seed, max_new_tokens=50))
+        for seed in range(31)
+    ]
+    among = add(batch, prompt, params)
+    batch.step()
+    noise[3].stream.cancel()
+    finish(batch)
+    assert collect(among.stream) == alone
+    assert answers_of(batch, (prompt, params.model_copy(update={"seed": 43}))) != [alone]
 
 
 def test_an_answer_ends_at_eos_which_is_not_part_of_it(model: LlamaForCausalLM) -> None:
     prompt = prompt_of(5, 12)
     answer = generate(model, prompt, 30)
     eos = answer[10]
-    with running(model, eos=(eos,)) as engine:
-        stream = engine.submit(prompt, greedy(30))
-        assert collect(stream) == answer[: answer.index(eos)]
-        assert stream.finish_reason == "stop"
+    batch = batch_of(model, eos=(eos,))
+    request = add(batch, prompt, greedy(30))
+    finish(batch)
+    assert collect(request.stream) == answer[: answer.index(eos)]
+    assert request.stream.finish_reason == "stop"
 
 
 def test_no_eos_ends_an_answer_before_its_minimum(model: LlamaForCausalLM) -> None:
     prompt = prompt_of(5, 12)
     eos = generate(model, prompt, 30)[4]
-    with running(model, eos=(eos,)) as engine:
-        stream = engine.submit(prompt, greedy(30, min_new_tokens=25))
-        answer = collect(stream)
+    (answer,) = answers_of(batch_of(model, eos=(eos,)), (prompt, greedy(30, min_new_tokens=25)))
     assert len(answer) >= 25
     assert eos not in answer[:25]
 
 
 def test_an_answer_of_the_maximum_says_length(model: LlamaForCausalLM) -> None:
-    with running(model) as engine:
-        stream = engine.submit(prompt_of(5, 12), greedy(7))
-        assert len(collect(stream)) == 7
-        assert stream.finish_reason == "length"
+    batch = batch_of(model)
+    request = add(batch, prompt_of(5, 12), greedy(7))
+    finish(batch)
+    assert len(collect(request.stream)) == 7
+    assert request.stream.finish_reason == "length"
 
 
 def test_a_prompt_and_an_answer_can_fill_the_context_together(model: LlamaForCausalLM) -> None:
-    with running(model) as engine:
-        assert len(collect(engine.submit(prompt_of(1, LENGTH - 2), greedy(1)))) == 1
-        assert len(collect(engine.submit([1], greedy(LENGTH - 1, min_new_tokens=LENGTH - 1)))) == LENGTH - 1
+    batch = batch_of(model)
+    full = greedy(LENGTH - 1, min_new_tokens=LENGTH - 1)
+    answers = answers_of(batch, (prompt_of(1, LENGTH - 2), greedy(1)), ([1], full))
+    assert [len(answer) for answer in answers] == [1, LENGTH - 1]
 
 
 def test_a_full_house_queues_and_drains_in_order(model: LlamaForCausalLM) -> None:
+    batch = batch_of(model, rows=1)
+    requests = [add(batch, prompt_of(i, 5), greedy(20)) for i in range(6)]
     finished: list[int] = []
-
-    def wait_for(index: int, stream: TokenStream) -> None:
-        collect(stream)
-        finished.append(index)
-
-    with running(model, rows=1) as engine:
-        streams = [engine.submit(prompt_of(i, 5), greedy(20)) for i in range(6)]
-        threads = [threading.Thread(target=wait_for, args=pair) for pair in enumerate(streams)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
+    while not batch.idle:
+        batch.step()
+        ended = [i for i, request in enumerate(requests) if request.state is State.ENDED]
+        finished += [i for i in ended if i not in finished]
     assert finished == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model: LlamaForCausalLM) -> None:
-    with running(model, rows=2) as engine:
-        leaving = engine.submit(prompt_of(1, 5), greedy(400))
-        staying = engine.submit(prompt_of(2, 5), greedy(60))
-        next(iter(leaving))
-        leaving.cancel()
-        rest = collect(leaving)
-        assert leaving.finish_reason == "cancelled"
-        assert len(rest) < 400
-        wait_until(lambda: engine.running <= 1)
-        assert collect(staying) == generate(model, prompt_of(2, 5), 60)
-        wait_until(lambda: engine.running == 0)
+    batch = batch_of(model, rows=2)
+    leaving, staying = add(batch, prompt_of(1, 5), greedy(400)), add(batch, prompt_of(2, 5), greedy(60))
+    for _ in range(5):
+        batch.step()
+    leaving.stream.cancel()
+    assert batch.running == 2
+    batch.step()
+    assert (batch.running, leaving.state) == (1, State.ENDED)
+    assert len(collect(leaving.stream)) < 10
+    assert leaving.stream.finish_reason == "cancelled"
+    finish(batch)
+    assert collect(staying.stream) == generate(model, prompt_of(2, 5), 60)
 
 
 def test_a_cancelled_request_frees_its_place_within_one_step(model: LlamaForCausalLM) -> None:
@@ -237,13 +294,13 @@ def test_a_cancelled_request_frees_its_place_within_one_step(model: LlamaForCaus
 
 
 def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) -> None:
-    with running(model, rows=1) as engine:
-        first = engine.submit(prompt_of(1, 5), greedy(100))
-        waiting = engine.submit(prompt_of(2, 5), greedy(100))
-        waiting.cancel()
-        assert collect(waiting) == []
-        assert waiting.finish_reason == "cancelled"
-        assert collect(first) == generate(model, prompt_of(1, 5), 100)
+    batch = batch_of(model, rows=1)
+    first, waiting = (add(batch, prompt_of(i, 5), greedy(100)) for i in (1, 2))
+    waiting.stream.cancel()
+    finish(batch)
+    assert collect(waiting.stream) == []
+    assert (waiting.stream.finish_reason, waiting.state) == ("cancelled", State.ENDED)
+    assert collect(first.stream) == generate(model, prompt_of(1, 5), 100)
 
 
 def test_a_failed_step_fails_everybody_loudly_and_the_next_request_does_not_hang(
@@ -295,14 +352,14 @@ def test_a_request_whose_numbers_break_down_fails_alone_and_leaves_nothing_behin
 
 
 def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> None:
-    with running(model, rows=3) as engine:
-        for round_ in range(30):
-            streams = [engine.submit(prompt_of(i, 3 + i), greedy(3)) for i in range(5)]
-            streams[round_ % 5].cancel()
-            for stream in streams:
-                collect(stream)
-        wait_until(lambda: engine.running == 0)
-        answers = [collect(engine.submit(prompt_of(i, 4), greedy(3))) for i in range(3)]
+    batch = batch_of(model, rows=3)
+    for round_ in range(30):
+        requests = [add(batch, prompt_of(i, 3 + i), greedy(3)) for i in range(5)]
+        batch.step()
+        requests[round_ % 5].stream.cancel()
+        finish(batch)
+        assert {request.state for request in requests} == {State.ENDED}
+    answers = answers_of(batch, *[(prompt_of(i, 4), greedy(3)) for i in range(3)])
     assert answers == [generate(model, prompt_of(i, 4), 3) for i in range(3)]
 
 
@@ -312,22 +369,21 @@ def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM) -
     answers: dict[bool, list[list[int]]] = {}
     for reuse in (True, False):
         given: list[list[int]] = []
-        with running(model, rows=4, prefix_reuse=reuse) as engine:
-            history = system
-            for turn in range(5):
-                history = history + prompt_of(10 + turn, 12)
-                given.append(collect(engine.submit(history, greedy(15))))
-                history = history + given[-1]
-            together = [engine.submit(system + prompt_of(30 + i, 20), greedy(10 + i)) for i in range(9)]
-            given += [collect(stream) for stream in together]
-            params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_new_tokens=30)
-            given.append(collect(engine.submit(history + prompt_of(50, 5), params)))
+        batch, history = batch_of(model, rows=4, prefix_reuse=reuse), system
+        for turn in range(5):
+            history = history + prompt_of(10 + turn, 12)
+            given += answers_of(batch, (history, greedy(15)))
+            history = history + given[-1]
+        together = [(system + prompt_of(30 + i, 20), greedy(10 + i)) for i in range(9)]
+        given += answers_of(batch, *together)
+        params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_new_tokens=30)
+        given += answers_of(batch, (history + prompt_of(50, 5), params))
         answers[reuse] = given
     assert answers[True] == answers[False]
     assert answers[True][0] == generate(model, system + prompt_of(10, 12), 15)
 
 
-class Reading(torch.nn.Module):
+class CountedEmbedding(torch.nn.Module):
     """Token embeddings that count the tokens that they are asked for."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
@@ -342,14 +398,16 @@ class Reading(torch.nn.Module):
 @pytest.mark.parametrize("reuse", [True, False])
 def test_the_next_turn_of_a_dialogue_reads_only_what_is_new(model: LlamaForCausalLM, reuse: bool) -> None:
     counted = copy.deepcopy(model)
-    counted.model.embed_tokens = Reading(counted.model.embed_tokens)
+    embedding = CountedEmbedding(counted.model.embed_tokens)
     first = prompt_of(1, 300)
-    with running(counted, rows=2, prefix_reuse=reuse) as engine:
-        embedding = engine._runner._parts.embedding
-        answer = collect(engine.submit(first, greedy(20)))
-        following = first + answer + prompt_of(2, 30)
-        before = embedding.count
-        assert collect(engine.submit(following, greedy(20))) == generate(model, following, 20)
-        # The last token of the first answer was never read; of the second neither.
-        new = len(following) - (len(first) + len(answer) - 1 if reuse else 0)
-        assert embedding.count - before == new + 19
+    placement = Placement(model.device, model.dtype, "none", LENGTH)
+    parts = replace(take_apart(counted, placement), embedding=embedding)
+    cache = KVCache(model.config, CacheShape(2, LENGTH), placement.cache_dtype, placement.device)
+    batch = Batch(parts, cache, vocabulary=model.config.vocab_size, eos_token_ids=[EOS], prefix_reuse=reuse)
+    (answer,) = answers_of(batch, (first, greedy(20)))
+    following = first + answer + prompt_of(2, 30)
+    before = embedding.count
+    assert answers_of(batch, (following, greedy(20))) == [generate(model, following, 20)]
+    # The last token of the first answer was never read; of the second neither.
+    new = len(following) - (len(first) + len(answer) - 1 if reuse else 0)
+    assert embedding.count - before == new + 19

@@ -16,7 +16,7 @@ from llama.engine import TokenStream
 from llama.errors import EngineError, EngineStopped, GenerationFailed, InvalidInput
 from llama.sampling import SamplingParams
 from llama.torch_engine.engine import TorchEngine
-from tests.test_engine import collect, generate, greedy, model, prompt_of, running, wait_until
+from tests.test_engine import collect, generate, greedy, model, prompt_of, running
 
 __all__ = ["model"]  # the fixture
 
@@ -26,15 +26,15 @@ Place = tuple[str, str, int]
 # Reached only while one request's prompt is prepared or read.
 PROMPTS = {
     ("scheduler.py", "reuse_prefix"),
-    ("prefix_cache.py", "place"),
+    ("prefix_cache.py", "reuse"),
     ("prefix_cache.py", "_best_match"),
     ("kv_cache.py", "copy"),
     ("runner.py", "prefill"),
-    ("runner.py", "_visible"),
-    ("runner.py", "_read"),
-    ("engine.py", "_begin_answer"),
+    ("attention.py", "_mask"),
+    ("attention.py", "_prefill_chunk"),
+    ("batch.py", "_begin_answer"),
     ("sampler.py", "add"),
-    ("runner.py", "place"),
+    ("runner.py", "start_decoding"),
 }
 
 
@@ -182,7 +182,6 @@ def test_prompts_that_are_read_together_with_one_that_fails_are_answered(model: 
                     collect(stream)
             answers = [outcome(stream) for stream in streams]
             assert engine.healthy
-            wait_until(lambda: engine.running == 0)
     finally:
         model.model.embed_tokens = inner
     assert answers == [generate(model, prompt, 5) for prompt in good]

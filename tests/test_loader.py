@@ -21,16 +21,20 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from llama.errors import BadCheckpoint, BadSettings, WeightsError
-from llama.generation import Llama
-from llama.model.loader import load_config, load_model, pick_quantization
+from llama.load import load_llama
+from llama.model.config import load_config
+from llama.model.loader import load_model
 from llama.model.pack import pack
+from llama.model.precision import Placement, place
 from llama.sampling import SamplingParams
 from llama.serving.schema import write_schema
 from llama.serving.server import CogServer
 from llama.settings import Settings
-from llama.torch_engine.kv_cache import CachePlan, KVCache
+from llama.torch_engine.attention import Chunk
+from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.runner import Chunk, Runner
+from llama.torch_engine.rows import Rows
+from llama.torch_engine.runner import Runner
 from llama.weights.disk import PACKED
 from llama.weights.file_checks import read_object
 from predict import Predictor
@@ -82,7 +86,7 @@ def shard(folder: Path, size: str) -> None:
 
 
 def loaded(folder: Path, quantization: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    return load_model(folder, load_config(folder), dtype, CPU, quantization)
+    return load_model(folder, load_config(folder), Placement(CPU, dtype, quantization, 128))
 
 
 def tokens() -> Tensor:
@@ -98,8 +102,8 @@ def logits(model: LlamaForCausalLM) -> Tensor:
 @torch.inference_mode()
 def logits_of_a_step(model: LlamaForCausalLM) -> Tensor:
     """By ours, of the last token."""
-    parts = take_apart(model, 128)
-    runner = Runner(parts, KVCache(model.config, CachePlan(2, 128), torch.float32, CPU))
+    parts = take_apart(model, Placement(CPU, model.dtype, "none", 128))
+    runner = Runner(parts, Rows(KVCache(model.config, CacheShape(2, 128), torch.float32, CPU)))
     return runner.prefill([Chunk(0, 0, tokens())])[0]
 
 
@@ -169,7 +173,7 @@ def test_what_a_quantized_checkpoint_leaves_in_16_bits_stays_so(
     )
     reference.save_pretrained(tmp_path)
     wanted = logits(reference)
-    stored = pick_quantization(Settings(), CPU, load_config(tmp_path))
+    stored = place(Settings(device="cpu"), load_config(tmp_path)).quantization
     assert stored in ("int8", "nf4")
     torch.testing.assert_close(logits(loaded(tmp_path, stored)), wanted, rtol=1e-4, atol=1e-4)
 
@@ -251,12 +255,12 @@ def test_a_precision_other_than_the_stored_one_is_refused(packed: dict[str, Path
     with pytest.raises(
         BadSettings, match="LLAMA_QUANTIZATION is int8 and the checkpoint is stored in nf4; unset"
     ):
-        Llama.load(Settings(weights=packed["nf4"], quantization="int8"))
+        load_llama(Settings(weights=packed["nf4"], quantization="int8"))
 
 
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
 def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(folder: Path, quantization: str) -> None:
-    llama = Llama.load(Settings(weights=folder, quantization=quantization, cache_memory="200MB"))
+    llama = load_llama(Settings(weights=folder, quantization=quantization, cache_memory="200MB"))
     try:
         assert llama._engine.context_length == 4096
         prompt = torch.randint(3, VOCABULARY, (4000,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -299,7 +303,9 @@ def detokenized(tokenizer: Any, token_ids: list[int]) -> str:
 PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from llama.model.loader import load_config, load_model
+from llama.model.config import load_config
+from llama.model.loader import load_model
+from llama.model.precision import Placement
 from llama.model.quantization import quantize
 folder = Path(sys.argv[1])
 def resident(name):
@@ -310,7 +316,7 @@ for _ in range(2):  # what libraries take at their first use is not the weights'
     quantize(torch.randn(64, 64), None, sys.argv[2], torch.float32)(torch.randn(1, 64))
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = resident("VmRSS")
-model = load_model(folder, config, torch.bfloat16, torch.device("cpu"), sys.argv[2])
+model = load_model(folder, config, Placement(torch.device("cpu"), torch.bfloat16, sys.argv[2], 128))
 stays = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 print(resident("VmHWM") - before, stays)
 """

@@ -25,7 +25,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama.errors import BadTokenizer, InvalidInput
 from llama.generation import Llama
-from llama.model.loader import context_wanted, load_config, longest_context
+from llama.load import load_llama
+from llama.model.config import context_length, load_config, longest_context
+from llama.model.precision import Placement
 from llama.prompt.dialog import Dialog
 from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import FormattedPrompt
@@ -46,7 +48,7 @@ def processor(sentencepiece_model: Path) -> SentencePieceProcessor:
 
 @contextmanager
 def served(folder: Path, **settings: Any) -> Iterator[Llama]:
-    llama = Llama.load(Settings(weights=folder, dtype="float32", **{"cache_memory": "32MB", **settings}))
+    llama = load_llama(Settings(weights=folder, dtype="float32", **{"cache_memory": "32MB", **settings}))
     try:
         yield llama
     finally:
@@ -259,7 +261,7 @@ def test_an_end_of_text_outside_of_the_table_is_served_if_another_is_inside(
     with pytest.raises(
         BadTokenizer, match=r"none of the tokens that end an answer in .* \(\[700\]\) is below"
     ):
-        Llama.load(Settings(weights=folder))
+        load_llama(Settings(weights=folder))
 
 
 def test_an_added_word_outside_of_the_table_is_refused_when_it_is_sent(
@@ -314,9 +316,9 @@ def test_ends_of_a_text_outside_of_the_table_are_left_out(llama_folder: Path, tm
 def test_the_context_equals_vllms(tmp_path: Path, scaling: dict[str, Any], context: int) -> None:
     write_model(tmp_path, max_position_embeddings=256, rope_parameters=scaling)
     config = load_config(tmp_path)
-    assert longest_context(config) == context_wanted(Settings(), config) == context
-    assert context_wanted(Settings(max_context=100_000), config) == context
-    assert context_wanted(Settings(max_context=100), config) == 100
+    assert longest_context(config) == context_length(config, None) == context
+    assert context_length(config, 100_000) == context
+    assert context_length(config, 100) == 100
 
 
 def test_the_old_rope_scaling_key_is_read(llama_folder: Path, tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_the_stretched_positions_are_those_of_transformers_for_that_length(dynam
     config = load_config(dynamic_folder)
     model = LlamaForCausalLM.from_pretrained(dynamic_folder, dtype=torch.float32)
     cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(512)[None])
-    parts = take_apart(model, 512)
+    parts = take_apart(model, Placement(model.device, model.dtype, "none", 512))
     assert parts.stretched_from == 128
     torch.testing.assert_close(parts.cos[128:, 0], cos[0])
 
@@ -417,7 +419,7 @@ def test_a_tokenizer_of_many_more_tokens_than_the_table_is_refused(
     write_model(tmp_path, vocab_size=500)
     shutil.copy(llama_folder / "tokenizer.model", tmp_path)
     with pytest.raises(BadTokenizer, match="has 700 tokens and the vocab_size"):
-        Llama.load(Settings(weights=tmp_path))
+        load_llama(Settings(weights=tmp_path))
 
 
 def test_limits_know_which_tokens_a_model_has(processor: SentencePieceProcessor, tmp_path: Path) -> None:

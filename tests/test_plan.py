@@ -10,23 +10,28 @@ from conftest import LLAMA_2_TOKENIZER, ROOT
 from transformers import LlamaConfig
 
 from llama.cli.main import _parser
-from llama.cli.operations import table
+from llama.cli.plan import table
 from llama.errors import BadSettings, DoesNotFit
-from llama.model.loader import empty_model, load_config
+from llama.model.config import load_config
+from llama.model.loader import empty_model
 from llama.model.plan import (
     LLAMA_2_70B,
     RESERVE,
     Gpu,
+    Planner,
     bytes_of_weights,
     bytes_per_token,
     parallel_sizes,
-    pick,
-    plan,
 )
 from llama.model.quantization import quantize, to_stored
 
 CONTEXT = 4096
 HOPPER, AMPERE, TURING, PASCAL = (9, 0), (8, 0), (7, 5), (6, 1)
+
+
+def planner(cards: list[Gpu], config: LlamaConfig = LLAMA_2_70B, **more: object) -> Planner:
+    engine = "torch" if len(cards) == 1 else "vllm"
+    return Planner(**{"config": config, "gpus": tuple(cards), "context": CONTEXT, "engine": engine, **more})
 
 
 def gpus(*gigabytes: int, capability: tuple[int, int] = HOPPER) -> list[Gpu]:
@@ -97,28 +102,27 @@ def test_planned_bytes_are_those_that_a_model_has(quantization: str, tied: bool)
 def test_the_70b_on_every_kind_of_machine(
     cards: list[Gpu], requests: tuple[int | None, ...], auto: str | None
 ) -> None:
-    table = plan(LLAMA_2_70B, cards, context=CONTEXT)
+    table = planner(cards).plan()
     assert [choice.quantization for choice in table.choices] == ["none", "fp8", "int8", "nf4"]
     assert tuple(None if choice.refusal else choice.requests for choice in table.choices) == requests
-    assert (table.auto and table.auto.quantization) == auto
-    assert {choice.engine for choice in table.choices} == {"torch" if len(cards) == 1 else "vllm"}
+    assert (table.chosen and table.chosen.quantization) == auto
 
 
 def test_weights_cache_and_reserve_are_what_the_card_has() -> None:
-    (*_, nf4) = plan(LLAMA_2_70B, gpus(80), context=CONTEXT).choices
+    (*_, nf4) = planner(gpus(80)).plan().choices
     assert nf4.weights + nf4.cache + RESERVE["torch"] == 80 * 10**9
 
 
 def test_a_shorter_context_leaves_room_for_more_requests() -> None:
-    (*_, nf4) = plan(LLAMA_2_70B, gpus(48), context=1024).choices
+    (*_, nf4) = planner(gpus(48), context=1024).plan().choices
     assert nf4.requests == 15
 
 
 def test_a_checkpoint_stays_as_it_is_stored() -> None:
-    table = plan(LLAMA_2_70B, gpus(192), context=CONTEXT, stored="nf4")
+    table = planner(gpus(192), stored="nf4").plan()
     assert [choice.quantization for choice in table.choices] == ["nf4"]
-    assert table.auto is not None
-    assert table.auto.quantization == "nf4"
+    assert table.chosen is not None
+    assert table.chosen.quantization == "nf4"
 
 
 @pytest.mark.parametrize(
@@ -135,23 +139,23 @@ def test_what_does_not_fit_is_refused_with_what_would(
     card: list[Gpu], wanted: str, stored: str, words: str
 ) -> None:
     with pytest.raises(DoesNotFit, match=f"^E3005 DoesNotFit: .*{words}"):
-        pick(LLAMA_2_70B, card, wanted, context=CONTEXT, stored=stored)
+        planner(card, stored=stored).pick(wanted)
 
 
 @pytest.mark.parametrize(("wanted", "taken"), [("auto", "nf4"), ("int8", "int8"), ("fp8", "fp8")])
 def test_what_fits_is_taken(wanted: str, taken: str) -> None:
-    assert pick(LLAMA_2_70B, gpus(80), wanted, context=CONTEXT, stored="none") == taken
+    assert planner(gpus(80)).pick(wanted) == taken
 
 
 def test_vllm_on_one_gpu_is_not_given_what_it_cannot_read() -> None:
     card = gpus(85)
-    assert pick(LLAMA_2_70B, card, "auto", context=CONTEXT, stored="none", engine="vllm") == "fp8"
+    assert planner(card, engine="vllm").pick("auto") == "fp8"
     with pytest.raises(
         DoesNotFit, match="int8 on a GPU of 85 GB: is not for vLLM.*; set LLAMA_QUANTIZATION to fp8"
     ):
-        pick(LLAMA_2_70B, card, "int8", context=CONTEXT, stored="none", engine="vllm")
+        planner(card, engine="vllm").pick("int8")
     with pytest.raises(DoesNotFit, match="nothing fits"):
-        pick(LLAMA_2_70B, gpus(48), "auto", context=CONTEXT, stored="none", engine="vllm")
+        planner(gpus(48), engine="vllm").pick("auto")
 
 
 @pytest.mark.skipif(not LLAMA_2_TOKENIZER.is_dir(), reason="the 70B's configuration is not in this checkout")
@@ -201,7 +205,7 @@ def test_a_7b_in_float32_takes_twice_the_bytes_and_its_cache_too() -> None:
     assert bytes_of_weights(LLAMA_2_7B, "none") == 2 * 6_738_415_616
     assert bytes_of_weights(LLAMA_2_7B, "none", torch.float32) == 4 * 6_738_415_616
     wide, narrow = (
-        plan(LLAMA_2_7B, gpus(48), context=CONTEXT, dtype=dtype).choices[0]
+        planner(gpus(48), LLAMA_2_7B, dtype=dtype).plan().choices[0]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert (wide.weights / 1e9, narrow.weights / 1e9) == pytest.approx((27.0, 13.5), abs=0.05)
@@ -216,16 +220,15 @@ def test_what_is_not_quantized_is_counted_in_its_width() -> None:
 
 def test_a_gpu_of_the_torch_engine_is_planned_in_the_width_that_is_set() -> None:
     card = gpus(24)
-    assert pick(LLAMA_2_7B, card, "none", context=CONTEXT, stored="none") == "none"
+    assert planner(card, LLAMA_2_7B).pick("none") == "none"
     with pytest.raises(DoesNotFit, match="needs 27.0 GB for weights"):
-        pick(LLAMA_2_7B, card, "none", context=CONTEXT, stored="none", dtype=torch.float32)
+        planner(card, LLAMA_2_7B, dtype=torch.float32).pick("none")
 
 
 def test_more_requests_than_the_server_takes_are_said_to_fit() -> None:
-    found = plan(LLAMA_2_70B, gpus(149), context=CONTEXT)
-    lines = table(found, CONTEXT, 32, 16).splitlines()
-    assert "  32 (56 fit)  " in lines[2]
-    assert "  56  " in table(found, CONTEXT, 56, 16).splitlines()[2]
+    large = planner(gpus(149))
+    assert "  32 (56 fit)  " in table(large.plan(), large, 32).splitlines()[2]
+    assert "  56  " in table(large.plan(), large, 56).splitlines()[2]
 
 
 def rows_of(document: str, columns: int) -> list[list[str]]:
@@ -257,7 +260,7 @@ def test_the_tables_of_the_documents_are_what_plan_says(
 
 
 def test_the_table_has_a_row_a_choice() -> None:
-    lines = table(plan(LLAMA_2_70B, gpus(80), context=CONTEXT), CONTEXT, 32, 16).splitlines()
+    lines = table(planner(gpus(80)).plan(), planner(gpus(80)), 32).splitlines()
     assert [line.split()[0] for line in lines] == ["precision", "16", "fp8", "int8", "nf4"]
     assert "needs 138.0 GB for weights and has 76.8" in lines[1]
     assert lines[4].endswith("torch   what auto takes")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama.model.quantization import Fp8Linear, from_stored, quantize, stored_names, to_stored
+from llama.model.fp8_linear import Fp8Linear
+from llama.model.quantization import from_stored, quantize, stored_names, to_stored
 from llama.torch_engine.linears import joined, packed
 
 INPUTS, OUTPUTS = 64, 48

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.errors import EngineNotStarted
-from llama.model.loader import has_quick_bfloat16
+from llama.model.precision import Placement, has_fast_bfloat16
+from llama.torch_engine.attention import Chunk
 from llama.torch_engine.cuda_graphs import doubling
-from llama.torch_engine.kv_cache import CachePlan, KVCache
-from llama.torch_engine.layers import take_apart
-from llama.torch_engine.runner import Chunk, Runner
+from llama.torch_engine.kv_cache import CacheShape, KVCache
+from llama.torch_engine.layers import ModelParts, take_apart
+from llama.torch_engine.rows import Rows
+from llama.torch_engine.runner import Runner
 
 VARIANTS = {
     "grouped heads": {"num_attention_heads": 8, "num_key_value_heads": 2},
@@ -63,23 +67,30 @@ def make_model(**overrides: object) -> LlamaForCausalLM:
     return model.requires_grad_(False)
 
 
+class RunnerAndRows(Runner):
+    def __init__(self, parts: ModelParts, rows: Rows) -> None:
+        super().__init__(parts, rows)
+        self.rows = rows
+
+
 def make_runner(
     model: LlamaForCausalLM, rows: int = 4, length: int = 200, cached: torch.dtype | None = None
-) -> Runner:
+) -> RunnerAndRows:
     """`cached`: of keys and values; by default what this machine takes."""
-    parts = take_apart(copy.deepcopy(model), length)
-    cached = cached or parts.cache_dtype
-    return Runner(parts, KVCache(model.config, CachePlan(rows, length), cached, parts.device))
+    placement = Placement(model.device, model.dtype, "none", length)
+    parts = take_apart(copy.deepcopy(model), placement)
+    shape, cached = CacheShape(rows, length), cached or placement.cache_dtype
+    return RunnerAndRows(parts, Rows(KVCache(model.config, shape, cached, placement.device)))
 
 
-def decode(runner: Runner, entries: dict[int, tuple[int, int]]) -> dict[int, torch.Tensor]:
+def decode(runner: RunnerAndRows, entries: dict[int, tuple[int, int]]) -> dict[int, torch.Tensor]:
     """One step for rows that read a token at a position: the logits of each."""
     for row, (token, position) in entries.items():
         runner.feed(row, torch.tensor([token]))
-        runner.place(row, position)
+        runner.start_decoding(row, position)
     logits = runner.decode(max(entries) + 1, max(position for _, position in entries.values()) + 1)
     for row in entries:
-        runner.remove(row)
+        runner.rows.vacate(row)
     return {row: logits[row] for row in entries}
 
 
@@ -103,7 +114,7 @@ def test_positions_go_on_by_themselves_from_step_to_step() -> None:
     runner, ids = make_runner(model), random_ids(30)
     expected = model(ids[None]).logits[0]
     runner.prefill([Chunk(0, 0, ids[:20])])
-    runner.place(0, 20)
+    runner.start_decoding(0, 20)
     for position in range(20, 30):
         runner.feed(0, ids[position : position + 1])
         logits = runner.decode(1, position + 1)
@@ -161,12 +172,11 @@ def test_a_moved_row_goes_on_where_it_was() -> None:
     expected = model(ids[None]).logits[0]
     runner.prefill([Chunk(3, 0, ids[:40])])
     runner.feed(3, ids[40:41])
-    runner.place(3, 40)
+    runner.start_decoding(3, 40)
     runner.decode(4, 41)
     runner.feed(3, ids[41:42])
-    runner._cache.swap(3, 0, 41)
-    runner.move(3, 0)
-    runner.remove(3)
+    runner.rows.swap(3, 0, 41)
+    runner.rows.vacate(3)
     torch.testing.assert_close(runner.decode(1, 42)[0], expected[41], rtol=1e-4, atol=1e-4)
 
 
@@ -234,7 +244,7 @@ def test_with_16_bit_weights_the_step_is_near_their_exact_product(
     step = decode(runner, {0: (int(ids[-1]), 59)})[0]
     own_error = (model(ids[None]).logits[0, -1].float() - exact).norm()
     # Quick bfloat16 rounds to bfloat16 in every layer, as the model itself does; other kernels do not.
-    rounded = cached is torch.bfloat16 or (dtype is torch.bfloat16 and has_quick_bfloat16())
+    rounded = cached is torch.bfloat16 or (dtype is torch.bfloat16 and has_fast_bfloat16())
     share = 1.5 if rounded else 0.25
     assert (step - exact).norm() < share * own_error
 
@@ -266,3 +276,17 @@ def test_captured_sizes_double_up_to_the_largest(first: int, last: int, sizes: l
 def test_a_step_is_captured_on_a_gpu_or_an_error() -> None:
     with pytest.raises(EngineNotStarted, match="^E3010 EngineNotStarted: .*Expected a cuda device"):
         make_runner(make_model()).capture()
+
+
+def test_a_runner_is_gone_with_its_last_reference() -> None:
+    """Its cache is free at once, without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        runner = make_runner(make_model())
+        decode(runner, {0: (5, 0)})
+        gone = weakref.ref(runner.rows.cache)
+        del runner
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    LlamaConfig,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -14,8 +15,10 @@ from transformers import (
 )
 
 from llama.sampling import SamplingParams
+from llama.torch_engine.kv_cache import CacheShape, KVCache
+from llama.torch_engine.rows import Rows
 from llama.torch_engine.sampler import (
-    UNUSABLE,
+    NOT_FINITE,
     Sampler,
     draw,
     keep_top_k,
@@ -32,13 +35,24 @@ def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tor
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+class FilledSampler:
+    """A sampler with a request in every row of a cache of no layers."""
+
+    def __init__(self, params: list[SamplingParams], prompts: list[list[int]], vocabulary: int) -> None:
+        shape = CacheShape(len(params), 64)
+        self.rows = Rows(KVCache(LlamaConfig(num_hidden_layers=0), shape, torch.float32, CPU))
+        self.params, self._sampler = params, Sampler(self.rows, vocabulary, [EOS])
+        for row, (p, prompt) in enumerate(zip(params, prompts, strict=True)):
+            self._sampler.add(row, torch.tensor(prompt), p)
+
+    def sample(self, logits: torch.Tensor) -> list[int]:
+        return self._sampler.sample(logits, 0, self.params).tolist()
+
+
 def sampler_with(
     params: list[SamplingParams], prompts: list[list[int]] | None = None, vocabulary: int = VOCABULARY
-) -> Sampler:
-    sampler = Sampler(len(params), 64, vocabulary, [EOS], CPU)
-    for row, p in enumerate(params):
-        sampler.add(row, torch.tensor((prompts or [[1]] * len(params))[row]), p)
-    return sampler
+) -> FilledSampler:
+    return FilledSampler(params, prompts or [[1]] * len(params), vocabulary)
 
 
 def top_k_of(logits: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
@@ -118,7 +132,7 @@ def test_eos_is_masked_before_the_minimum_as_in_transformers() -> None:
     logits[:, EOS] = 9
     params = SamplingParams(temperature=0.0, min_new_tokens=3, max_new_tokens=9)
     sampler = sampler_with([params])
-    steps = [sampler.sample(logits, 0).tolist() for _ in range(4)]
+    steps = [sampler.sample(logits) for _ in range(4)]
     masked = MinNewTokensLengthLogitsProcessor(1, 3, EOS)(torch.zeros(1, 3, dtype=torch.long), logits.clone())
     assert steps == [[int(masked.argmax())]] * 3 + [[EOS]]
 
@@ -161,7 +175,7 @@ def test_the_whole_chain_is_the_plain_reference_for_every_request_of_a_mixed_bat
     prompts = [[1, 5 + row, 9, 9] for row in range(len(params))]
     sampler = sampler_with(params, prompts, vocabulary)
     steps = [random_logits(len(params), seed, vocabulary) for seed in range(12)]
-    sampled = [sampler.sample(logits, 0).tolist() for logits in steps]
+    sampled = [sampler.sample(logits) for logits in steps]
     for row, p in enumerate(params):
         expected = reference_tokens([logits[row] for logits in steps], prompts[row], p)
         assert [tokens[row] for tokens in sampled] == expected
@@ -173,7 +187,7 @@ def test_a_request_alone_is_what_it_is_in_a_batch(chain: dict[str, float]) -> No
     p = SamplingParams(seed=3, max_new_tokens=20, **chain)
     steps = [random_logits(1, seed, 3000) for seed in range(20)]
     sampler = sampler_with([p], [[1, 7]], 3000)
-    sampled = [int(sampler.sample(logits, 0)) for logits in steps]
+    sampled = [sampler.sample(logits)[0] for logits in steps]
     assert sampled == reference_tokens([logits[0] for logits in steps], [1, 7], p)
 
 
@@ -186,7 +200,7 @@ def test_what_the_shortlist_does_not_hold_can_still_be_drawn(chain: dict[str, fl
     p = SamplingParams(temperature=1.0, seed=1, max_new_tokens=40, **chain)
     steps = [random_logits(1, seed, 3000) * flat for seed in range(40)]
     sampler = sampler_with([p], [[1]], 3000)
-    sampled = [int(sampler.sample(logits, 0)) for logits in steps]
+    sampled = [sampler.sample(logits)[0] for logits in steps]
     if flat:  # else which ones top_p cuts among equals is nobody's rule
         assert sampled == reference_tokens([logits[0] for logits in steps], [1], p)
     elif "top_p" not in chain:
@@ -197,11 +211,11 @@ def test_a_request_that_moves_to_another_row_goes_on_as_it_would_have() -> None:
     params = [SamplingParams(seed=seed, max_new_tokens=12, **chain) for seed, chain in enumerate(CHAINS[:4])]
     steps = [random_logits(4, seed) for seed in range(12)]
     sampler = sampler_with(params, [[1, 7]] * 4)
-    tokens = [int(sampler.sample(logits, 0)[3]) for logits in steps[:6]]
-    sampler.remove(1)
-    sampler.move(3, 1)
-    sampler.remove(3)
-    tokens += [int(sampler.sample(logits[[0, 3]], 0)[1]) for logits in steps[6:]]
+    tokens = [sampler.sample(logits)[3] for logits in steps[:6]]
+    sampler.rows.move(3, 1, 0)
+    sampler.rows.vacate(3)
+    sampler.params = [params[0], params[3]]
+    tokens += [sampler.sample(logits[[0, 3]])[1] for logits in steps[6:]]
     assert tokens == reference_tokens([logits[3] for logits in steps], [1, 7], params[3])
 
 
@@ -218,7 +232,7 @@ def test_a_request_that_moves_to_another_row_goes_on_as_it_would_have() -> None:
 )
 def test_numbers_beyond_float32_and_int64_still_give_a_token(chain: dict[str, float]) -> None:
     params = SamplingParams(**{"seed": 0, "max_new_tokens": 4, **chain})
-    token = int(sampler_with([params]).sample(random_logits(1), 0))
+    (token,) = sampler_with([params]).sample(random_logits(1))
     assert 0 <= token < VOCABULARY
 
 
@@ -227,6 +241,6 @@ def test_a_row_that_is_not_finite_is_told_apart_and_its_neighbour_is_not_touched
     logits = random_logits(2)
     logits[0, 3] = poison
     params = SamplingParams(temperature=0.8, seed=1, max_new_tokens=4)
-    bad, good = sampler_with([params, params]).sample(logits, 0).tolist()
-    assert bad == UNUSABLE
-    assert [good] == sampler_with([params]).sample(logits[1:], 0).tolist()
+    bad, good = sampler_with([params, params]).sample(logits)
+    assert bad == NOT_FINITE
+    assert [good] == sampler_with([params]).sample(logits[1:])

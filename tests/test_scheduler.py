@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llama.engine import TokenStream
 from llama.sampling import SamplingParams
 from llama.torch_engine.prefix_cache import Copy, PrefixCache
-from llama.torch_engine.scheduler import Scheduler, Sequence
+from llama.torch_engine.scheduler import BatchRequest, Scheduler, State
 
 LENGTH = 64
 SYSTEM = list(range(100, 120))
@@ -20,16 +20,29 @@ class SymbolicRows:
 
     def __init__(self, rows: int) -> None:
         self.held: list[list[int | None]] = [[None] * LENGTH for _ in range(rows)]
+        self.request: list[BatchRequest | None] = [None] * rows
 
-    def copy(self, source: int, target: int, count: int) -> None:
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
         self.held[target][:count] = self.held[source][:count]
 
-    def swap(self, a: int, b: int, count: int) -> None:
-        self.held[a][:count], self.held[b][:count] = self.held[b][:count], self.held[a][:count]
+    def swap(self, source: int, target: int, count: int) -> None:
+        held = self.held
+        held[source][:count], held[target][:count] = held[target][:count], held[source][:count]
+        self.request[target] = self.request[source]
+
+    def move(self, source: int, target: int, count: int) -> None:
+        self.held[target][:count] = self.held[source][:count]
+        self.request[target] = self.request[source]
+
+    def clear(self, row: int, count: int) -> None:
+        self.held[row][:count] = [None] * count
+
+    def vacate(self, row: int) -> None:
+        self.request[row] = None
 
 
-def request(prompt: list[int], maximum: int = 8) -> Sequence:
-    return Sequence(prompt, len(prompt), SamplingParams(max_new_tokens=maximum), TokenStream())
+def request(prompt: list[int], maximum: int = 8) -> BatchRequest:
+    return BatchRequest(prompt, len(prompt), SamplingParams(max_new_tokens=maximum), TokenStream())
 
 
 prompts = st.builds(
@@ -47,12 +60,12 @@ class Serving(RuleBasedStateMachine):
         self.rows = SymbolicRows(rows)
         self.limit = rows
         self.scheduler = Scheduler(rows, self.rows, prefix_reuse=reuse)
-        self.arrived: list[Sequence] = []
-        self.admitted: list[Sequence] = []
+        self.arrived: list[BatchRequest] = []
+        self.admitted: list[BatchRequest] = []
         self.finished: list[list[int]] = []
         self.left = 0
 
-    def write(self, row: int, sequence: Sequence, count: int) -> None:
+    def write(self, row: int, sequence: BatchRequest, count: int) -> None:
         end = sequence.cached + count
         self.rows.held[row][sequence.cached : end] = sequence.tokens[sequence.cached : end]
         sequence.cached = end
@@ -71,38 +84,41 @@ class Serving(RuleBasedStateMachine):
 
     @rule(chunk=st.integers(1, 40), most=st.integers(1, 4))
     def prompts_are_read_in_one_step(self, chunk: int, most: int) -> None:
-        together: dict[int, Sequence] = {}
+        together: dict[int, BatchRequest] = {}
         while len(together) < most and (entry := self.scheduler.next_prefill(together.keys())):
             row, sequence = entry
             assert row not in together
             together[row] = sequence
             if sequence not in self.admitted:
                 self.admitted.append(sequence)
+                self.rows.request[row] = sequence
                 self.scheduler.reuse_prefix(row)
                 assert sequence.cached < sequence.prompt_length
                 assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
         for row, sequence in together.items():
+            assert sequence.state is State.READING
             self.write(row, sequence, min(chunk, sequence.prompt_length - sequence.cached))
-            if sequence.decoding:
+            if sequence.cached == sequence.prompt_length:
+                sequence.state = State.DECODING
                 sequence.tokens.append(7)
 
     @rule()
     def a_step_is_taken(self) -> None:
         for row, sequence in enumerate(self.scheduler.running):
-            if sequence.decoding:
+            if sequence.state is State.DECODING:
                 self.write(row, sequence, 1)
                 sequence.tokens.append(7)
         running = enumerate(self.scheduler.running)
-        done = [row for row, s in running if s.decoding and s.generated >= s.params.maximum]
+        done = [row for row, s in running if s.state is State.DECODING and s.generated >= s.params.maximum]
         for row in sorted(done, reverse=True):
             self.finished.append(self.scheduler.running[row].tokens)
-            self.release(row, keep=True)
+            self.release(row, sound=True)
 
     @precondition(lambda self: self.scheduler.running)
-    @rule(data=st.data(), keep=st.booleans())
-    def a_running_one_leaves(self, data: st.DataObject, keep: bool) -> None:
+    @rule(data=st.data(), sound=st.booleans())
+    def a_running_one_leaves(self, data: st.DataObject, sound: bool) -> None:
         row = data.draw(st.integers(0, len(self.scheduler.running) - 1))
-        self.release(row, keep=keep)
+        self.release(row, sound=sound)
 
     @precondition(lambda self: self.scheduler.waiting)
     @rule(data=st.data())
@@ -112,19 +128,23 @@ class Serving(RuleBasedStateMachine):
         self.scheduler.drop_cancelled_waiting()
         self.left += 1
 
-    def release(self, row: int, keep: bool) -> None:
+    def release(self, row: int, sound: bool) -> None:
         before = list(self.scheduler.running)
-        moved = self.scheduler.release(row, keep=keep)
+        self.scheduler.release(row, sound=sound)
         expected = [s for s in before if s is not before[row]]
         assert sorted(map(id, self.scheduler.running)) == sorted(map(id, expected))
-        if moved is not None:
-            assert self.scheduler.running[row] is before[moved]
+        assert before[row].state is State.ENDED
         self.left += 1
 
     @invariant()
     def every_running_request_has_its_own_tokens_in_its_row(self) -> None:
         for row, sequence in enumerate(self.scheduler.running):
             assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
+
+    @invariant()
+    def what_belongs_to_a_request_is_in_its_row(self) -> None:
+        running = self.scheduler.running
+        assert self.rows.request == [*running, *[None] * (self.limit - len(running))]
 
     @invariant()
     def every_free_row_holds_what_is_said_of_it(self) -> None:
@@ -162,6 +182,7 @@ def test_whatever_arrives_at_a_full_house_is_served_in_the_end(queue: list[list[
         while entry := scheduler.next_prefill():
             scheduler.reuse_prefix(entry[0])
             entry[1].cached = entry[1].prompt_length
+            entry[1].state = State.DECODING
         scheduler.release(0)
         served += 1
     assert served == len(queue)
@@ -171,13 +192,13 @@ def test_a_dialogue_goes_on_in_its_own_row_without_a_copy() -> None:
     prefixes = PrefixCache(4)
     history = list(range(40))
     prefixes.keep(0, history)
-    assert prefixes.place(0, [*history, 1, 2], []) == ([], 40)
+    assert prefixes.reuse(0, [*history, 1, 2], []) == ([], 40)
 
 
 def test_the_last_token_of_a_prompt_is_always_read() -> None:
     prefixes = PrefixCache(2)
     prefixes.keep(0, list(range(40)))
-    assert prefixes.place(0, list(range(40)), [])[1] == 39
+    assert prefixes.reuse(0, list(range(40)), [])[1] == 39
 
 
 def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
@@ -187,7 +208,7 @@ def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
     row, first = scheduler.next_prefill() or (None, None)
     assert row == 0
     assert scheduler.next_prefill([0]) is None
-    first.cached = first.prompt_length
+    first.cached, first.state = first.prompt_length, State.DECODING
     row, second = scheduler.next_prefill() or (None, None)
     scheduler.reuse_prefix(1)
     assert (row, second.cached) == (1, len(SYSTEM))
@@ -195,7 +216,7 @@ def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
 
 def test_a_shared_beginning_is_copied_from_a_running_request() -> None:
     prefixes = PrefixCache(4)
-    assert prefixes.place(1, [*SYSTEM, 5, 6], [[*SYSTEM, 9, 9]]) == ([Copy(0, 1, len(SYSTEM))], len(SYSTEM))
+    assert prefixes.reuse(1, [*SYSTEM, 5, 6], [[*SYSTEM, 9, 9]]) == ([Copy(0, 1, len(SYSTEM))], len(SYSTEM))
 
 
 def test_what_a_new_request_would_overwrite_moves_over_what_was_used_least() -> None:
@@ -203,7 +224,7 @@ def test_what_a_new_request_would_overwrite_moves_over_what_was_used_least() -> 
     first, second, third = ([number] * 30 for number in (1, 2, 3))
     for row, tokens in ((1, first), (2, second), (0, third)):
         prefixes.keep(row, tokens)
-    assert prefixes.place(0, [*second, 8], []) == ([Copy(0, 1, 30), Copy(2, 0, 30)], 30)
+    assert prefixes.reuse(0, [*second, 8], []) == ([Copy(0, 1, 30), Copy(2, 0, 30)], 30)
     assert (prefixes[1], prefixes[2]) == (third, second)
 
 
@@ -211,11 +232,11 @@ def test_a_row_that_was_used_least_itself_is_simply_overwritten() -> None:
     prefixes = PrefixCache(2)
     prefixes.keep(0, [1] * 30)
     prefixes.keep(1, [2] * 30)
-    assert prefixes.place(0, [3] * 30, []) == ([], 0)
+    assert prefixes.reuse(0, [3] * 30, []) == ([], 0)
     assert prefixes[1] == [2] * 30
 
 
 def test_a_beginning_of_a_few_tokens_is_not_worth_a_copy() -> None:
     prefixes = PrefixCache(2)
     prefixes.keep(1, list(range(15)))
-    assert prefixes.place(0, list(range(30)), []) == ([], 0)
+    assert prefixes.reuse(0, list(range(30)), []) == ([], 0)

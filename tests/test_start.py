@@ -11,11 +11,12 @@ from conftest import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokenizer
 from transformers import LlamaConfig
 
 from llama.errors import BadSettings, DoesNotFit
-from llama.generation import Llama
-from llama.model.loader import eos_token_ids, pick_device, pick_dtype
-from llama.model.plan import LLAMA_2_70B, bytes_per_token
+from llama.load import load_llama
+from llama.model.config import eos_token_ids
+from llama.model.plan import LLAMA_2_70B, Gpu, bytes_per_token
+from llama.model.precision import Placement, pick_device, place, planner_for
 from llama.settings import Settings
-from llama.torch_engine.kv_cache import CachePlan, KVCache, plan_cache
+from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
 from llama.weights.embedded import embedded_folder as find_embedded_folder
 
 CPU = torch.device("cpu")
@@ -35,52 +36,66 @@ def test_a_token_of_the_70b_takes_327680_bytes() -> None:
 @pytest.mark.parametrize(
     ("tokens", "context", "rows", "plan"),
     [
-        (4096 * 8, 4096, 32, CachePlan(rows=8, length=4096)),
-        (4096 * 100, 4096, 32, CachePlan(rows=32, length=4096)),
-        (4096 * 9 - 1, 4096, 32, CachePlan(rows=8, length=4096)),
-        (4096 * 8, 1024, 32, CachePlan(rows=32, length=1024)),
-        (1000, 4096, 32, CachePlan(rows=1, length=1000)),
-        (64, 4096, 32, CachePlan(rows=1, length=64)),
-        (16, 16, 32, CachePlan(rows=1, length=16)),
+        (4096 * 8, 4096, 32, CacheShape(rows=8, length=4096)),
+        (4096 * 100, 4096, 32, CacheShape(rows=32, length=4096)),
+        (4096 * 9 - 1, 4096, 32, CacheShape(rows=8, length=4096)),
+        (4096 * 8, 1024, 32, CacheShape(rows=32, length=1024)),
+        (1000, 4096, 32, CacheShape(rows=1, length=1000)),
+        (64, 4096, 32, CacheShape(rows=1, length=64)),
+        (16, 16, 32, CacheShape(rows=1, length=16)),
     ],
 )
 def test_a_budget_becomes_rows_and_a_shorter_context_only_when_not_one_fits(
-    tokens: int, context: int, rows: int, plan: CachePlan
+    tokens: int, context: int, rows: int, plan: CacheShape
 ) -> None:
     budget = tokens * TOKEN_70B
-    assert plan_cache(LLAMA_2_70B, torch.bfloat16, budget=budget, context=context, rows=rows) == plan
+    assert fit_cache(LLAMA_2_70B, torch.bfloat16, budget=budget, context=context, rows=rows) == plan
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63])
 def test_a_budget_too_small_for_use_is_refused(tokens: int) -> None:
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*LLAMA_CACHE_MEMORY"):
-        plan_cache(LLAMA_2_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, rows=1)
+        fit_cache(LLAMA_2_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, rows=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_takes_the_bytes_that_were_planned_and_begins_with_zeros(dtype: torch.dtype) -> None:
     config = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    cache = KVCache(config, CachePlan(rows=5, length=70), dtype, CPU)
+    cache = KVCache(config, CacheShape(rows=5, length=70), dtype, CPU)
     assert sum(t.numel() * t.itemsize for t in cache.layers) == 5 * 70 * bytes_per_token(config, dtype)
     assert not any(t.any() for t in cache.layers)
 
 
+def dtype_of(settings: Settings, config: LlamaConfig, capability: tuple[int, int] | None) -> torch.dtype:
+    gpus = [] if capability is None else [Gpu("a GPU", 10**9, capability)]
+    return planner_for(settings, config, gpus, "torch").dtype
+
+
 def test_a_cpu_holds_weights_in_float32_unless_told_otherwise() -> None:
-    assert pick_dtype(Settings(), LlamaConfig(), None) is torch.float32
-    assert pick_dtype(Settings(dtype="bfloat16"), LlamaConfig(), None) is torch.bfloat16
+    assert dtype_of(Settings(), LlamaConfig(), None) is torch.float32
+    assert dtype_of(Settings(dtype="bfloat16"), LlamaConfig(), None) is torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_a_cpu_keeps_the_weights_of_a_16_bit_checkpoint_in_16_bits(name: str) -> None:
     dtype = getattr(torch, name)
-    assert pick_dtype(Settings(), LlamaConfig(dtype=dtype), None) is dtype
-    assert pick_dtype(Settings(dtype="float32"), LlamaConfig(dtype=dtype), None) is torch.float32
+    assert dtype_of(Settings(), LlamaConfig(dtype=dtype), None) is dtype
+    assert dtype_of(Settings(dtype="float32"), LlamaConfig(dtype=dtype), None) is torch.float32
 
 
 def test_a_gpu_computes_in_bfloat16_where_it_can() -> None:
-    assert pick_dtype(Settings(), LlamaConfig(), (8, 0)) is torch.bfloat16
-    assert pick_dtype(Settings(), LlamaConfig(dtype="bfloat16"), (7, 5)) is torch.float16
-    assert pick_dtype(Settings(dtype="float16"), LlamaConfig(), (9, 0)) is torch.float16
+    assert dtype_of(Settings(), LlamaConfig(), (8, 0)) is torch.bfloat16
+    assert dtype_of(Settings(), LlamaConfig(dtype="bfloat16"), (7, 5)) is torch.float16
+    assert dtype_of(Settings(dtype="float16"), LlamaConfig(), (9, 0)) is torch.float16
+
+
+def test_everything_about_a_placement_is_decided_at_once() -> None:
+    placed = place(Settings(device="cpu", max_context=100), LlamaConfig(dtype=torch.float16))
+    assert placed == Placement(CPU, torch.float16, "none", 100)
+    assert (placed.arithmetic, str(placed)) == (torch.float32, "float16 on cpu")
+    on_a_gpu = Placement(torch.device("cuda", 0), torch.bfloat16, "nf4", 4096)
+    assert (on_a_gpu.arithmetic, on_a_gpu.cache_dtype) == (torch.bfloat16, torch.bfloat16)
+    assert str(on_a_gpu) == "nf4 on cuda:0"
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99", "mps", "meta"])
@@ -99,7 +114,7 @@ def test_setup_says_what_is_served_and_how_long_each_part_took(
     llama_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="llama")
-    Llama.load(Settings(weights=llama_folder, max_context=100, cache_memory="1MB")).close()
+    load_llama(Settings(weights=llama_folder, max_context=100, cache_memory="1MB")).close()
     lines = [record.getMessage() for record in caplog.records]
     assert any(": float32 on cpu" in line for line in lines)
     assert any("context 100 tokens" in line and "requests at once" in line for line in lines)

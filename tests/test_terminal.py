@@ -24,7 +24,7 @@ from serving import until
 
 from llama.cli.chat import Chat
 from llama.errors import BadSettings
-from llama.generation import Llama
+from llama.load import load_llama
 from llama.serving.schema import input_defaults, write_schema
 from llama.serving.server import free_port, read_events
 from llama.settings import Settings
@@ -434,7 +434,7 @@ def test_a_dialogue_that_outgrows_the_context_loses_its_oldest_turns(
     llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = {**input_defaults(Predictor.run), "system_prompt": "", "temperature": 0, "max_new_tokens": 20}
-    llama = Llama.load(Settings(weights=llama_folder, max_context=128, cache_memory="8MB"))
+    llama = load_llama(Settings(weights=llama_folder, max_context=128, cache_memory="8MB"))
     try:
         chat = Chat(llama, {**inputs, "messages": [{"role": "system", "content": "Be kind."}]})
         for question in range(12):

@@ -22,7 +22,7 @@ from test_contract import CONTEXT, PROMPT, collect, greedy, load, prompt_of  # n
 from transformers import LlamaConfig  # noqa: E402
 
 from llama.errors import BadSettings, DoesNotFit, EngineError, EngineNotStarted, EngineStopped  # noqa: E402
-from llama.generation import Llama  # noqa: E402
+from llama.load import load_llama  # noqa: E402
 from llama.model.plan import LLAMA_2_70B, Gpu  # noqa: E402
 from llama.sampling import SamplingParams  # noqa: E402
 from llama.settings import Settings  # noqa: E402
@@ -161,24 +161,24 @@ def test_the_cache_is_divided_among_the_workers(tmp_path: Path) -> None:
 
 def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:
     with pytest.raises(BadSettings, match="LLAMA_DEVICE is for the torch engine"):
-        Llama.load(Settings(weights=llama_folder, engine="vllm", device="cpu"))
+        load_llama(Settings(weights=llama_folder, engine="vllm", device="cpu"))
     with pytest.raises(BadSettings, match="LLAMA_THREADS is for the torch engine"):
-        Llama.load(Settings(weights=llama_folder, engine="vllm", threads=1))
+        load_llama(Settings(weights=llama_folder, engine="vllm", threads=1))
     with pytest.raises(BadSettings, match="LLAMA_TENSOR_PARALLEL is 2; set LLAMA_ENGINE to vllm"):
-        Llama.load(Settings(weights=llama_folder, engine="torch", tensor_parallel=2))
+        load_llama(Settings(weights=llama_folder, engine="torch", tensor_parallel=2))
     with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 0.5; set LLAMA_ENGINE to vllm"):
-        Llama.load(Settings(weights=llama_folder, engine="torch", memory_fraction=0.5))
+        load_llama(Settings(weights=llama_folder, engine="torch", memory_fraction=0.5))
     with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 1.0; set LLAMA_ENGINE to vllm"):
-        Llama.load(Settings(weights=llama_folder, engine="torch", memory_fraction=1))
+        load_llama(Settings(weights=llama_folder, engine="torch", memory_fraction=1))
     with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is for GPUs"):
-        Llama.load(Settings(weights=llama_folder, engine="vllm", memory_fraction=0.5))
+        load_llama(Settings(weights=llama_folder, engine="vllm", memory_fraction=0.5))
     with pytest.raises(BadSettings, match="LLAMA_QUANTIZATION is nf4, which vLLM cannot do on a CPU"):
-        Llama.load(Settings(weights=llama_folder, engine="vllm", quantization="nf4"))
+        load_llama(Settings(weights=llama_folder, engine="vllm", quantization="nf4"))
 
 
 def test_a_cache_that_is_too_small_is_known_at_setup(llama_folder: Path) -> None:
     with pytest.raises(EngineNotStarted, match="^E3010 EngineNotStarted: "):
-        Llama.load(
+        load_llama(
             Settings(
                 weights=llama_folder, engine="vllm", max_context=CONTEXT, cache_memory="64KB", dtype="float32"
             )
@@ -204,7 +204,7 @@ def test_a_stored_output_layer_and_stretched_positions_are_as_in_the_other_engin
     prompts = [[1, *(3 + i % 600 for i in range(length))] for length in lengths]
     answers = []
     for engine in ("torch", "vllm"):
-        llama = Llama.load(Settings(weights=folder, engine=engine, dtype="float32", cache_memory="16MB"))
+        llama = load_llama(Settings(weights=folder, engine=engine, dtype="float32", cache_memory="16MB"))
         try:
             assert llama._engine.context_length == (context if engine == "vllm" else 512)
             streams = [llama._engine.submit(p, greedy(12, min_new_tokens=12)) for p in prompts]

@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
-from llama.metrics import SetupTimes
-from llama.model.loader import load_config
+from llama.model.config import load_config
 from llama.sampling import SamplingParams
 from llama.settings import Settings
+from llama.startup import SetupTimes
 from llama.text.load_tokenizer import load_tokenizer
 from llama.torch_engine.start import start_engine
 

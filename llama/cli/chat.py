@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from llama.cli.terminal import undecodable
 from llama.errors import LlamaError, PromptTooLong
-from llama.serving.process import undecodable
 
 if TYPE_CHECKING:
     from llama.generation import Llama

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llama.errors import BadCheckpoint
+from llama.model.precision import Placement
 from llama.model.quantization import (
     STORED_SCALE,
     Quantization,
@@ -26,19 +26,15 @@ from llama.model.quantization import (
 _SAYS_NOTHING = (".rotary_emb.inv_freq", ".weight_format")
 
 
-class Filling:
+class ModelAssembler:
     def __init__(
         self,
         model: LlamaForCausalLM,
         names: frozenset[str],
-        dtype: torch.dtype,
-        arithmetic: torch.dtype,
-        device: torch.device,
-        quantization: Quantization,
+        placement: Placement,
     ) -> None:
         self._model, self._names = model, names
-        self._dtype, self._arithmetic = dtype, arithmetic
-        self._device, self._quantization = device, quantization
+        self._placement = placement
         self._comes_quantized = any(name.endswith(tuple(STORED_SCALE.values())) for name in names)
         # Every module that has parameters of its own.
         self._missing = {
@@ -61,7 +57,7 @@ class Filling:
             return
         parts = self._parts.setdefault(owner, {})
         # What is quantized becomes memory of its own; all else is copied out of the file's.
-        parts[part] = tensor.to(self._device, copy=not self._is_quantized_here(owner))
+        parts[part] = tensor.to(self._placement.device, copy=not self._is_quantized_here(owner))
         if wanted <= parts.keys():
             self._place(owner, self._missing.pop(owner), self._parts.pop(owner))
 
@@ -111,7 +107,7 @@ class Filling:
             if parts["weight"].shape != expected:
                 self._of_another_shape.append(f"{owner}.weight")
             else:
-                module.weight = nn.Parameter(parts["weight"].to(self._dtype), requires_grad=False)
+                module.weight = nn.Parameter(parts["weight"].to(self._placement.dtype), requires_grad=False)
             return
         layer = self._layer(owner, parts)
         bias = parts.get("bias")
@@ -122,14 +118,16 @@ class Filling:
 
     def _layer(self, owner: str, parts: dict[str, Tensor]) -> nn.Module:
         if "bias" in parts:
-            parts["bias"] = parts["bias"].to(self._dtype)
+            parts["bias"] = parts["bias"].to(self._placement.dtype)
         if self._is_quantized_here(owner):
-            return quantize(parts["weight"], parts.get("bias"), self._quantization, self._arithmetic)
+            return quantize(
+                parts["weight"], parts.get("bias"), self._placement.quantization, self._placement.arithmetic
+            )
         if (stored := self._stored(owner)) != "none":
-            return from_stored(parts, stored, self._arithmetic)
-        return linear(parts["weight"].to(self._dtype), parts.get("bias"))
+            return from_stored(parts, stored, self._placement.arithmetic)
+        return linear(parts["weight"].to(self._placement.dtype), parts.get("bias"))
 
     def _is_quantized_here(self, owner: str) -> bool:
         """Linear layers of the decoder, unless the checkpoint comes quantized: it knows what to leave."""
         layer = owner.startswith("model.layers.") and isinstance(self._model.get_submodule(owner), nn.Linear)
-        return layer and self._quantization != "none" and not self._comes_quantized
+        return layer and self._placement.quantization != "none" and not self._comes_quantized

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from llama.errors import BadCheckpoint, BadSettings, DiskFull, DoesNotFit
 from llama.model.checkpoint import Checkpoint
-from llama.model.loader import load_config, stored_quantization
+from llama.model.config import load_config
 from llama.model.plan import bytes_of_weights
-from llama.model.quantization import Quantization, configuration, quantize, to_stored
+from llama.model.quantization import Quantization, quantize, to_config, to_stored
 from llama.weights.disk import LOCK, PACKED, disk_errors, folder_lock
 from llama.weights.file_checks import INDEX, SINGLE, read_object
 from llama.weights.manifest import is_read
@@ -39,7 +39,7 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
     Raises BadSettings when `target` is there already, DiskFull, and what reading `source` raises.
     """
     _check_new(target)
-    if stored_quantization(load_config(source)) != "none":
+    if getattr(load_config(source), "quantization_config", None):
         raise BadSettings(f"{source} is quantized already; set LLAMA_WEIGHTS to plain weights")
     checkpoint = Checkpoint(source)
     part = target.with_name(f"{target.name}.part")
@@ -132,7 +132,7 @@ def _copy_the_rest(source: Path, target: Path, quantization: Quantization) -> No
         if path.is_file() and is_read(path.name) and not ours:
             (target / path.name).write_bytes(_read(path))
     config = read_object(source / "config.json")
-    config |= {"quantization_config": configuration(quantization), PACKED: quantization}
+    config |= {"quantization_config": to_config(quantization), PACKED: quantization}
     _write_json(target / "config.json", config)
 
 

@@ -20,13 +20,15 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig
 
-from llama.errors import BadSettings, DoesNotFit
+from llama.errors import BadConfig, BadSettings, DoesNotFit
 from llama.model.quantization import Quantization, bytes_of_weight
+
+EngineName = Literal["torch", "vllm"]
 
 ENOUGH_REQUESTS = 8
 """At full context: what a precision must leave room for, for `auto` to take it over a narrower one."""
 
-RESERVE = {"torch": 3 * 2**30, "vllm": 2 * 2**30}
+RESERVE: dict[EngineName, int] = {"torch": 3 * 2**30, "vllm": 2 * 2**30}
 """Bytes of a GPU that neither weights nor cache may have, by engine: activations, graphs, workspaces.
 Guesses until `make bench-gpu` has run; vLLM leaves a tenth of each card free besides."""
 
@@ -77,78 +79,122 @@ class Choice:
     """Bytes left for keys and values, over all GPUs."""
     requests: int
     """How many of full context the cache holds at once; the server may be set to take fewer."""
-    engine: Literal["torch", "vllm"]
     refusal: str
     """Why these GPUs cannot; "" when they can."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What fits, and what `auto` takes."""
+    """What fits, and what LLAMA_QUANTIZATION=auto takes; None if nothing fits."""
 
     choices: tuple[Choice, ...]
-    auto: Choice | None
+    chosen: Choice | None
 
 
-def plan(
-    config: LlamaConfig,
-    gpus: Sequence[Gpu],
-    *,
-    context: int,
-    stored: Quantization = "none",
-    engine: Literal["torch", "vllm"] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Plan:
-    """All precisions on these GPUs together, for requests of `context` tokens. A checkpoint that is
-    `stored` in fewer bits stays so. `engine`: by default ours on one GPU, and vLLM on more. `dtype` is what
-    everything that is not quantized is held in, the cache included: 16 bits in what follows.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planner:
+    """Works out what fits a set of GPUs together, for requests of `context` tokens on `engine`."""
 
-    `auto` is the first of 16 bits, FP8, int8 and NF4 that leaves room for ENOUGH_REQUESTS; else the one
-    with most room, if it has room for one.
-    """
-    offered = _ORDER if stored == "none" else (stored,)
-    engine = engine or ("torch" if len(gpus) == 1 else "vllm")
-    choices = tuple(_choice(config, gpus, quantization, context, engine, dtype) for quantization in offered)
-    fitting = [choice for choice in choices if not choice.refusal]
-    enough = [choice for choice in fitting if choice.requests >= ENOUGH_REQUESTS]
-    auto = enough[0] if enough else max(fitting, key=lambda choice: choice.requests, default=None)
-    return Plan(choices, auto)
+    config: LlamaConfig
+    gpus: tuple[Gpu, ...]
+    """None: the CPU, on which everything is taken to fit."""
+    context: int
+    engine: EngineName
+    dtype: torch.dtype = torch.bfloat16
+    """Of everything that is not quantized, the cache included."""
+    stored: Quantization | None = "none"
+    """What the checkpoint's linear layers are stored in, and so stay in. None: in a way that only vLLM
+    reads."""
 
+    def plan(self) -> Plan:
+        """All precisions. The chosen one is the first of 16 bits, FP8, int8 and NF4 that leaves room for
+        ENOUGH_REQUESTS; otherwise the one with the most room, if it has room for one. Raises BadConfig."""
+        stored = self._readable()
+        choices = tuple(map(self._choice, _ORDER if stored == "none" else (stored,)))
+        fitting = [choice for choice in choices if not choice.refusal]
+        enough = [choice for choice in fitting if choice.requests >= ENOUGH_REQUESTS]
+        chosen = enough[0] if enough else max(fitting, key=lambda choice: choice.requests, default=None)
+        return Plan(choices, chosen)
 
-def pick(
-    config: LlamaConfig,
-    gpus: Sequence[Gpu],
-    wanted: Quantization | Literal["auto"],
-    *,
-    context: int,
-    stored: Quantization,
-    engine: Literal["torch", "vllm"] = "torch",
-    dtype: torch.dtype = torch.bfloat16,
-) -> Quantization:
-    """What these GPUs serve with an engine. Raises DoesNotFit, saying what would fit."""
-    found = plan(config, gpus, context=context, stored=stored, engine=engine, dtype=dtype)
-    cards = " and ".join(sorted({gpu.name for gpu in gpus}))
-    if wanted == "auto":
-        if found.auto is None:
-            raise DoesNotFit(f"{_listed(found)} on {cards}; {_advice(config, context, stored, dtype)}")
-        return found.auto.quantization
-    (choice,) = (choice for choice in found.choices if choice.quantization == wanted)
-    if choice.refusal:
-        fitting = [c.quantization for c in found.choices if not c.refusal]
-        advice = (
-            f"set LLAMA_QUANTIZATION to {' or '.join(fitting)}"
-            if fitting
-            else _advice(config, context, stored, dtype)
+    def pick(self, requested: Quantization | Literal["auto"]) -> Quantization:
+        """What to serve in. Raises BadConfig, BadSettings, or DoesNotFit, saying what would fit."""
+        stored = self._readable()
+        if stored != "none" and requested not in ("auto", stored):
+            raise BadSettings(
+                f"LLAMA_QUANTIZATION is {requested} and the checkpoint is stored in {stored}; unset it"
+            )
+        if not self.gpus:
+            return stored if requested == "auto" else requested
+        found = self.plan()
+        cards = " and ".join(sorted({gpu.name for gpu in self.gpus}))
+        if requested == "auto":
+            if found.chosen is None:
+                listed = ", ".join(f"{c.quantization} {c.refusal}" for c in found.choices)
+                raise DoesNotFit(f"nothing fits: {listed} on {cards}; {self._advice()}")
+            return found.chosen.quantization
+        (choice,) = (choice for choice in found.choices if choice.quantization == requested)
+        if choice.refusal:
+            fitting = [c.quantization for c in found.choices if not c.refusal]
+            advice = f"set LLAMA_QUANTIZATION to {' or '.join(fitting)}" if fitting else self._advice()
+            raise DoesNotFit(f"{requested} on {cards}: {choice.refusal}; {advice}")
+        return requested
+
+    def _readable(self) -> Quantization:
+        if self.stored is None:
+            raise BadConfig(
+                "config.json says that the weights are quantized in a way that only vLLM may read (AWQ, GPTQ "
+                "and others; `plan` cannot tell what they take); set LLAMA_ENGINE to vllm, or use plain "
+                "weights, bitsandbytes' int8 or NF4, or FP8 by rows (fbgemm_fp8)"
+            )
+        return self.stored
+
+    def _choice(self, quantization: Quantization) -> Choice:
+        weights = bytes_of_weights(self.config, quantization, self.dtype)
+        cache = max(self._room - weights, 0)
+        requests = cache // self._bytes_per_request
+        refusals = self._refusals(quantization, weights, requests)
+        return Choice(quantization, weights, cache, requests, " and ".join(refusals))
+
+    @property
+    def _room(self) -> int:
+        """Bytes for weights and cache. Layers are divided evenly: the smallest card bounds them all."""
+        return len(self.gpus) * max(min(gpu.free for gpu in self.gpus) - RESERVE[self.engine], 0)
+
+    @property
+    def _bytes_per_request(self) -> int:
+        return self.context * bytes_per_token(self.config, self.dtype)
+
+    def _refusals(self, quantization: Quantization, weights: int, requests: int) -> Iterator[str]:
+        if weights > self._room:
+            yield f"needs {weights / 1e9:.1f} GB for weights and has {self._room / 1e9:.1f}"
+        elif requests < 1:
+            yield (
+                f"has no room for one request of {self.context} tokens beside {weights / 1e9:.1f} GB "
+                "of weights"
+            )
+        oldest = min(gpu.capability for gpu in self.gpus)
+        if oldest < _CAPABILITY[quantization]:
+            needed = ".".join(map(str, _CAPABILITY[quantization]))
+            yield f"needs compute capability {needed} and has {oldest[0]}.{oldest[1]}"
+        if quantization in ("int8", "nf4") and self.engine == "vllm":
+            yield "is not for vLLM, which has no bitsandbytes any more"
+
+    def _advice(self) -> str:
+        stored = self._readable()
+        narrowest = stored if stored != "none" else "nf4"
+        weights = bytes_of_weights(self.config, narrowest, self.dtype)
+        needed = weights + self._bytes_per_request + RESERVE["torch"]
+        return (
+            f"take a GPU with {needed / 1e9:.0f} GB free ({narrowest}, one request of {self.context} "
+            "tokens), set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"
         )
-        raise DoesNotFit(f"{wanted} on {cards}: {choice.refusal}; {advice}")
-    return wanted
 
 
 def parallel_sizes(
     config: LlamaConfig, gpus: int, *, tensor: int | None, pipeline: int | None
 ) -> tuple[int, int]:
-    """Pipeline stages and GPUs in each, for vLLM. None: all of a machine's `gpus`, tensor first, as far as
-    the heads divide evenly. Raises BadSettings."""
+    """Pipeline stages and GPUs in each, for vLLM. None: all of a machine's `gpus`, tensor parallelism first,
+    as long as the heads divide evenly. Raises BadSettings."""
     heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
 
     def divides(size: int) -> bool:
@@ -165,9 +211,9 @@ def parallel_sizes(
     return pipeline or max(gpus // tensor, 1), tensor
 
 
-def alike(gpus: Sequence[Gpu], workers: int) -> list[Gpu]:
-    """All workers' cards: those of other machines are taken to be like the smallest here."""
-    return [min(gpus, key=lambda gpu: gpu.free)] * workers if gpus else []
+def assume_identical(gpus: Sequence[Gpu], workers: int) -> tuple[Gpu, ...]:
+    """The cards of all workers: those of other machines are assumed to be like the smallest one here."""
+    return (min(gpus, key=lambda gpu: gpu.free),) * workers if gpus else ()
 
 
 def bytes_of_weights(
@@ -188,61 +234,3 @@ def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers: 2 x layers x KV heads x head_dim x element size."""
     heads = config.num_key_value_heads * config.head_dim
     return int(2 * config.num_hidden_layers * heads * dtype.itemsize)
-
-
-def _choice(
-    config: LlamaConfig,
-    gpus: Sequence[Gpu],
-    quantization: Quantization,
-    context: int,
-    engine: Literal["torch", "vllm"],
-    dtype: torch.dtype,
-) -> Choice:
-    weights = bytes_of_weights(config, quantization, dtype)
-    # Layers are divided evenly: the smallest card bounds them all.
-    room = len(gpus) * max(min(gpu.free for gpu in gpus) - RESERVE[engine], 0)
-    cache = max(room - weights, 0)
-    requests = cache // (context * bytes_per_token(config, dtype))
-    return Choice(
-        quantization,
-        weights,
-        cache,
-        requests,
-        engine,
-        " and ".join(_refusals(gpus, quantization, weights, room, requests, context, engine)),
-    )
-
-
-def _refusals(
-    gpus: Sequence[Gpu],
-    quantization: Quantization,
-    weights: int,
-    room: int,
-    requests: int,
-    context: int,
-    engine: Literal["torch", "vllm"],
-) -> Iterator[str]:
-    if weights > room:
-        yield f"needs {weights / 1e9:.1f} GB for weights and has {room / 1e9:.1f}"
-    elif requests < 1:
-        yield f"has no room for one request of {context} tokens beside {weights / 1e9:.1f} GB of weights"
-    oldest = min(gpu.capability for gpu in gpus)
-    if oldest < _CAPABILITY[quantization]:
-        wanted = ".".join(map(str, _CAPABILITY[quantization]))
-        yield f"needs compute capability {wanted} and has {oldest[0]}.{oldest[1]}"
-    if quantization in ("int8", "nf4") and engine == "vllm":
-        yield "is not for vLLM, which has no bitsandbytes any more"
-
-
-def _listed(table: Plan) -> str:
-    return "nothing fits: " + ", ".join(f"{c.quantization} {c.refusal}" for c in table.choices)
-
-
-def _advice(config: LlamaConfig, context: int, stored: Quantization, dtype: torch.dtype) -> str:
-    narrowest = stored if stored != "none" else "nf4"
-    cache = context * bytes_per_token(config, dtype)
-    needed = bytes_of_weights(config, narrowest, dtype) + cache + RESERVE["torch"]
-    return (
-        f"take a GPU with {needed / 1e9:.0f} GB free ({narrowest}, one request of {context} tokens), "
-        "set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"
-    )

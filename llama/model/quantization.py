@@ -1,17 +1,19 @@
 """Linear layers in fewer bits, made from plain weights or from what a checkpoint stores of them.
 
-NF4 and int8 are bitsandbytes', FP8 is a layer of our own over torch's scaled product; each is stored as
-transformers stores it. Knows one layer at a time; knows nothing of models or files.
+NF4 and int8 are layers of bitsandbytes, FP8 is ours (`fp8_linear.py`). Each is stored as transformers
+stores it. Knows one layer at a time; knows nothing of models or files.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from llama.model.fp8_linear import AT_A_TIME, Fp8Linear, row_blocks
 
 Quantization = Literal["none", "fp8", "int8", "nf4"]
 
@@ -20,11 +22,6 @@ STORED_SCALE: Mapping[Quantization, str] = {"fp8": "weight_scale", "int8": "SCB"
 
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 _NF4_BLOCK = 64
-# Weights quantized at a time: what is computed on the way is then small beside a layer.
-_AT_A_TIME = {"cpu": 2**18, "cuda": 2**24}
-_E4M3 = torch.float8_e4m3fn
-_E4M3_MAX = torch.finfo(_E4M3).max
-_TINIEST = 1e-12  # a row of zeros has some scale
 
 
 def bytes_of_weight(outputs: int, inputs: int, quantization: Quantization, dtype: torch.dtype) -> int:
@@ -36,59 +33,6 @@ def bytes_of_weight(outputs: int, inputs: int, quantization: Quantization, dtype
             return outputs * inputs + 4 * outputs
         case "none":
             return dtype.itemsize * outputs * inputs
-
-
-class Fp8Linear(nn.Module):
-    """Weights in e4m3 with one scale an output; each input row is rounded to e4m3 with a scale of its own.
-
-    transformers' own layer fetches a kernel from a hub at run time, which a sealed container cannot.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """`weight` [out, in] e4m3, `scale` [out, 1] float32, `bias` [out] or None."""
-        super().__init__()
-        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", bias)
-
-    @classmethod
-    def quantize(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """From weights [out, in] of any floating type."""
-        rounded, scale = torch.empty_like(weight, dtype=_E4M3), weight.new_empty(len(weight), 1).float()
-        for rows in _blocks(weight):
-            rounded[rows], scale[rows] = _rounded(weight[rows])
-        return cls(rounded, scale, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = _rounded(x.reshape(-1, self.in_features))
-        # With a scale a row the kernel gives bfloat16 only.
-        product = torch._scaled_mm(
-            rounded, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), out_dtype=torch.bfloat16
-        ).to(x.dtype)
-        if self.bias is not None:
-            product = product + self.bias
-        return product.view(*x.shape[:-1], self.out_features)
-
-
-def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [N, K] in e4m3 and the scale of each [N, 1]: what is read back is their product."""
-    # Few kernels: it runs before every product of a step. The norm is the largest, found in one.
-    largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    scale = largest.clamp(min=_TINIEST) / _E4M3_MAX
-    # The largest quotient may be rounded to just above the largest e4m3, to which it then rounds back.
-    return (rows / scale).to(_E4M3), scale
-
-
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight, some at a time."""
-    step = max(_AT_A_TIME[weight.device.type] // weight.shape[1], 1)
-    for start in range(0, len(weight), step):
-        yield slice(start, start + step)
 
 
 def quantize(
@@ -104,7 +48,7 @@ def quantize(
             import bitsandbytes as bnb
 
             rounded, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight)).float()
-            for rows in _blocks(weight):
+            for rows in row_blocks(weight):
                 rounded[rows], scale[rows], _ = bnb.functional.int8_vectorwise_quant(weight[rows].half())
             return _int8(rounded, scale, bias)
         case "nf4":
@@ -115,7 +59,7 @@ def _rounded_to_nf4(weight: Tensor) -> Tensor:
     """A bitsandbytes parameter."""
     import bitsandbytes as bnb
 
-    count, step = weight.numel(), _AT_A_TIME[weight.device.type]
+    count, step = weight.numel(), AT_A_TIME[weight.device.type]
     packed = weight.new_empty(-(-count // 2), 1, dtype=torch.uint8)
     absmax = weight.new_empty(-(-count // _NF4_BLOCK), dtype=torch.float32)
     for index, part in enumerate(torch.split(weight.contiguous().view(-1), step)):
@@ -179,7 +123,7 @@ def stored_shape(layer: nn.Module) -> tuple[int, int]:
     return int(outputs), int(inputs)
 
 
-def configuration(quantization: Quantization) -> dict[str, object]:
+def to_config(quantization: Quantization) -> dict[str, object]:
     """`quantization_config` of a `config.json`, for transformers to read, and vLLM in FP8."""
     match quantization:
         case "none":
@@ -196,8 +140,10 @@ def configuration(quantization: Quantization) -> dict[str, object]:
             return {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
-def configured(config: Mapping[str, object]) -> Quantization | None:
-    """Which of them a `quantization_config` describes; None when it is another."""
+def from_config(config: Mapping[str, object]) -> Quantization | None:
+    """Which of them a `quantization_config` describes: `none` if it is empty, None if it is another."""
+    if not config:
+        return "none"
     method = config.get("quant_method")
     if method == "fbgemm_fp8":
         return "fp8"

@@ -1,8 +1,7 @@
 """`.cog/openapi_schema.json`, as `cog build` writes it for `Predictor.run`.
 
 Cog's server loads this file and never makes it, so a run without Docker needs it from here. The
-shape follows Cog's own generator (pkg/schema in its source). Knows signatures, OpenAPI and where
-`predict.py` is.
+shape follows Cog's own generator (pkg/schema in its source). Knows signatures and OpenAPI.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import sys
 import types
 import typing
 from collections.abc import Callable
@@ -20,7 +18,6 @@ from typing import Any
 
 import cog
 
-from llama import ROOT
 from llama.errors import BadSettings
 
 _JSON_TYPES: dict[Any, str] = {
@@ -31,16 +28,6 @@ _JSON_TYPES: dict[Any, str] = {
     dict: "object",
 }
 _REF = "#/components/schemas/"
-
-
-def published_run() -> Callable[..., object]:
-    """`Predictor.run`, whose signature is the published schema."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from predict import Predictor
-
-    run: Callable[..., object] = Predictor.run
-    return run
 
 
 def openapi_schema(run: Callable[..., object]) -> dict[str, Any]:

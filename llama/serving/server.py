@@ -6,6 +6,7 @@ nothing of models.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,8 @@ from typing import IO, Any, Self
 import httpx
 
 from llama import ROOT
-from llama.serving.process import dies_with_parent
 
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _NO_TIMEOUT = httpx.Timeout(None, connect=10)
 
 
@@ -98,7 +99,7 @@ class ChildServer(ABC):
             stderr=subprocess.STDOUT,
             start_new_session=True,
             # One system call that is prepared before the fork, so threads do not matter.
-            preexec_fn=dies_with_parent(),  # noqa: PLW1509
+            preexec_fn=_dying_with_parent(),  # noqa: PLW1509
         )
         return self
 
@@ -201,3 +202,18 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line.removesuffix(b"\r").decode()
+
+
+def _dying_with_parent() -> Callable[[], None] | None:
+    """To be run in a child before it becomes a program: on Linux, it gets SIGTERM when its parent is gone,
+    however that ended. None on other systems."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def arrange() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was gone before this
+            os._exit(1)
+
+    return arrange

@@ -49,6 +49,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Llama2Tokenizer(processor)
 
 
+def fit_tokenizer(tokenizer: Tokenizer, rows: int, folder: Path) -> None:
+    """Restrict a tokenizer to the ids below `rows`, the height of the model's table. The table may be padded
+    with rows that are no tokens, and a few control tokens may lie outside of it.
+
+    Raises BadTokenizer when the tokenizer cannot belong to the model.
+    """
+    if tokenizer.text_size > rows:
+        raise BadTokenizer(
+            f"the tokenizer in {folder} has {tokenizer.text_size} tokens and the vocab_size of config.json "
+            f"is {rows}; copy the tokenizer files that belong to this model"
+        )
+    if 2 * tokenizer.size < rows:
+        logger.warning(
+            "the tokenizer in %s has %d tokens and the vocab_size of config.json is %d: is it this model's?",
+            folder,
+            tokenizer.size,
+            rows,
+        )
+    tokenizer.restrict(rows)
+
+
 def _chat_template(folder: Path) -> str | None:
     """The chat template that transformers would render: of several the one called default, and "" if there is
     none of that name. None for a folder without templates."""

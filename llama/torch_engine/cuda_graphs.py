@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step: one a height of the batch and a length of the cache, replayed whole.
+"""CUDA graphs of the decode step: one for each batch size and length of the cache, replayed whole.
 
 Without them a step of 80 layers waits for its 2,000 launches. Knows shapes and memory of the device;
 knows nothing of what a step computes.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Step = Callable[[int, int], Tensor]
-"""Height and length to logits [height, V]; reads and writes tensors that stay where they are."""
+"""Batch size and length to logits [batch size, V]; reads and writes tensors that stay where they are."""
 
 _SHORTEST = 256
 
@@ -32,23 +32,23 @@ def doubling(first: int, last: int) -> list[int]:
 
 
 class StepGraphs:
-    """A step, captured at every height and length; call it with any."""
+    """A step, captured at every batch size and length; call it with any."""
 
     def __init__(self, step: Step, rows: int, context: int) -> None:
         """Takes about a tenth of a second a graph. After an error torch is not fit to compute any more: it
         ends neither the capture's hold on the allocator nor its stream."""
-        self._heights, self._lengths = doubling(1, rows), doubling(_SHORTEST, context)
+        self._batch_sizes, self._lengths = doubling(1, rows), doubling(_SHORTEST, context)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the others find their memory in its pool.
-        for shape in reversed(list(product(self._heights, self._lengths))):
+        for shape in reversed(list(product(self._batch_sizes, self._lengths))):
             self._graphs[shape] = _captured(step, shape, pool)
 
-    def __call__(self, height: int, length: int) -> Tensor:
-        at_least = bisect_left(self._heights, height), bisect_left(self._lengths, length)
-        graph, logits = self._graphs[self._heights[at_least[0]], self._lengths[at_least[1]]]
+    def __call__(self, batch_size: int, length: int) -> Tensor:
+        at_least = bisect_left(self._batch_sizes, batch_size), bisect_left(self._lengths, length)
+        graph, logits = self._graphs[self._batch_sizes[at_least[0]], self._lengths[at_least[1]]]
         graph.replay()
-        return logits[:height]
+        return logits[:batch_size]
 
 
 def _captured(step: Step, shape: tuple[int, int], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:

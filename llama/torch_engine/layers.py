@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llama.errors import DoesNotFit
-from llama.model.loader import arithmetic_dtype, has_matrix_units
+from llama.model.precision import Placement
 from llama.torch_engine.linears import joined, packed
 
 
@@ -49,7 +49,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class ModelParts:
     """A whole model. Arithmetic is in `dtype`, whatever the weights are held in."""
 
     embedding: nn.Module
@@ -69,21 +69,14 @@ class Parts:
     scale: float
     """Of attention scores."""
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """What keys and values are held in, and attention computed in. Of one query a request, 32 requests of
-        192 tokens, a layer of the benchmark takes the fused kernel in bfloat16 1.3 ms on a Xeon with AMX and
-        5.0 on an EPYC, and two products 2.9 there in bfloat16 and 2.2 here in float32."""
-        return self.dtype if self.device.type == "cuda" or has_matrix_units() else torch.float32
-
 
 @torch.inference_mode()
-def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
-    """The parts of `model`, for positions up to `length`. The model is not usable afterwards."""
-    dtype, device = arithmetic_dtype(model.dtype, model.device), model.device
-    cos, sin, stretched_from = _rotary_tables(model, length, dtype)
+def take_apart(model: LlamaForCausalLM, placement: Placement) -> ModelParts:
+    """The parts of a model that is placed like this. The model is not usable afterwards."""
+    dtype, device = placement.arithmetic, placement.device
+    cos, sin, stretched_from = _rotary_tables(model, placement.context, dtype)
     scale = model.model.layers[0].self_attn.scaling
-    return Parts(
+    return ModelParts(
         embedding=model.get_input_embeddings(),
         cos=cos,
         sin=sin,
@@ -99,7 +92,7 @@ def take_apart(model: LlamaForCausalLM, length: int) -> Parts:
 
 
 def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """The tables of `Parts`. transformers changes dynamic scaling with every token beyond the trained
+    """The tables of `ModelParts`. transformers changes dynamic scaling with every token beyond the trained
     positions, which a cache of rotated keys cannot follow: here such requests are stretched for the whole
     context from their beginning."""
     config, device = model.config, model.device

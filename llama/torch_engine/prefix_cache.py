@@ -1,7 +1,7 @@
-"""What the rows of the key/value cache hold beside the running requests, and what of it to use again.
+"""Which prefixes of earlier requests the free rows of the key/value cache hold, and which of them to reuse.
 
-A finished request's keys and values stay in a row until the row is needed; a later prompt that begins
-alike starts from a copy. Knows token ids and rows; knows nothing of tensors: it says what to copy.
+A finished request's keys and values stay in a row until the row is needed. A later prompt with the same
+prefix starts from a copy. Knows token ids and rows; knows nothing of tensors: it says what to copy.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class PrefixCache:
         self._kept[row] = token_ids
         self._touch(row)
 
-    def place(self, home: int, prompt: list[int], running: Sequence[list[int]]) -> tuple[list[Copy], int]:
-        """What to copy, in order, so that the free row `home` begins like `prompt`, and how far it then
-        does: always short of the last token, whose logits are wanted.
+    def reuse(self, home: int, prompt: list[int], running: Sequence[list[int]]) -> tuple[list[Copy], int]:
+        """Return the copies, in order, that give the free row `home` the longest cached prefix of `prompt`,
+        and the length of that prefix. It never includes the last token, whose logits are needed.
 
-        `running` are the cached token ids of rows 0 up to `home`.
+        `running` are the cached token ids of the rows below `home`.
         """
         source, shared = self._best_match(prompt, running)
         if shared and source >= home:
@@ -59,7 +59,7 @@ class PrefixCache:
     def _best_match(self, prompt: list[int], running: Sequence[list[int]]) -> tuple[int, int]:
         """The row that shares most of its beginning with `prompt`, and how much: a free one if equal."""
         contents = [*running, *self._kept[len(running) :]]
-        shared, row = max((_shared(prompt[:-1], held), row) for row, held in enumerate(contents))
+        shared, row = max((_shared_length(prompt[:-1], held), row) for row, held in enumerate(contents))
         return (row, shared) if shared else (-1, 0)
 
     def _rescue(self, home: int, source: int) -> list[Copy]:
@@ -76,12 +76,12 @@ class PrefixCache:
         self._used[row] = self._clock
 
 
-def alike(a: list[int], b: list[int]) -> bool:
-    """Whether the beginning of one is worth copying for the other."""
+def shares_prefix(a: list[int], b: list[int]) -> bool:
+    """Whether two lists of token ids share a prefix that is long enough to be copied."""
     return len(a) > _WORTH_A_COPY and a[:_WORTH_A_COPY] == b[:_WORTH_A_COPY]
 
 
-def _shared(wanted: list[int], held: list[int]) -> int:
+def _shared_length(wanted: list[int], held: list[int]) -> int:
     """How many token ids two sequences have in common from the beginning; 0 when hardly any."""
     if len(wanted) < _WORTH_A_COPY or wanted[:_WORTH_A_COPY] != held[:_WORTH_A_COPY]:
         return 0

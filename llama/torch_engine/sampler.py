@@ -8,15 +8,16 @@ on its seed and its own position alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llama.sampling import SamplingParams
+from llama.torch_engine.rows import Rows
 
-UNUSABLE = -1
+NOT_FINITE = -1
 """In place of a token, where a row of logits is not finite."""
 
 # On a CPU the best few are looked at first: sorting 32,000 logits takes longer than all the rest.
@@ -69,36 +70,22 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 class Sampler:
     """Sampling parameters, token counts and noise of the requests in a batch, by row."""
 
-    def __init__(
-        self,
-        rows: int,
-        context: int,
-        vocabulary: int,
-        eos_token_ids: Collection[int],
-        device: torch.device,
-    ) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=dtype, device=device)
-
+    def __init__(self, rows: Rows, vocabulary: int, eos_token_ids: Collection[int]) -> None:
+        device = rows.cache.device
         self._shortlist = _SHORTLIST if device.type == "cpu" else vocabulary
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
-        self._params: list[SamplingParams | None] = [None] * rows
-        self._greedy = zeros(dtype=torch.bool)
-        self._repetition, self._frequency, self._presence = zeros(), zeros(), zeros()
-        self._minimum, self._generated = zeros(dtype=torch.long), zeros(dtype=torch.long)
-        self._temperature, self._top_p, self._top_k = zeros(), zeros(), zeros(dtype=torch.long)
-        self._temperature.fill_(1.0)
-        self._repetition.fill_(1.0)
-        self._uniforms = zeros(context, dtype=torch.float64)
-        self._seen = zeros(vocabulary, dtype=torch.bool)
-        self._counts = zeros(vocabulary, dtype=torch.int32)
-        self._state = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        self._state = [tensor for tensor in self._state if tensor is not self._eos]
+        self._greedy = rows.tensor(dtype=torch.bool)
+        self._repetition, self._frequency, self._presence = rows.tensor(fill=1), rows.tensor(), rows.tensor()
+        self._minimum, self._generated = rows.tensor(dtype=torch.long), rows.tensor(dtype=torch.long)
+        self._temperature, self._top_p = rows.tensor(fill=1), rows.tensor()
+        self._top_k = rows.tensor(dtype=torch.long)
+        self._uniforms = rows.tensor(rows.cache.shape.length, dtype=torch.float64)
+        self._seen = rows.tensor(vocabulary, dtype=torch.bool)
+        self._counts = rows.tensor(vocabulary, dtype=torch.int32)
 
     @torch.inference_mode()
     def add(self, row: int, prompt: Tensor, params: SamplingParams) -> None:
         """Start a request in a row, whose prompt [N] is read and whose first token comes next."""
-        self._params[row] = params
         self._greedy[row] = params.greedy
         self._repetition[row] = params.repetition
         self._frequency[row], self._presence[row] = params.frequency_penalty, params.presence_penalty
@@ -114,24 +101,14 @@ class Sampler:
             generator = np.random.Generator(np.random.Philox(key=params.seed % 2**128))
             self._uniforms[row, : params.maximum] = torch.from_numpy(generator.random(params.maximum))
 
-    def move(self, source: int, target: int) -> None:
-        """Let a request go on in another row."""
-        self._params[target] = self._params[source]
-        for tensor in self._state:
-            tensor[target] = tensor[source]
-
-    def remove(self, row: int) -> None:
-        """Forget a request."""
-        self._params[row] = None
-
     @torch.inference_mode()
-    def sample(self, logits: Tensor, first: int) -> Tensor:
-        """The next tokens [B] of the rows from `first` on, UNUSABLE where logits are not finite.
+    def sample(self, logits: Tensor, first: int, params: Sequence[SamplingParams]) -> Tensor:
+        """The next tokens [B] of the rows from `first` on, NOT_FINITE where logits are not finite.
 
-        `logits` [B, V] float32. On a GPU this waits for nothing. Rows that hold no request get some token.
+        `logits` [B, V] float32. `params`: of the requests in these rows that have been added, so that rules
+        which none of them uses are left out. Other rows get some token. On a GPU this waits for nothing.
         """
         rows = slice(first, first + len(logits))
-        params = [p for p in self._params[rows] if p is not None]
         usable = logits.sum(dim=-1).isfinite()
         logits = self._without_early_eos(self._penalized(logits, rows, params), rows, params)
         tokens = logits.argmax(dim=-1)
@@ -144,9 +121,9 @@ class Sampler:
             1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32)
         )
         self._generated[rows] += 1
-        return torch.where(usable, tokens, UNUSABLE)
+        return torch.where(usable, tokens, NOT_FINITE)
 
-    def _penalized(self, logits: Tensor, rows: slice, params: list[SamplingParams]) -> Tensor:
+    def _penalized(self, logits: Tensor, rows: slice, params: Sequence[SamplingParams]) -> Tensor:
         if any(p.repetition_penalty not in (0, 1) for p in params):
             logits = penalize_repetition(logits, self._seen[rows], self._repetition[rows])
         if any(p.frequency_penalty or p.presence_penalty for p in params):
@@ -154,7 +131,7 @@ class Sampler:
             logits = penalize_counts(logits, counts, frequency, presence)
         return logits
 
-    def _without_early_eos(self, logits: Tensor, rows: slice, params: list[SamplingParams]) -> Tensor:
+    def _without_early_eos(self, logits: Tensor, rows: slice, params: Sequence[SamplingParams]) -> Tensor:
         if not any(p.minimum for p in params):
             return logits
         early = self._generated[rows] < self._minimum[rows]

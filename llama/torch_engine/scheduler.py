@@ -1,8 +1,8 @@
-"""Who runs: requests wait in order, take a row of the cache when one is free, and leave between steps.
+"""Which request runs in which row: requests wait in order, take a free row, and leave it between steps.
 
 Running requests always have the lowest rows, without a gap, so that a step works on the first rows of
-every tensor. Knows requests and rows; knows nothing of tensors, threads or sampling: whoever holds
-tensors by row (`Rows`) is told what to copy and to move.
+every tensor. Knows requests and rows; knows nothing of tensors, threads or sampling: it tells the owner of
+the tensors (`RowStorage`) what to copy and to move.
 """
 
 from __future__ import annotations
@@ -10,15 +10,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from llama.engine import TokenStream
 from llama.sampling import SamplingParams
-from llama.torch_engine.prefix_cache import PrefixCache, alike
+from llama.torch_engine.prefix_cache import PrefixCache, shares_prefix
+
+
+class State(Enum):
+    """Of a request, in the order in which it passes through them."""
+
+    WAITING = auto()
+    """For a row."""
+    READING = auto()
+    """Its prompt, into its row."""
+    DECODING = auto()
+    """One token a step."""
+    ENDED = auto()
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class BatchRequest:
     """One request on its way through the engine."""
 
     tokens: list[int]
@@ -26,10 +39,11 @@ class Sequence:
     prompt_length: int
     params: SamplingParams
     stream: TokenStream
+    stretched: bool = False
+    """Whether its positions are stretched, so that its keys are of use only to requests of the same kind."""
+    state: State = State.WAITING
     cached: int = 0
     """Tokens whose keys and values are in the cache."""
-    stretched: bool = False
-    """Whether its positions are stretched, so that its keys are of use to its like only."""
 
     @property
     def generated(self) -> int:
@@ -37,97 +51,111 @@ class Sequence:
 
     @property
     def prefix_key(self) -> list[int]:
-        """What the prefix cache knows its tokens by: stretched ones have other numbers than plain ones."""
+        """Its tokens as the prefix cache knows them: stretched ones have other numbers than plain ones."""
         return [~token for token in self.tokens] if self.stretched else self.tokens
 
-    @property
-    def decoding(self) -> bool:
-        """Whether it takes one token a step, its prompt being read."""
-        return self.cached >= self.prompt_length
 
+class RowStorage(Protocol):
+    """Everything that belongs to a row. The first `count` keys and values are meant."""
 
-class Rows(Protocol):
-    """Keys and values by row."""
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Copy keys and values to another row."""
 
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Copy the first `count` positions of a row to another."""
+    def swap(self, source: int, target: int, count: int) -> None:
+        """Move a request to another row, and the keys and values of that row to its own."""
 
-    def swap(self, a: int, b: int, count: int) -> None:
-        """Exchange the first `count` positions of two rows."""
+    def move(self, source: int, target: int, count: int) -> None:
+        """Move a request to another row, whose contents are lost."""
+
+    def clear(self, row: int, count: int) -> None:
+        """Overwrite keys and values, which may not be finite."""
+
+    def vacate(self, row: int) -> None:
+        """The row has no request any more."""
 
 
 class Scheduler:
-    """Strictly first come, first served. A sequence is waiting or in exactly one row."""
+    """Strictly first come, first served. A request is waiting or in exactly one row."""
 
-    def __init__(self, rows: int, cache: Rows, *, prefix_reuse: bool) -> None:
-        self.running: list[Sequence] = []
+    def __init__(self, limit: int, rows: RowStorage, *, prefix_reuse: bool) -> None:
+        """`limit`: the number of rows."""
+        self.running: list[BatchRequest] = []
         """By row."""
-        self._limit = rows
-        self._waiting: deque[Sequence] = deque()
-        self._cache = cache
-        self._prefixes = PrefixCache(rows)
+        self._limit = limit
+        self._waiting: deque[BatchRequest] = deque()
+        self._rows = rows
+        self._prefixes = PrefixCache(limit)
         self._prefix_reuse = prefix_reuse
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind all others."""
-        self._waiting.append(sequence)
+    def add(self, request: BatchRequest) -> None:
+        """Queue a request behind all others."""
+        self._waiting.append(request)
 
-    def next_prefill(self, beside: Collection[int] = ()) -> tuple[int, Sequence] | None:
-        """The sequence whose prompt is to be read now, and its row: the one that was begun, otherwise the one
-        that has waited longest, if a row is free for it. `beside` are rows that are read in the same step: a
-        sequence that could begin with what one of them is about to hold waits for it."""
-        for row, sequence in enumerate(self.running):
-            if not sequence.decoding and row not in beside:
-                return row, sequence
+    def next_prefill(self, beside: Collection[int] = ()) -> tuple[int, BatchRequest] | None:
+        """The row and request whose prompt is read next: one that has begun, otherwise the one that has
+        waited longest, if a row is free.
+
+        `beside` are rows that are read in the same step. A request that could reuse a prefix of one of them
+        waits for it.
+        """
+        for row, request in enumerate(self.running):
+            if request.state is State.READING and row not in beside:
+                return row, request
         if not self._waiting or len(self.running) == self._limit:
             return None
-        row, sequence = len(self.running), self._waiting[0]
-        key = sequence.prefix_key
-        if self._prefix_reuse and any(alike(self.running[r].prefix_key, key) for r in beside):
+        row, request = len(self.running), self._waiting[0]
+        key = request.prefix_key
+        if self._prefix_reuse and any(shares_prefix(self.running[r].prefix_key, key) for r in beside):
             return None
-        self.running.append(self._waiting.popleft())
-        return row, sequence
+        self._waiting.popleft().state = State.READING
+        self.running.append(request)
+        return row, request
 
     def reuse_prefix(self, row: int) -> None:
-        """Let the sequence in the last row begin with the longest prefix of its prompt that is cached."""
+        """Let the request in the last row begin with the longest prefix of its prompt that is cached."""
         assert row == len(self.running) - 1
         if not self._prefix_reuse:
             return
-        sequence = self.running[row]
+        request = self.running[row]
         held = [other.prefix_key[: other.cached] for other in self.running[:row]]
-        copies, shared = self._prefixes.place(row, sequence.prefix_key, held)
+        copies, shared = self._prefixes.reuse(row, request.prefix_key, held)
         for copy in copies:
-            self._cache.copy(*copy)
-        sequence.cached = shared
+            self._rows.copy_prefix(*copy)
+        request.cached = shared
 
     def forget_prefixes(self) -> None:
         """Forget all cached prefixes: after a failure, the contents of free rows are unknown."""
         self._prefixes = PrefixCache(self._limit)
 
-    def release(self, row: int, *, keep: bool = True) -> int | None:
-        """Take a sequence out. The last running one moves into its row: the row that it left, if any.
-        What the sequence had in the cache stays for others to begin with, unless `keep` is false."""
-        sequence, last = self.running[row], self.running[-1]
+    def release(self, row: int, *, sound: bool = True) -> None:
+        """Take a request out of its row, into which the last running one moves. Its keys and values stay for
+        others to reuse, unless they are not `sound`."""
+        request, last = self.running[row], self.running[-1]
         end = len(self.running) - 1
-        keep = keep and self._prefix_reuse
-        if row != end:
-            if keep:
-                self._cache.swap(row, end, max(sequence.cached, last.cached))
-            else:
-                self._cache.copy(end, row, last.cached)
-        self._prefixes.keep(end, sequence.prefix_key[: sequence.cached] if keep else [])
+        keep = sound and self._prefix_reuse
+        if not sound:
+            self._rows.clear(row, request.cached)
+        if row != end and keep:
+            self._rows.swap(end, row, max(request.cached, last.cached))
+        elif row != end:
+            self._rows.move(end, row, last.cached)
+        self._rows.vacate(end)
+        self._prefixes.keep(end, request.prefix_key[: request.cached] if keep else [])
         self.running[row] = last
         self.running.pop()
-        return end if row != end else None
+        request.state = State.ENDED
 
     def drop_cancelled_waiting(self) -> None:
-        """Forget those who gave up before they had a row."""
-        self._waiting = deque(s for s in self._waiting if not s.stream.cancelled)
+        """Drop requests that were cancelled before they had a row."""
+        for request in self._waiting:
+            if request.stream.cancelled:
+                request.state = State.ENDED
+        self._waiting = deque(request for request in self._waiting if request.state is State.WAITING)
 
     @property
     def decoding(self) -> int:
-        """How many take one token a step."""
-        return sum(sequence.decoding for sequence in self.running)
+        """The number of requests that take one token a step."""
+        return sum(request.state is State.DECODING for request in self.running)
 
     @property
     def waiting(self) -> int:

@@ -1,11 +1,10 @@
-"""Start a TorchEngine for a folder of weights: load, plan the cache, say what is served.
+"""Start a TorchEngine for a folder of weights: load the model, and give the cache the memory that is left.
 
 Knows settings and memory; knows nothing of requests.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -14,21 +13,20 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadSettings
-from llama.metrics import SetupTimes
-from llama.model.loader import (
-    context_wanted,
-    load_model,
-    pick_device,
-    pick_dtype,
-    pick_quantization,
-)
+from llama.model.loader import load_model
 from llama.model.memory import available_memory
 from llama.model.plan import RESERVE
+from llama.model.precision import Placement, place
 from llama.settings import Settings
-from llama.torch_engine.engine import MOST_A_TURN, TorchEngine
-from llama.torch_engine.kv_cache import CachePlan, KVCache, plan_cache
-from llama.torch_engine.layers import Parts, take_apart
-from llama.torch_engine.runner import Chunk, Runner
+from llama.startup import SetupTimes
+from llama.torch_engine.attention import Chunk
+from llama.torch_engine.batch import MOST_PROMPT_TOKENS, Batch
+from llama.torch_engine.engine import TorchEngine
+from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
+from llama.torch_engine.layers import ModelParts, take_apart
+from llama.torch_engine.rows import Rows
+from llama.torch_engine.runner import Runner
+from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +41,34 @@ def start_engine(
     eos_token_ids: Collection[int],
 ) -> TorchEngine:
     """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
+    _refuse_settings_of_vllm(settings)
+    placement = place(settings, config)
+
+    def load() -> Batch:
+        with times.part("weights"):
+            model = load_model(folder, config, placement)
+        logger.info("loaded %s: %s", folder.resolve().name, placement)
+        parts = take_apart(model, placement)
+        del model  # what was joined or packed is there once
+        batch = Batch(
+            parts,
+            _make_cache(parts, config, placement, settings),
+            vocabulary=vocabulary,
+            eos_token_ids=eos_token_ids,
+            prefix_reuse=settings.prefix_reuse,
+            threads=_thread_count(placement, settings),
+        )
+        if placement.device.type == "cuda":
+            if settings.cuda_graphs:
+                batch.capture_graphs()
+            batch.run_largest_prefill()
+        return batch
+
+    with times.part("engine"):
+        return TorchEngine(load)
+
+
+def _refuse_settings_of_vllm(settings: Settings) -> None:
     for name, is_vllms in (
         ("tensor_parallel", settings.tensor_parallel not in (None, 1)),
         ("pipeline_parallel", settings.pipeline_parallel not in (None, 1)),
@@ -53,60 +79,46 @@ def start_engine(
             raise BadSettings(
                 f"LLAMA_{name.upper()} is {getattr(settings, name)}; set LLAMA_ENGINE to vllm, or unset it"
             )
-    device = pick_device(settings)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    dtype = pick_dtype(settings, config, capability)
-    quantization = pick_quantization(settings, device, config)
-    precision = str(dtype).removeprefix("torch.") if quantization == "none" else quantization
-
-    def load() -> tuple[Parts, KVCache]:
-        with times.part("weights"):
-            model = load_model(folder, config, dtype, device, quantization)
-        logger.info("loaded %s: %s on %s", folder.resolve().name, precision, device)
-        parts = take_apart(model, context_wanted(settings, config))
-        del model  # what was joined or packed is there once
-        plan = plan_for(parts, config, settings)
-        return parts, KVCache(config, plan, parts.cache_dtype, parts.device)
-
-    with times.part("engine"):
-        return TorchEngine(
-            load,
-            vocabulary=vocabulary,
-            eos_token_ids=eos_token_ids,
-            prefix_reuse=settings.prefix_reuse,
-            cuda_graphs=settings.cuda_graphs,
-            threads=settings.threads,
-        )
 
 
-def plan_for(parts: Parts, config: LlamaConfig, settings: Settings) -> CachePlan:
+def _thread_count(placement: Placement, settings: Settings) -> ThreadCount | None:
+    """None where the number of CPU threads is fixed, or does not matter."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+        return None
+    if placement.device.type != "cpu":
+        return None
+    return ThreadCount(torch.get_num_threads(), torch.set_num_threads)
+
+
+def _make_cache(parts: ModelParts, config: LlamaConfig, placement: Placement, settings: Settings) -> KVCache:
     """The cache that fits beside a model that is taken apart. Raises DoesNotFit."""
-    budget = _free_memory(parts, config) if settings.cache_memory is None else settings.cache_memory
-    return plan_cache(
+    budget = settings.cache_memory
+    shape = fit_cache(
         config,
-        parts.cache_dtype,
-        budget=int(budget),
-        context=context_wanted(settings, config),
+        placement.cache_dtype,
+        budget=_free_memory(parts, config, placement) if budget is None else int(budget),
+        context=placement.context,
         rows=settings.max_concurrency,
     )
+    return KVCache(config, shape, placement.cache_dtype, placement.device)
 
 
-def _free_memory(parts: Parts, config: LlamaConfig) -> int:
-    """Bytes that the cache may take: on a GPU what is free but a reserve; on a CPU, which others use
-    too, half of what is available."""
-    if parts.device.type == "cuda":
-        _run_once(parts, config)
-        gc.collect()  # a runner refers to itself
-        torch.cuda.empty_cache()  # what loading has left there is free, and not seen to be
-        free, _ = torch.cuda.mem_get_info(parts.device)
-        return max(int(free) - RESERVE["torch"], 0)
-    return available_memory() // 2
+def _free_memory(parts: ModelParts, config: LlamaConfig, placement: Placement) -> int:
+    """Bytes that the cache may take. On a GPU: what is free, less a reserve. On a CPU, whose memory other
+    programs use too: half of what is available."""
+    if placement.device.type != "cuda":
+        return available_memory() // 2
+    _run_once(parts, config, placement)
+    torch.cuda.empty_cache()  # what loading has left there is free, and not seen to be
+    free, _ = torch.cuda.mem_get_info(placement.device)
+    return max(int(free) - RESERVE["torch"], 0)
 
 
-def _run_once(parts: Parts, config: LlamaConfig) -> None:
+def _run_once(parts: ModelParts, config: LlamaConfig, placement: Placement) -> None:
     """A prompt and a step in a small cache: what libraries then keep, such as workspaces, is not free."""
-    length = min(MOST_A_TURN["cuda"], len(parts.cos) - parts.stretched_from)
-    cache = KVCache(config, CachePlan(1, length), parts.cache_dtype, parts.device)
-    runner = Runner(parts, cache)
-    runner.prefill([Chunk(0, 0, torch.zeros(length, dtype=torch.long, device=parts.device))])
+    length = min(MOST_PROMPT_TOKENS["cuda"], placement.context)
+    cache = KVCache(config, CacheShape(1, length), placement.cache_dtype, placement.device)
+    runner = Runner(parts, Rows(cache))
+    runner.prefill([Chunk(0, 0, torch.zeros(length, dtype=torch.long, device=placement.device))])
     runner.decode(1, length)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadSettings
-from llama.metrics import SetupTimes
 from llama.model.checkpoint import Checkpoint
-from llama.model.loader import context_wanted, pick_dtype
 from llama.model.memory import available_memory
-from llama.model.plan import Gpu, alike, bytes_per_token, parallel_sizes, pick
-from llama.model.quantization import Quantization, configured
+from llama.model.plan import Gpu, Planner, assume_identical, bytes_per_token, parallel_sizes
+from llama.model.precision import planner_for
+from llama.model.quantization import Quantization
 from llama.settings import Settings
+from llama.startup import SetupTimes
 
 # Before vLLM is imported, and for its processes: it starts them by itself, tells nobody of its use, and
 # looks for nothing on a hub.
@@ -59,7 +60,7 @@ def start_vllm_engine(
         raise BadSettings("LLAMA_THREADS is for the torch engine; unset it, or set OMP_NUM_THREADS")
     checkpoint = Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
     gpus = local_gpus(settings)
-    arguments = engine_arguments(folder, config, settings, gpus)
+    arguments = engine_arguments(folder, planner_for(settings, config, gpus, "vllm"), settings)
     if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
         arguments.hf_overrides = {"tie_word_embeddings": False}
     logger.info(
@@ -94,32 +95,30 @@ def local_gpus(settings: Settings) -> list[Gpu]:
     return gpus
 
 
-def engine_arguments(
-    folder: Path, config: LlamaConfig, settings: Settings, gpus: list[Gpu]
-) -> AsyncEngineArgs:
-    """What vLLM is started with on these GPUs of this machine; none means the CPU."""
+def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> AsyncEngineArgs:
+    """What vLLM is started with on the planner's GPUs, which are this machine's; none means the CPU."""
+    config, gpus = planner.config, planner.gpus
     pipeline, tensor = parallel_sizes(
         config, len(gpus), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel
     )
     workers = pipeline * tensor
-    dtype = pick_dtype(settings, config, min((gpu.capability for gpu in gpus), default=None))
     cache: int | None = settings.cache_memory
     if not gpus:
         if "memory_fraction" in settings.model_fields_set:
             raise BadSettings("LLAMA_MEMORY_FRACTION is for GPUs; set LLAMA_CACHE_MEMORY, or unset it")
         if cache is None:
-            cache = _cache_on_a_cpu(config, settings, dtype)
+            cache = _cache_on_a_cpu(planner, settings)
     return AsyncEngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
-        dtype=str(dtype).removeprefix("torch."),
-        quantization=_quantization(config, settings, alike(gpus, workers), dtype),
+        dtype=str(planner.dtype).removeprefix("torch."),
+        quantization=_quantization(replace(planner, gpus=assume_identical(gpus, workers)), settings),
         # vLLM's word for the FP8 of `weights pack`
         allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
         distributed_executor_backend=_backend(settings, workers, gpus),
-        max_model_len=_context(config, settings),
+        max_model_len=_context(planner, settings),
         max_num_seqs=settings.max_concurrency,
         enable_prefix_caching=settings.prefix_reuse,
         disable_log_stats=True,
@@ -133,15 +132,16 @@ def engine_arguments(
     )
 
 
-def _context(config: LlamaConfig, settings: Settings) -> int:
+def _context(planner: Planner, settings: Settings) -> int:
     """-1: as much of the model's own as the cache holds."""
+    config = planner.config
     if config.rope_parameters["rope_type"] == "dynamic":
         # vLLM (0.32) allows the stretched context, but has rotary tables for the trained positions only.
-        return min(context_wanted(settings, config), int(config.max_position_embeddings))
-    return context_wanted(settings, config) if settings.max_context else -1
+        return min(planner.context, int(config.max_position_embeddings))
+    return planner.context if settings.max_context else -1
 
 
-def _backend(settings: Settings, workers: int, gpus: list[Gpu]) -> str | type[Executor] | None:
+def _backend(settings: Settings, workers: int, gpus: Sequence[Gpu]) -> str | type[Executor] | None:
     """Ray where there are more workers than GPUs in this machine. Raises BadSettings."""
     wanted = settings.distributed
     if wanted == "auto":
@@ -166,36 +166,32 @@ def _method(config: LlamaConfig) -> str | None:
     return raw.get("quant_method")
 
 
-def _quantization(config: LlamaConfig, settings: Settings, gpus: list[Gpu], dtype: torch.dtype) -> str | None:
+def _quantization(planner: Planner, settings: Settings) -> str | None:
     """In vLLM's words. A checkpoint that comes quantized stays so, AWQ and GPTQ too: vLLM reads which."""
-    if (method := _method(config)) is not None:
+    if (method := _method(planner.config)) is not None:
         if method == "bitsandbytes":
             raise BadSettings(
                 "the checkpoint is bitsandbytes', which vLLM does not read any more; set LLAMA_ENGINE to "
                 "torch, or LLAMA_WEIGHTS to plain, AWQ, GPTQ or FP8 weights"
             )
-        if settings.quantization not in ("auto", configured(config.quantization_config)):
+        if settings.quantization not in ("auto", planner.stored):
             raise BadSettings(
                 f"LLAMA_QUANTIZATION is {settings.quantization} and the checkpoint is quantized otherwise; "
                 "unset it"
             )
         return None
-    if not gpus:
+    if not planner.gpus:
         if settings.quantization not in ("auto", "none"):
             raise BadSettings(
                 f"LLAMA_QUANTIZATION is {settings.quantization}, which vLLM cannot do on a CPU; "
                 "set it to none"
             )
         return None
-    context = context_wanted(settings, config)
-    picked = pick(
-        config, gpus, settings.quantization, context=context, stored="none", engine="vllm", dtype=dtype
-    )
-    return _NAMES[picked]
+    return _NAMES[planner.pick(settings.quantization)]
 
 
-def _cache_on_a_cpu(config: LlamaConfig, settings: Settings, dtype: torch.dtype) -> int:
+def _cache_on_a_cpu(planner: Planner, settings: Settings) -> int:
     """Bytes for all requests, or half of what is free. vLLM gives them out by blocks, and keeps one."""
-    blocks = settings.max_concurrency * -(-context_wanted(settings, config) // _BLOCK) + 1
-    wanted = blocks * _BLOCK * bytes_per_token(config, dtype)
+    blocks = settings.max_concurrency * -(-planner.context // _BLOCK) + 1
+    wanted = blocks * _BLOCK * bytes_per_token(planner.config, planner.dtype)
     return min(wanted, available_memory() // 2)

@@ -1,4 +1,5 @@
-"""A file on its way: its bytes gather in a `.part` file beside its place, so that no half is taken for a whole.
+"""A file on its way: its bytes gather in a `.part` file beside its place, so that no half is taken for a
+whole.
 
 Knows files and hashes; knows nothing of where the bytes come from.
 """

@@ -1,22 +1,19 @@
-"""How a command of the terminal ends: by itself, by a signal, or with its parent.
+"""How a command reads, prints and ends on any terminal.
 
-Knows processes, signals and standard streams; knows nothing of commands.
+Knows signals and standard streams; knows nothing of commands.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
 _UNDECODABLE = re.compile("[\\udc80-\\udcff]")
-_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def end_by_exception_on_signals() -> None:
@@ -53,18 +50,3 @@ def leave(code: int) -> NoReturn:
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(code)
-
-
-def dies_with_parent() -> Callable[[], None] | None:
-    """To be run in a child before it becomes a program: on Linux, it gets SIGTERM when its parent is gone,
-    however that ended. None on other systems."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def arrange() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before this
-            os._exit(1)
-
-    return arrange

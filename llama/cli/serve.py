@@ -1,0 +1,89 @@
+"""`predict`, `serve` and `schema`: Cog's own server on this machine, without Docker.
+
+Translates arguments and prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from threading import Thread
+
+from llama import ROOT
+from llama.cli.inputs import published_run, read_inputs
+from llama.settings import Settings
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    started = time.monotonic()
+    from llama.serving.server import CogServer, ServerFailed, print_setup
+
+    inputs = {k: v for k, v in read_inputs(arguments.inputs).items() if v is not None}
+    _prepare_server()
+    with CogServer(output=subprocess.PIPE) as server:
+        Thread(target=print_setup, args=(server.process.stdout,), daemon=True).start()
+        try:
+            server.wait_until_ready()
+        except ServerFailed as error:
+            sys.exit(str(error))
+        first = None
+        for event, data in server.stream({**inputs, "prompt": arguments.prompt}):
+            if event == "output":
+                first = first or time.monotonic() - started
+                print(data["chunk"], end="", flush=True)
+            elif event == "completed" and data.get("error"):
+                sys.exit(str(data["error"]))
+    print()
+    if first is not None:
+        print(f"first token {first:.1f} s after the start", file=sys.stderr)
+
+
+def _prepare_server() -> None:
+    """Check the settings, find the weights and write the schema. The embedded model is converted here at its
+    first use, where that can be watched: the server's own log may not be shown."""
+    from llama.serving.schema import write_schema
+    from llama.weights.folder import weights_folder
+
+    settings = Settings.from_environment()
+    if not settings.pull:
+        weights_folder(settings)
+    write_schema(published_run(), ROOT)
+    print("starting the server ...", file=sys.stderr)
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    from llama.serving.server import CogServer, ServerFailed, listening_fault
+
+    if fault := listening_fault(arguments.host, arguments.port):
+        sys.exit(
+            f"cannot listen on {arguments.host}:{arguments.port} ({fault}); name another port with --port "
+            "(make serve PORT=...)"
+        )
+    _prepare_server()
+    with CogServer(output=None, host=arguments.host, port=arguments.port, grace=None) as server:
+        try:
+            server.wait_until_ready()
+        except ServerFailed as error:
+            print(error, file=sys.stderr)
+        else:
+            print(_invitation(arguments.host, arguments.port), file=sys.stderr)
+        return int(server.process.wait())
+
+
+def _invitation(host: str, port: int) -> str:
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
+    url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    return (
+        f"ready on {url}, Ctrl-C ends it. Try it from another terminal:\n"
+        f"  curl -N {url}/predictions -H 'Accept: text/event-stream' \\\n"
+        "    -H 'Content-Type: application/json' \\\n"
+        """    -d '{"input": {"prompt": "Write a haiku about llamas"}}'"""
+    )
+
+
+def schema(_: argparse.Namespace) -> None:
+    from llama.serving.schema import write_schema
+
+    print(write_schema(published_run(), ROOT))

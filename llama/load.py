@@ -1,0 +1,116 @@
+"""From the settings to a running Llama: the folder, its tokenizer, an engine, and one step to warm up.
+
+Knows which part does what; knows nothing of tensors or of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llama.engine import Engine
+from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError
+from llama.generation import Llama
+from llama.sampling import SamplingParams
+from llama.settings import Settings
+from llama.startup import SetupTimes
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+    from llama.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class EngineStarter(Protocol):
+    """What each engine's `start_engine` is."""
+
+    def __call__(
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        settings: Settings,
+        times: SetupTimes,
+        *,
+        vocabulary: int,
+        eos_token_ids: Collection[int],
+    ) -> Engine:
+        """Load `folder` as the settings say and start serving it. Ids below `vocabulary` are tokens. Raises a
+        WeightsError."""
+
+
+def load_llama(settings: Settings) -> Llama:
+    """Load what the settings name, logging what it is and how long each part took.
+
+    Raises a WeightsError that names the file or setting at fault.
+    """
+    times = SetupTimes()
+    with times.part("imports"):
+        from llama.model.config import load_config
+        from llama.text.load_tokenizer import fit_tokenizer, load_tokenizer
+        from llama.weights.folder import folder_to_serve
+
+        start_engine = _engine_starter(settings)
+    with times.part("folder"):
+        folder = folder_to_serve(settings)
+    with times.part("tokenizer"):
+        config = load_config(folder)
+        tokenizer = load_tokenizer(folder)
+        fit_tokenizer(tokenizer, config.vocab_size, folder)
+    ends = _ends(folder, config, tokenizer)
+    engine = start_engine(folder, config, settings, times, vocabulary=tokenizer.size, eos_token_ids=ends)
+    with times.part("warm-up"):
+        try:
+            _warm_up(engine, min(ends), folder)
+        except BaseException:
+            engine.close()
+            raise
+    logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
+    logger.info("ready after %s", times)
+    return Llama(tokenizer, engine, settings.max_concurrency)
+
+
+def _engine_starter(settings: Settings) -> EngineStarter:
+    """Import the engine that the settings name. Raises BadSettings if it is not installed."""
+    if settings.engine == "torch":
+        from llama.torch_engine.start import start_engine
+
+        return start_engine
+    try:
+        from llama.vllm_engine.start import start_vllm_engine
+    except ImportError as error:
+        raise BadSettings(
+            f"LLAMA_ENGINE is vllm, which cannot be imported ({error}); "
+            "`pip install -r requirements-vllm.txt`, or unset it"
+        ) from error
+    return start_vllm_engine
+
+
+def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end an answer."""
+    from llama.model.config import eos_token_ids
+
+    named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
+    if not (ends := {i for i in named if i < tokenizer.size}):
+        raise BadTokenizer(
+            f"none of the tokens that end an answer in {folder} ({sorted(named)}) is below the "
+            f"vocab_size of config.json, {config.vocab_size}; copy the model's own tokenizer files"
+        )
+    return ends
+
+
+def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
+    """Prefill and decode once, so that the first caller does not pay for first-time work, nor meet
+    weights that cannot be computed with. Nobody is billed for it."""
+    params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
+    try:
+        for _ in engine.submit([token_id], params):
+            pass
+    except EngineError as error:
+        raise BadCheckpoint(
+            f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
+            "another LLAMA_DTYPE"
+        ) from error

@@ -1,0 +1,244 @@
+"""The requests of an engine, and one step of the model for all of them.
+
+A step drops the requests that were cancelled, reads some of the prompts, and decodes one token for each
+request whose prompt is read. Knows how the scheduler, the model and the sampler play together; has no thread
+and no lock (`engine.py` has).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from llama.engine import TokenStream, check_token_ids
+from llama.errors import GenerationFailed
+from llama.sampling import SamplingParams
+from llama.torch_engine.attention import Chunk
+from llama.torch_engine.kv_cache import KVCache
+from llama.torch_engine.layers import ModelParts
+from llama.torch_engine.rows import Rows
+from llama.torch_engine.runner import Runner
+from llama.torch_engine.sampler import NOT_FINITE, Sampler
+from llama.torch_engine.scheduler import BatchRequest, Scheduler, State
+from llama.torch_engine.thread_count import ThreadCount
+
+logger = logging.getLogger(__name__)
+
+# Prompt tokens a step, so that no stream stands still for more than about two decode steps: a share for each
+# prompt that waits, which grows with the number of streams, and a bound on the whole.
+_SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
+MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
+_SAME_LENGTH = 256  # steps whose longest requests differ by less take about as long
+
+
+class Batch:
+    """Every method belongs to one thread, except `request`."""
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        cache: KVCache,
+        *,
+        vocabulary: int,
+        eos_token_ids: Collection[int],
+        prefix_reuse: bool = True,
+        threads: ThreadCount | None = None,
+    ) -> None:
+        """`vocabulary`: ids below this are tokens; a checkpoint may pad its table. `threads`: adjusts the
+        number of CPU threads to the times of decode steps."""
+        self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
+        self._stretched_from, self._device = parts.stretched_from, parts.device
+        self._threads = threads
+        self.shape = cache.shape
+        self.generated = 0
+        """Tokens of all answers so far."""
+        rows = Rows(cache)
+        self._runner = Runner(parts, rows)
+        self._sampler = Sampler(rows, vocabulary, self._eos)
+        self._scheduler = Scheduler(cache.shape.rows, rows, prefix_reuse=prefix_reuse)
+
+    def capture_graphs(self) -> None:
+        """Replay decode steps from CUDA graphs from now on. Raises EngineNotStarted and OutOfMemoryError."""
+        self._runner.capture()
+
+    def run_largest_prefill(self) -> None:
+        """Raises OutOfMemoryError now if there is not enough memory for it, and not in a request."""
+        count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)
+        self._runner.prefill([Chunk(0, self.shape.length - count, self._tensor([0] * count))])
+
+    def request(self, token_ids: Sequence[int], params: SamplingParams) -> BatchRequest:
+        """A new request, to be given to `add`. Any thread may call this. Raises InvalidInput."""
+        check_token_ids(token_ids, self._vocabulary)
+        stretched = 0 < self._stretched_from < len(token_ids) + params.maximum
+        return BatchRequest(list(token_ids), len(token_ids), params, TokenStream(), stretched)
+
+    def add(self, request: BatchRequest) -> None:
+        """Queue a request behind all others."""
+        self._scheduler.add(request)
+
+    @property
+    def idle(self) -> bool:
+        return self._scheduler.idle
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return self._scheduler.waiting
+
+    @property
+    def cache_use(self) -> float:
+        """The share of the cache that running requests fill."""
+        used = sum(request.cached for request in self._scheduler.running)
+        return used / (self.shape.rows * self.shape.length)
+
+    def step(self) -> None:
+        """If it raises, no request of the batch can go on."""
+        self._drop_cancelled()
+        self._prefill()
+        self._decode()
+
+    def _drop_cancelled(self) -> None:
+        self._scheduler.drop_cancelled_waiting()
+        running = enumerate(self._scheduler.running)
+        # What a prompt that was not read to its end has in the cache was never seen to be finite.
+        self._release({row: r.state is State.DECODING for row, r in running if r.stream.cancelled})
+
+    def _prefill(self) -> None:
+        """Read prompts, the oldest first, until the step's budget is used up; several at once."""
+        left = self._prefill_budget()
+        while chunks := self._next_chunks(left):
+            left -= sum(len(chunk.token_ids) for chunk in chunks.values())
+            # The last row first: when one ends at its first token, the rows below stay as they are.
+            for request, logits in reversed(self._read(chunks).items()):
+                ended: dict[int, bool] = {}
+                if request.cached == request.prompt_length:
+                    with self._failing_alone(request):
+                        ended = self._begin_answer(request, logits)
+                self._release(ended)
+
+    def _prefill_budget(self) -> int:
+        decoding, device = self._scheduler.decoding, self._device.type
+        if not decoding:
+            return MOST_PROMPT_TOKENS[device]
+        base, per_stream = _SHARE[device]
+        budget = (base + per_stream * decoding) * (1 + self._scheduler.waiting)
+        return min(budget, MOST_PROMPT_TOKENS[device])
+
+    def _next_chunks(self, most: int) -> dict[BatchRequest, Chunk]:
+        """What to read at once: at most `most` tokens."""
+        chunks: dict[BatchRequest, Chunk] = {}
+        left = most
+        while left > 0 and (entry := self._scheduler.next_prefill({chunk.row for chunk in chunks.values()})):
+            row, request = entry
+            with self._failing_alone(request):
+                if request.cached == 0 and row == self.running - 1:
+                    self._scheduler.reuse_prefix(row)
+                end = min(request.cached + left, request.prompt_length)
+                token_ids = self._tensor(request.tokens[request.cached : end])
+                chunks[request] = Chunk(row, request.cached, token_ids, request.stretched)
+                left -= len(token_ids)
+            if request not in chunks and row < self.running:
+                chunks, left = {}, most  # it failed, and its row has been given to another request
+        return chunks
+
+    def _read(self, chunks: dict[BatchRequest, Chunk]) -> dict[BatchRequest, Tensor]:
+        """Read chunks into the cache. Logits [1, V] of the last token of each, without those that failed."""
+        for request, chunk in chunks.items():
+            request.cached = chunk.end  # set before reading, so that a partial read is cleared as well
+        if len(chunks) > 1:
+            try:
+                logits = self._runner.prefill([*chunks.values()])
+                return dict(zip(chunks, torch.split(logits, 1), strict=True))
+            except Exception as error:
+                logger.warning("%d prompts could not be read in one step (%s)", len(chunks), error)
+        read: dict[BatchRequest, Tensor] = {}
+        # The highest row first: when one fails, the rows below stay as they are.
+        for request, chunk in sorted(chunks.items(), key=lambda item: -item[1].row):
+            with self._failing_alone(request):
+                read[request] = self._runner.prefill([chunk])
+        return read
+
+    def _begin_answer(self, request: BatchRequest, logits: Tensor) -> dict[int, bool]:
+        """The prompt is read: let the request take part in decoding, and hand out its first token. As
+        `_emit`."""
+        row = self._scheduler.running.index(request)
+        self._sampler.add(row, self._tensor(request.tokens), request.params)
+        self._runner.start_decoding(row, request.cached, stretched=request.stretched)
+        request.state = State.DECODING
+        return self._emit(row, [request], logits)
+
+    @contextmanager
+    def _failing_alone(self, request: BatchRequest) -> Iterator[None]:
+        """An exception inside fails this request and no other."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("a prompt could not be read")
+            request.stream.fail(
+                GenerationFailed(
+                    f"the prompt could not be read ({type(error).__name__}); see the server's log"
+                )
+            )
+            self._scheduler.forget_prefixes()
+            self._release({self._scheduler.running.index(request): False})
+
+    def _decode(self) -> None:
+        running = self._scheduler.running
+        decoding = [request for request in running if request.state is State.DECODING]
+        if not decoding:
+            return
+        longest, started = max(len(request.tokens) for request in decoding), time.perf_counter()
+        logits = self._runner.decode(len(running), longest)
+        for request in decoding:
+            request.cached += 1
+        self._release(self._emit(0, running, logits))
+        if self._threads is not None:
+            shape = len(logits), longest // _SAME_LENGTH
+            self._threads.observe(shape, time.perf_counter() - started)
+
+    def _emit(self, first: int, requests: Sequence[BatchRequest], logits: Tensor) -> dict[int, bool]:
+        """Sample the next token of the requests in the rows from `first` on, and hand it out to those that
+        decode. The rows of requests that have ended, and whether their keys and values are finite."""
+        decoding = [request.params for request in requests if request.state is State.DECODING]
+        tokens = self._sampler.sample(logits[:, : self._vocabulary], first, decoding)
+        self._runner.feed(first, tokens)
+        ended: dict[int, bool] = {}
+        for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True), start=first):
+            if request.state is State.DECODING and self._hand_out(request, token):
+                ended[row] = token != NOT_FINITE
+        return ended
+
+    def _hand_out(self, request: BatchRequest, token: int) -> bool:
+        """Give a request its next token. Whether that ends it."""
+        stream, params = request.stream, request.params
+        if token == NOT_FINITE:
+            stream.fail(GenerationFailed("the model's output is not finite; try a wider LLAMA_DTYPE"))
+            return True
+        if token in self._eos and request.generated >= params.minimum:
+            stream.finish("stop")
+            return True
+        request.tokens.append(token)
+        self.generated += 1
+        stream.put(token)
+        if request.generated < params.maximum:
+            return False
+        stream.finish("length")
+        return True
+
+    def _release(self, ended: dict[int, bool]) -> None:
+        """Take requests out of their rows. The highest first, so that few others have to move."""
+        for row in sorted(ended, reverse=True):
+            self._scheduler.release(row, sound=ended[row])
+
+    def _tensor(self, token_ids: Iterable[int]) -> Tensor:
+        return torch.tensor(list(token_ids), dtype=torch.long, device=self._device)
