@@ -256,7 +256,7 @@ def test_an_end_of_text_outside_of_the_table_is_served_if_another_is_inside(
     (folder / "tokenizer.model").unlink()
     write_tokenizer(folder, processor, template=CHATML, words=["<|im_end|>"], eos_token="<|im_end|>")
     with served(folder) as llama:
-        assert llama._engine._eos == {2}
+        assert llama._engine._batch._eos == {2}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": VOCABULARY}))
     with pytest.raises(
         BadTokenizer, match=r"none of the tokens that end an answer in .* \(\[700\]\) is below"
@@ -282,7 +282,7 @@ def test_ends_of_a_text_outside_of_the_table_are_left_out(llama_folder: Path, tm
     generation = json.dumps({"eos_token_id": [2, 7, VOCABULARY, 99_999]})
     folder = copied(llama_folder, tmp_path / "ends", generation_config__json=generation)
     with served(folder) as llama:
-        assert llama._engine._eos == {2, 7}
+        assert llama._engine._batch._eos == {2, 7}
 
 
 # --- scaled positions
