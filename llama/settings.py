@@ -14,10 +14,15 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field, PositiveInt, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from llama import ROOT
 from llama.errors import BadSettings
 
 logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository, where `predict.py` is."""
+
+DEFAULT_CONCURRENCY = 32
+"""Requests that the server takes at once. `predict.py` and `cog build` have the same number."""
 
 _PREFIX = "LLAMA_"
 _OTHERS = ("LLAMA_GATEWAY_",)
@@ -66,7 +71,7 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
     """The hub's own variable: sent to the hosts that the manifest names, over HTTPS, and to no other."""
     max_concurrency: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=32, validation_alias="COG_MAX_CONCURRENCY"
+        default=DEFAULT_CONCURRENCY, validation_alias="COG_MAX_CONCURRENCY"
     )
     """Requests in one batch. Cog's own variable: its server lets no more in than this."""
 

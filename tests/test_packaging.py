@@ -6,8 +6,10 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -15,9 +17,11 @@ import pytest
 import yaml
 from conftest import ROOT, SHARED
 
+import llama
 from benchmarks.report import markdown, targets_table, throughput_table
 from llama.serving.schema import input_properties, openapi_schema, write_schema
-from llama.settings import Settings
+from llama.serving.server import server_environment
+from llama.settings import DEFAULT_CONCURRENCY, Settings
 from predict import Predictor
 
 # The inputs of the published API, in order: name, JSON type, default, minimum, maximum.
@@ -176,6 +180,22 @@ def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_the_public_names_can_be_imported_from_the_package() -> None:
+    for name in llama.__all__:
+        assert getattr(llama, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = llama.nothing
+
+
+def test_a_python_without_the_requirements_is_told_which_one_has_them() -> None:
+    result = subprocess.run(
+        [sys.executable, "-S", "-m", "llama", "chat"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.endswith("run `make install`, and use .venv/bin/python -m llama\n")
+    assert "Traceback" not in result.stderr
+
+
 def test_importing_predict_warns_of_nothing_and_loads_no_model_code() -> None:
     code = "import sys, predict; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     command = [sys.executable, "-W", "error", "-c", code]
@@ -276,3 +296,39 @@ def test_the_architecture_names_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     modules = {path.name for path in ROOT.glob("llama/**/*.py")} - {"__init__.py"}
     assert sorted(name for name in modules if name not in text) == []
+
+
+# --- the layers of the package
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "broken"),
+    [
+        ("prompt/dialog.py", "import llama.cli.main", "llama.prompt.dialog -> llama.cli.main"),
+        ("generation.py", "import llama.torch_engine.batch", "llama.generation -> llama.torch_engine.batch"),
+        ("torch_engine/batch.py", "import llama.generation", "llama.torch_engine.batch -> llama.generation"),
+        ("cli/plan.py", "import torch", "llama.cli.plan -> torch"),
+        ("new_module.py", "", "new_module"),
+    ],
+)
+def test_the_import_contract_catches_a_planted_violation(
+    tmp_path: Path, module: str, line: str, broken: str
+) -> None:
+    shutil.copytree(ROOT / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    with (tmp_path / "llama" / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert broken in result.stdout
+
+
+def test_every_size_of_the_server_stands_in_one_place() -> None:
+    baked = server_environment(5000)
+    assert int(baked["COG_MAX_CONCURRENCY"]) == DEFAULT_CONCURRENCY
+    assert f"@concurrent(max={DEFAULT_CONCURRENCY})" in (ROOT / "predict.py").read_text("utf-8")
+    for name in IMAGES:
+        kept = f"COG_STREAM_HISTORY_CAPACITY={baked['COG_STREAM_HISTORY_CAPACITY']}"
+        assert kept in cog_yaml(name)["environment"]

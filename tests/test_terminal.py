@@ -109,7 +109,7 @@ def test_an_answer_with_a_line_separator_comes_whole_through_the_server(scripted
     assert result.stdout.decode() == "a🦙\u2028b\n"
     # What setup does is shown as it happens, in words and not as the server's JSON.
     first, loaded, context, ready, last = result.stderr.decode().splitlines()
-    assert first == "starting the server ..."
+    assert first == "starting the server and loading the model ..."
     assert loaded == f"loaded {scripted_folder.name}: float32 on cpu"
     assert (context, ready[:11], last[:11]) == (
         "context 2048 tokens, 2 requests at once",
@@ -413,7 +413,8 @@ class Screen:
 
 def test_a_talk_in_a_terminal_has_editing_pasting_and_no_log_in_it(scripted_folder: Path) -> None:
     screen = Screen("chat", *GREEDY, weights=scripted_folder)
-    screen.wait_for("Ctrl-C stops an answer, Ctrl-D leaves.")
+    screen.wait_for("loading the model ...")
+    screen.wait_for("Ctrl-C stops an answer, Ctrl-D or `exit` leaves.")
     screen.wait_for("> ")
     screen.type("helo\x1b[Dl\x1b[C!\r")  # one letter to the left, an l, and back
     seen = screen.wait_for("🦙")
@@ -427,6 +428,28 @@ def test_a_talk_in_a_terminal_has_editing_pasting_and_no_log_in_it(scripted_fold
     screen.wait_for("🦙")
     rest = screen.wait_for("> ")
     assert "🦙" not in rest  # one answer, to both lines
+    assert screen.close() == 0
+
+
+def test_a_talk_says_that_an_answer_was_cut_and_ends_at_exit(scripted_folder: Path) -> None:
+    result = run("chat", *GREEDY, "-i", "max_new_tokens=3", weights=scripted_folder, text=b"one\nexit\ntwo\n")
+    assert result.returncode == 0, result.stderr
+    assert b"(cut after 3 tokens; `-i max_new_tokens=` allows more)" in result.stderr
+    assert result.stdout.count(b"> ") == 2  # nothing was asked after exit
+
+
+def test_keys_that_are_pressed_during_an_answer_are_neither_shown_nor_sent(llama_folder: Path) -> None:
+    screen = Screen("chat", *ENDLESS, weights=llama_folder)
+    screen.wait_for("> ")
+    screen.type("hello\r")
+    screen.wait_for("hello")
+    screen.wait_for("...")  # the answer is on its way
+    screen.type("zqzqzq\r")
+    time.sleep(0.3)
+    screen.type("\x03")
+    assert "zqzqzq" not in screen.wait_for("> ")
+    with pytest.raises(AssertionError, match="not in"):
+        screen.wait_for("zqzqzq", timeout=0.5)
     assert screen.close() == 0
 
 
@@ -487,7 +510,7 @@ def test_a_schema_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 @needs_embedded
 def test_a_conversion_that_was_killed_leaves_nothing_behind(tmp_path: Path) -> None:
-    code = "from pathlib import Path; from llama.embedded import embedded_folder; embedded_folder(Path({!r}))"
+    code = "from pathlib import Path; from llama.weights.embedded import embedded_folder; embedded_folder(Path({!r}))"
     command = [sys.executable, "-c", code.format(str(tmp_path))]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as killed:
         until(lambda: list(tmp_path.glob("*.part")))

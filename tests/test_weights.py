@@ -815,7 +815,7 @@ def test_lock_writes_nothing_while_anything_is_wrong(
 
 
 def test_the_weights_commands_load_no_model_code() -> None:
-    code = "import sys, llama.weights, llama.download; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, llama.weights.folder, llama.weights.download; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -10,7 +10,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from llama.cli.inputs import check_inputs, read_inputs
+from llama.cli.inputs import check_inputs, read_inputs, settings_to_load
 from llama.cli.terminal import undecodable
 from llama.errors import InvalidInput, PromptRequired
 
@@ -56,6 +56,7 @@ def chat(arguments: argparse.Namespace) -> None:
 
 def _load() -> Llama:
     from llama.load import load_llama
-    from llama.settings import Settings
 
-    return load_llama(Settings.from_environment())
+    settings = settings_to_load()
+    print("loading the model ...", file=sys.stderr)
+    return load_llama(settings)

@@ -8,16 +8,20 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.terminal import undecodable
 from llama.errors import LlamaError, PromptTooLong
+from llama.generation import Prediction
+from llama.metrics import NoScope
+from llama.serving.cancellation import Cancellation
 
 if TYPE_CHECKING:
     from llama.generation import Llama
 
-_GREETING = "Ask something. Enter sends it, Ctrl-C stops an answer, Ctrl-D leaves."
+_GREETING = "Ask something. Enter sends it, Ctrl-C stops an answer, Ctrl-D or `exit` leaves."
+_LEAVING = ("exit", "quit")
 _WAITING, _ERASE = "...", "\r\x1b[K"
 
 
@@ -36,7 +40,7 @@ class Chat:
             readline.parse_and_bind("set enable-bracketed-paste on")
         print(_GREETING, file=sys.stderr)
         logging.getLogger("llama").setLevel(logging.WARNING)  # not in the middle of the talk
-        while (user := _ask()) is not None:
+        while (user := _ask()) is not None and user.strip() not in _LEAVING:
             if undecodable(user):
                 print(f"that is not {sys.stdin.encoding} text; type it again", file=sys.stderr)
             elif user.strip():
@@ -47,7 +51,12 @@ class Chat:
         self.messages.append({"role": "user", "content": user})
         said = list[str]()
         try:
-            _print_stream(self._answer(), said)
+            prediction = self._prepare()
+            with _keys_ignored():
+                _print_stream(self._stream(prediction), said)
+            if prediction.metrics.finish_reason == "length":
+                limit = prediction.params.maximum
+                print(f"(cut after {limit} tokens; `-i max_new_tokens=` allows more)", file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except LlamaError as error:
@@ -57,11 +66,14 @@ class Chat:
         else:
             self.messages.pop()
 
-    def _answer(self) -> Iterator[str]:
+    def _stream(self, prediction: Prediction) -> Iterator[str]:
         log = self._log if self._inputs["debug"] else lambda _: None
+        return self._llama.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
+
+    def _prepare(self) -> Prediction:
         while True:
             try:
-                return self._llama.answer({**self._inputs, "messages": self.messages}, log)
+                return self._llama.prepare({**self._inputs, "messages": self.messages})
             except PromptTooLong:
                 if not self._drop_oldest():
                     raise
@@ -77,6 +89,25 @@ class Chat:
 
     def _log(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _keys_ignored() -> Iterator[None]:
+    """Keys that are pressed inside are neither shown nor read later, except Ctrl-C."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcflush(keyboard, termios.TCIFLUSH)
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
 def _ask() -> str | None:

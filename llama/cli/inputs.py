@@ -1,4 +1,4 @@
-"""The model's published inputs, as a command takes them.
+"""The model's published inputs and the settings, as a command takes them.
 
 Knows where `predict.py` is, whose signature is the published schema.
 """
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from llama import ROOT
 from llama.errors import InvalidInput
+from llama.settings import ROOT, Settings
 
 
 def published_run() -> Callable[..., object]:
@@ -49,3 +49,13 @@ def check_inputs(inputs: dict[str, Any]) -> None:
     from llama.prompt.request import Request
 
     Request.from_inputs(inputs, PromptLimits(context=sys.maxsize, longest_piece=1))
+
+
+def settings_to_load() -> Settings:
+    """The settings, after quick checks: the folder of weights is there, unless it will be downloaded."""
+    from llama.weights.folder import weights_folder
+
+    settings = Settings.from_environment()
+    if not settings.pull:
+        weights_folder(settings)
+    return settings

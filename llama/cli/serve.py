@@ -6,14 +6,14 @@ Translates arguments and prints.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import time
-from threading import Thread
+from threading import Event, Thread
 
-from llama import ROOT
-from llama.cli.inputs import published_run, read_inputs
-from llama.settings import Settings
+from llama.cli.inputs import published_run, read_inputs, settings_to_load
+from llama.settings import ROOT
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -22,8 +22,9 @@ def predict(arguments: argparse.Namespace) -> None:
 
     inputs = {k: v for k, v in read_inputs(arguments.inputs).items() if v is not None}
     _prepare_server()
+    answering = Event()
     with CogServer(output=subprocess.PIPE) as server:
-        Thread(target=print_setup, args=(server.process.stdout,), daemon=True).start()
+        Thread(target=print_setup, args=(server.process.stdout, answering), daemon=True).start()
         try:
             server.wait_until_ready()
         except ServerFailed as error:
@@ -31,26 +32,24 @@ def predict(arguments: argparse.Namespace) -> None:
         first = None
         for event, data in server.stream({**inputs, "prompt": arguments.prompt}):
             if event == "output":
+                answering.set()
                 first = first or time.monotonic() - started
                 print(data["chunk"], end="", flush=True)
             elif event == "completed" and data.get("error"):
-                sys.exit(str(data["error"]))
+                sys.exit(_own_words(data["error"]))
     print()
     if first is not None:
-        print(f"first token {first:.1f} s after the start", file=sys.stderr)
+        print(f"first token {first:.1f} s after the command's start", file=sys.stderr)
 
 
 def _prepare_server() -> None:
     """Check the settings, find the weights and write the schema. The embedded model is converted here at its
     first use, where that can be watched: the server's own log may not be shown."""
     from llama.serving.schema import write_schema
-    from llama.weights.folder import weights_folder
 
-    settings = Settings.from_environment()
-    if not settings.pull:
-        weights_folder(settings)
+    settings_to_load()
     write_schema(published_run(), ROOT)
-    print("starting the server ...", file=sys.stderr)
+    print("starting the server and loading the model ...", file=sys.stderr)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -69,16 +68,27 @@ def serve(arguments: argparse.Namespace) -> int:
             print(error, file=sys.stderr)
         else:
             print(_invitation(arguments.host, arguments.port), file=sys.stderr)
-        return int(server.process.wait())
+        try:
+            return int(server.process.wait())
+        except BaseException:  # Ctrl-C, or a signal
+            if server.process.poll() is None:
+                print("stopping when running answers have ended; Ctrl-C again stops now", file=sys.stderr)
+            raise
+
+
+def _own_words(error: str) -> str:
+    """An error without what Cog's server puts before it."""
+    found = re.search(r"E\d{4} \w+: .*", error, re.DOTALL)
+    return found[0] if found else error
 
 
 def _invitation(host: str, port: int) -> str:
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     return (
-        f"ready on {url}, Ctrl-C ends it. Try it from another terminal:\n"
-        f"  curl -N {url}/predictions -H 'Accept: text/event-stream' \\\n"
-        "    -H 'Content-Type: application/json' \\\n"
+        f"ready on {url}, Ctrl-C ends it. Try it from another terminal (it streams with -N and "
+        "-H 'Accept: text/event-stream'):\n"
+        f"  curl {url}/predictions -H 'Content-Type: application/json' \\\n"
         """    -d '{"input": {"prompt": "Write a haiku about llamas"}}'"""
     )
 

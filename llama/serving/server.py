@@ -18,12 +18,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import IO, Any, Self
 
 import httpx
 
-from llama import ROOT
+from llama.settings import DEFAULT_CONCURRENCY, ROOT
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _NO_TIMEOUT = httpx.Timeout(None, connect=10)
@@ -37,7 +38,7 @@ def server_environment(port: int) -> dict[str, str]:
     """What `cog build` bakes into an image, on top of the current environment."""
     baked = {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-        "COG_MAX_CONCURRENCY": "32",
+        "COG_MAX_CONCURRENCY": str(DEFAULT_CONCURRENCY),
         # Events kept for a reader who joins a running stream: more than any answer has.
         "COG_STREAM_HISTORY_CAPACITY": "65536",
         "PYTHONUNBUFFERED": "1",
@@ -170,13 +171,18 @@ class CogServer(ChildServer):
             yield from read_events(response.iter_bytes())
 
 
-def print_setup(output: IO[bytes]) -> None:
-    """Print what setup logs to stderr, until the server ends. `output` is the server's own log, JSON objects
-    by line; all of it is read, so that the server never waits for a reader."""
+def print_setup(output: IO[bytes], answering: Event) -> None:
+    """Print what the model logs to stderr, until `answering` is set: a line must not get into an answer.
+
+    `output` is the server's own log, one JSON object a line. It is read until the server ends, so that the
+    server never waits for a reader.
+    """
     for line in output:
         with suppress(ValueError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and entry.get("target") == "coglet::setup":
+            # A line that comes when setup has just ended is the user's.
+            shown = isinstance(entry, dict) and entry.get("target") in ("coglet::setup", "coglet::user")
+            if shown and not answering.is_set():
                 print(entry["fields"]["message"], file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,7 +59,11 @@ def _reason(error: Exception) -> str:
 def _convert(source: Path, folder: Path) -> None:
     """Write the whole folder beside its place, then move it there in one step."""
     from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()  # it warns of what is intended here
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     logger.info("converting the embedded model, once: about half a minute")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a conversion that was killed

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from llama import ROOT
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, DamagedWeights, WeightsNotFound
-from llama.settings import Settings, expanded
+from llama.settings import ROOT, Settings, expanded
 from llama.weights.disk import PACKED, file_sha256, folder_lock
 from llama.weights.embedded import embedded_folder
 from llama.weights.file_checks import INDEX, file_names, form_fault, read_object
