@@ -53,10 +53,10 @@ from llama.weights.disk import PACKED
 from llama.weights.folder import folder_to_serve, lock, pull, verify, weights_folder
 from llama.weights.manifest import Entry, read_manifest
 from llama.weights.progress import LogProgress
-from llama.weights.retry import Patience
+from llama.weights.retry import RetryPolicy
 
 TOKEN = "hf_secret0123456789"
-QUICK = Patience(attempts=3, first_delay=0.01, timeout=2)
+QUICK = RetryPolicy(attempts=3, first_delay=0.01, timeout=2)
 
 SHARDS = [
     save({f"model.layers.{n}.weight": np.full((64, 500), n, dtype=np.float32)}, {"format": "pt"})
@@ -216,7 +216,7 @@ def test_one_pull_gets_over(
 def test_a_server_that_falls_silent_is_asked_again(server: Server, settings: Settings, folder: Path) -> None:
     end = threading.Event()
     server.steps[SHARD] = [stall_after(50_000, end)]
-    pull(folder, settings, Patience(attempts=2, first_delay=0.01, timeout=0.3))
+    pull(folder, settings, RetryPolicy(attempts=2, first_delay=0.01, timeout=0.3))
     end.set()
     assert contents(folder) == FILES
     assert server.downloads(SHARD) == ["", "bytes=50000-"]
@@ -875,11 +875,11 @@ def test_the_unit_of_a_range_may_be_in_capitals(server: Server, hashed: Settings
 
 
 def test_delays_are_spread() -> None:
-    patience = Patience(first_delay=1.0)
-    delays = {patience._delay(1, 0.0) for _ in range(50)}
+    policy = RetryPolicy(first_delay=1.0)
+    delays = {policy._delay(1, 0.0) for _ in range(50)}
     assert len(delays) > 40
     assert 0.75 <= min(delays) <= max(delays) <= 1.25
-    assert patience._delay(1, 30.0) == 30.0
+    assert policy._delay(1, 30.0) == 30.0
 
 
 def test_a_snapshot_of_the_hubs_cache_is_verified_through_its_links(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from llama.errors import DamagedWeights, DiskFull, DownloadFailed, LlamaError
 from llama.weights.disk import disk_errors
-from llama.weights.file_checks import form_fault
+from llama.weights.file_checks import find_fault
 from llama.weights.hash_cache import HashCache
-from llama.weights.http import Answer, Transport
-from llama.weights.partial_file import Part
+from llama.weights.http import ResponseHead, Transport
+from llama.weights.partial_file import PartialFile
 from llama.weights.progress import progress
-from llama.weights.retry import Patience, Stopped
+from llama.weights.retry import RetryPolicy, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +67,23 @@ class _Transfer:
         return max(0, (self.size or 0) - self.received)
 
 
-def download(sources: Sequence[Source], folder: Path, patience: Patience) -> int:
+def download(sources: Sequence[Source], folder: Path, retry: RetryPolicy) -> int:
     """Bring what is not there yet, whole or not at all; the number of files brought.
 
     Raises DiskFull, DamagedWeights or DownloadFailed: the first fault, after the other files have been
     tried, each further fault in the log. Parts are kept, and another call goes on from them.
     """
-    with Transport(patience.timeout) as transport:
-        return _Download(transport, patience, HashCache(folder)).run(sources, folder)
+    with Transport(retry.timeout) as transport:
+        return _Download(transport, retry, HashCache(folder)).run(sources, folder)
 
 
 class _Download:
-    def __init__(self, transport: Transport, patience: Patience, hashes: HashCache) -> None:
-        self._transport, self._patience, self._hashes = transport, patience, hashes
+    def __init__(self, transport: Transport, retry: RetryPolicy, hashes: HashCache) -> None:
+        self._transport, self._retry, self._hashes = transport, retry, hashes
         self._stop = threading.Event()
 
     def run(self, sources: Sequence[Source], folder: Path) -> int:
-        pool = ThreadPoolExecutor(self._patience.workers, thread_name_prefix="download")
+        pool = ThreadPoolExecutor(self._retry.workers, thread_name_prefix="download")
         try:
             # Nothing is written before every server has been asked: what is refused is known at once.
             found = [t for t in pool.map(self._probe, sources) if t is not None]
@@ -103,7 +103,7 @@ class _Download:
         with disk_errors(source.path):
             if source.sha256 and self._is_there(source.path, source.sha256):
                 return None
-            transfer = self._patience.call(
+            transfer = self._retry.call(
                 lambda: self._ask(source), lambda: 0, name=source.path.name, stop=self._stop
             )
             if transfer.size is None and transfer.sha256 is None:
@@ -125,14 +125,14 @@ class _Download:
 
     def _ask(self, source: Source) -> _Transfer:
         # One byte of the file and not a HEAD, which signed URLs refuse.
-        with self._transport.get(source.url, source.token, {"Range": "bytes=0-0"}) as answer:
-            answer.check(source.path.name)
-            if source.sha256 and answer.linked_sha256 not in (None, source.sha256):
+        with self._transport.get(source.url, source.token, {"Range": "bytes=0-0"}) as head:
+            head.check(source.path.name)
+            if source.sha256 and head.linked_sha256 not in (None, source.sha256):
                 raise DamagedWeights(
-                    f"{source.path.name}: the server has another file (sha256 {answer.linked_sha256}) "
+                    f"{source.path.name}: the server has another file (sha256 {head.linked_sha256}) "
                     f"than the manifest wants ({source.sha256}); point its URL at the version that was locked"
                 )
-            return _Transfer(source, answer.total, source.sha256 or answer.sha256, answer.validator)
+            return _Transfer(source, head.total, source.sha256 or head.sha256, head.validator)
 
     def _fetch_all(self, pool: ThreadPoolExecutor, transfers: Sequence[_Transfer]) -> None:
         total = sum(t.size or 0 for t in transfers)
@@ -157,47 +157,47 @@ class _Download:
         return faults
 
     def _fetch(self, transfer: _Transfer) -> None:
-        place = transfer.source.path
+        path = transfer.source.path
         if self._stop.is_set():
             raise Stopped
-        with disk_errors(place), Part(transfer.part, keep=transfer.resumable) as part:
+        with disk_errors(path), PartialFile(transfer.part, keep=transfer.resumable) as part:
             begun = part.size > 0
             self._receive_whole(transfer, part)
-            if begun and _fault(transfer, part):
-                logger.warning("%s: what was there is damaged; from the beginning", place.name)
+            if begun and _find_fault(transfer, part):
+                logger.warning("%s: what was there is damaged; from the beginning", path.name)
                 part.restart()
                 self._receive_whole(transfer, part)
-            if fault := _fault(transfer, part):
+            if fault := _find_fault(transfer, part):
                 part.path.unlink()
                 raise DamagedWeights(
-                    f"{place.name} {fault}; pull again, and if it stays so, mend the server's copy"
+                    f"{path.name} {fault}; pull again, and if it stays so, mend the server's copy"
                 )
-            part.move_to(place)
-            self._hashes.add(place, part.sha256)
-        logger.info("%s is there%s", place.name, ", its sha256 is right" if transfer.sha256 else "")
+            part.move_to(path)
+            self._hashes.add(path, part.sha256)
+        logger.info("%s is there%s", path.name, ", its sha256 is right" if transfer.sha256 else "")
 
-    def _receive_whole(self, transfer: _Transfer, part: Part) -> None:
-        self._patience.call(
+    def _receive_whole(self, transfer: _Transfer, part: PartialFile) -> None:
+        self._retry.call(
             lambda: self._receive(transfer, part),
             lambda: part.size,
             name=transfer.source.path.name,
             stop=self._stop,
         )
 
-    def _receive(self, transfer: _Transfer, part: Part) -> None:
+    def _receive(self, transfer: _Transfer, part: PartialFile) -> None:
         if not transfer.resumable or part.size > (transfer.size or 0):
             part.restart()
         transfer.received = part.size
         if part.size == transfer.size:
             return
         source, headers = transfer.source, _range(transfer, part.size)
-        with self._transport.get(source.url, source.token, headers) as answer:
-            answer.check(source.path.name)
-            if not _continues(answer, transfer, part.size):
+        with self._transport.get(source.url, source.token, headers) as head:
+            head.check(source.path.name)
+            if not _continues(head, transfer, part.size):
                 part.restart()
                 # Nothing but a whole answer may follow.
-                answer.check_whole()
-            for chunk in answer.chunks():
+                head.check_whole()
+            for chunk in head.chunks():
                 part.write(chunk)
                 transfer.received = part.size
                 if self._stop.is_set():
@@ -216,29 +216,29 @@ def _range(transfer: _Transfer, start: int) -> dict[str, str]:
     return headers
 
 
-def _continues(answer: Answer, transfer: _Transfer, start: int) -> bool:
-    return answer.start == start and answer.total == transfer.size
+def _continues(head: ResponseHead, transfer: _Transfer, start: int) -> bool:
+    return head.start == start and head.total == transfer.size
 
 
-def _fault(transfer: _Transfer, part: Part) -> str | None:
+def _find_fault(transfer: _Transfer, part: PartialFile) -> str | None:
     if transfer.size is not None and part.size != transfer.size:
         return f"came with {part.size} bytes instead of {transfer.size}"
     if transfer.sha256 and part.sha256 != transfer.sha256:
         return f"came with sha256 {part.sha256} instead of {transfer.sha256}"
     # A page of a proxy, say, in the place of a file whose hash nobody knows.
-    fault = None if transfer.sha256 else form_fault(part.path, transfer.source.path.name)
+    fault = None if transfer.sha256 else find_fault(part.path, transfer.source.path.name)
     return fault and f"came as {fault}"
 
 
 def _make_room(transfer: _Transfer) -> None:
     """Remove parts of other versions. A wrong file under the right name stays until there is a right one."""
-    place = transfer.source.path
-    with disk_errors(place):
-        if place.exists():
-            logger.warning("%s is not the file that the manifest names: it is brought again", place)
+    path = transfer.source.path
+    with disk_errors(path):
+        if path.exists():
+            logger.warning("%s is not the file that the manifest names: it is brought again", path)
         # Of model.safetensors, and not of model.safetensors.index.json.
-        ours = re.compile(re.escape(place.name) + r"\.[0-9a-f]{12}\.part")
-        for part in place.parent.glob("*.part"):
+        ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{12}\.part")
+        for part in path.parent.glob("*.part"):
             if ours.fullmatch(part.name) and (part != transfer.part or not transfer.resumable):
                 part.unlink()
 

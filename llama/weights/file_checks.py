@@ -80,11 +80,11 @@ def file_names(folder: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def form_fault(path: Path, name: str) -> str | None:
+def find_fault(path: Path, name: str) -> str | None:
     """None for a file that is sound as far as its `name` tells what it should be."""
     suffix = PurePosixPath(name).suffix
     if suffix == ".safetensors":
-        return _safetensors_fault(path)
+        return _find_safetensors_fault(path)
     if suffix == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8-sig"))
@@ -93,7 +93,7 @@ def form_fault(path: Path, name: str) -> str | None:
     return None
 
 
-def _safetensors_fault(path: Path) -> str | None:
+def _find_safetensors_fault(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:

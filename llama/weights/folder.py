@@ -18,12 +18,12 @@ from llama.errors import BadCheckpoint, BadConfig, BadSettings, DamagedWeights, 
 from llama.settings import ROOT, Settings, expanded
 from llama.weights.disk import PACKED, file_sha256, folder_lock
 from llama.weights.embedded import embedded_folder
-from llama.weights.file_checks import INDEX, file_names, form_fault, read_object
-from llama.weights.manifest import Entry, place, read_manifest, rebase, write_hashes
+from llama.weights.file_checks import INDEX, file_names, find_fault, read_object
+from llama.weights.manifest import Entry, path_in, read_manifest, rebase, write_hashes
 
 if TYPE_CHECKING:
     from llama.weights.download import Source
-    from llama.weights.retry import Patience
+    from llama.weights.retry import RetryPolicy
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _READERS = 4
@@ -58,19 +58,19 @@ def folder_to_fill(settings: Settings) -> Path:
     return expanded(settings.weights or ROOT / "weights" / "llama-2-70b-chat", "LLAMA_WEIGHTS")
 
 
-def pull(folder: Path, settings: Settings, patience: Patience | None = None) -> int:
+def pull(folder: Path, settings: Settings, retry: RetryPolicy | None = None) -> int:
     """Bring the manifest's files that are not there whole; the number of files brought.
 
     One process at a time works in a folder, a second one waits. Raises BadManifest, DownloadFailed, DiskFull
     or DamagedWeights; what has come is kept, and another call goes on from there.
     """
     from llama.weights.download import download
-    from llama.weights.retry import Patience
+    from llama.weights.retry import RetryPolicy
 
     _check_not_packed(folder)
     sources = _sources(folder, settings)
     with folder_lock(folder):
-        return download(sources, folder, patience or Patience())
+        return download(sources, folder, retry or RetryPolicy())
 
 
 def _check_not_packed(folder: Path) -> None:
@@ -88,7 +88,7 @@ def _sources(folder: Path, settings: Settings) -> list[Source]:
     wanted = rebase(entries, base) if base else entries
     return [
         Source(
-            e.url, place(folder, e.destination), e.sha256, token if _may_have_token(e.url, home.url) else None
+            e.url, path_in(folder, e.destination), e.sha256, token if _may_have_token(e.url, home.url) else None
         )
         for e, home in zip(wanted, entries, strict=True)
     ]
@@ -158,7 +158,7 @@ def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -
     try:
         if not path.is_file():
             return "missing; pull again"
-        fault = form_fault(path, path.name) if path.stat().st_size else "empty"
+        fault = find_fault(path, path.name) if path.stat().st_size else "empty"
         if fault is None and (entry.sha256 or hash_all):
             hashes[entry.destination] = sha256 = file_sha256(path)
             if entry.sha256 not in (None, sha256):

@@ -1,7 +1,7 @@
-"""GET over HTTP for downloads: the token stays with its host, and every failure has one of two names.
+"""GET over HTTP for downloads: the token is sent to its own host only, and a failure is transient or final.
 
-Knows requests, redirects and what headers say of a file; knows nothing of disks or of trying again. No
-message has a URL in it: the ones that a server redirects to are signed.
+Knows requests, redirects and what headers say of a file; knows nothing of disks or of retries. No message has a URL
+in it, because the URLs that a server redirects to are signed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Transient(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ResponseHead:
     """The head of a response, its body still to come."""
 
     response: httpx.Response
@@ -133,7 +133,7 @@ class Transport:
         self._client.close()
 
     @contextmanager
-    def get(self, url: str, token: str | None, headers: Mapping[str, str]) -> Iterator[Answer]:
+    def get(self, url: str, token: str | None, headers: Mapping[str, str]) -> Iterator[ResponseHead]:
         """Follow redirects to an answer of any status. Raises Transient or DownloadFailed, inside too."""
         linked: str | None = None
         try:
@@ -144,7 +144,7 @@ class Transport:
                     if at_home:
                         linked = linked or _hash_in(response.headers.get("x-linked-etag", ""))
                     if not response.has_redirect_location:
-                        yield Answer(response, at_home, linked)
+                        yield ResponseHead(response, at_home, linked)
                         return
                     current = _target(current, response)
         except (httpx.InvalidURL, UnicodeError) as error:

@@ -118,7 +118,7 @@ def rebase(entries: Iterable[Entry], base_url: str) -> list[Entry]:
     ]
 
 
-def place(folder: Path, destination: str) -> Path:
+def path_in(folder: Path, destination: str) -> Path:
     """Where a destination lies. Raises BadManifest when a symbolic link would lead out of the folder."""
     path = folder / destination
     if not path.resolve().is_relative_to(folder.resolve()):

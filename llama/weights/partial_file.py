@@ -14,7 +14,7 @@ from typing import Self
 _CHUNK = 2**20
 
 
-class Part:
+class PartialFile:
     """Open while the file comes. Every method may raise OSError: see `disk_errors`."""
 
     def __init__(self, path: Path, keep: bool) -> None:
@@ -52,11 +52,11 @@ class Part:
         self._hash = hashlib.sha256()
         self.size = 0
 
-    def move_to(self, place: Path) -> None:
+    def move_to(self, path: Path) -> None:
         """On the disk first, then under its name: a power cut leaves a whole file or none."""
         os.fsync(self._file.fileno())
-        self.path.replace(place)
-        folder = os.open(place.parent, os.O_RDONLY)
+        self.path.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How many files at once, and how long a server in trouble is waited for. Times in seconds."""
 
     workers: int = 4
