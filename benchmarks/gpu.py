@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.quantization:
         print(json.dumps(measure(_config(arguments), arguments.quantization, device)))
         return
-    results = {
+    results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": describe(),
         "device": _describe(device),
@@ -100,12 +100,13 @@ def _describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {"name": "cpu"}
     properties = torch.cuda.get_device_properties(device)
+    cudnn: Callable[[], int | None] = torch.backends.cudnn.version
     return {
         "name": properties.name,
         "memory": properties.total_memory,
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": cudnn(),
     }
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ def kernels() -> dict[str, Kernel]:
     torch.manual_seed(0)
     weight = torch.randn(WIDTH_OUT, WIDTH_IN) * 0.02
     half = weight.bfloat16()
+    dynamic: Callable[[nn.Linear], Kernel] = torch.ao.nn.quantized.dynamic.Linear.from_float
     found: dict[str, Kernel] = {
         "float32, plain": lambda x: F.linear(x, weight),
         "bfloat16, plain": lambda x: F.linear(x.bfloat16(), half),
@@ -38,7 +40,7 @@ def kernels() -> dict[str, Kernel]:
         "16 bits, FBGEMM": packed(_module(half), torch.float32),
         "float32, torch.compile, frozen": _compiled(weight),
         "int8 weights, _weight_int8pack_mm": _int8(weight),
-        "int8, FBGEMM, dynamic": torch.ao.nn.quantized.dynamic.Linear.from_float(_observed(weight)),
+        "int8, FBGEMM, dynamic": dynamic(_observed(weight)),
     }
     return {**found, **_bitsandbytes(weight)}
 
@@ -82,7 +84,8 @@ def _bfloat16(weight: Tensor) -> Kernel:
 
 def _observed(weight: Tensor) -> nn.Linear:
     module = _module(weight)
-    module.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    observed: Any = module  # by torch's types, a module has no attributes but tensors and modules
+    observed.qconfig = torch.ao.quantization.default_dynamic_qconfig
     return module
 
 

@@ -14,11 +14,12 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 def describe() -> dict[str, object]:
     """Processor, cores that may be used, memory in GB, and which wide instructions there are."""
     info = Path("/proc/cpuinfo")
-    lines = dict(
-        (part.strip() for part in line.split(":", 1))
+    lines = {
+        name.strip(): value.strip()
         for line in (info.read_text() if info.is_file() else "").split("\n\n")[0].splitlines()
-        if ":" in line
-    )
+        for name, separator, value in [line.partition(":")]
+        if separator
+    }
     flags = lines.get("flags", "").split()
     return {
         "processor": lines.get("model name", platform.processor()),

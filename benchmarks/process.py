@@ -79,7 +79,7 @@ class PeerProcess:
         with suppress(BrokenPipeError):  # it has died: its answer says so
             self._process.stdin.write(to_line(requests))
             self._process.stdin.flush()
-        answer = self._answer()
+        answer: Times | dict[str, str] = self._answer()
         if isinstance(answer, dict):
             raise CannotDo(answer["cannot"])
         return answer

@@ -103,7 +103,8 @@ class EngineError(LlamaError):
 
 
 class GenerationFailed(EngineError):
-    """A step of the engine failed, and with it every request that was in it."""
+    """A step of the engine failed with every running and waiting request, or reading one request's prompt
+    failed."""
 
     code = "E2001"
 

@@ -26,7 +26,7 @@ DEFAULT_CONCURRENCY = 32
 
 _PREFIX = "LLAMA_"
 _OTHERS = ("LLAMA_GATEWAY_",)
-"""Prefixes of variables that are read by other programs of this package."""
+"""Prefixes of variables that are not for this server, and of which it does not warn."""
 
 
 class Settings(BaseSettings):

@@ -1,4 +1,4 @@
-"""Where the seconds of a start go."""
+"""Measures how long each part of the start takes."""
 
 from __future__ import annotations
 

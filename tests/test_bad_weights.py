@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, write_model
+from small_models import write_model
 
+from llama import ROOT
 from llama.errors import WeightsError
 from llama.load import load_llama
 from llama.serving.schema import write_schema
@@ -22,7 +23,7 @@ from llama.serving.server import CogServer, ServerFailed
 from llama.settings import Settings
 from predict import Predictor
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 """Does harm to a folder of weights."""
 
 CHECKPOINT, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.model"
@@ -43,11 +44,11 @@ def removed(name: str) -> Change:
 def written(name: str, content: Any) -> Change:
     """A file with other content: bytes as they are, all else as JSON."""
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return lambda folder: (folder / name).write_bytes(data) and None
+    return lambda folder: (folder / name).write_bytes(data)
 
 
 def cut(name: str, size: int) -> Change:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
 def edited(name: str, **fields: Any) -> Change:
@@ -83,7 +84,26 @@ def without_a_shard(folder: Path) -> None:
     sorted(folder.glob("model-*.safetensors"))[-1].unlink()
 
 
-HARM = {
+BAD_ROPE_VALUES: list[Any] = [
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": "4"},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": None},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 0},
+    {"rope_type": "dynamic", "rope_theta": 1e4, "factor": -2.0},
+    {"rope_type": "linear", "rope_theta": 1e4},
+    {"rope_type": "default", "rope_theta": "10000"},
+    {"rope_type": "default", "rope_theta": None},
+    {"rope_type": "default", "rope_theta": []},
+    {"rope_type": "default", "rope_theta": 0},
+    {"rope_type": "default", "rope_theta": True},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": True},
+    {"rope_type": 5, "rope_theta": 1e4},
+    {"rope_type": "llama3", "rope_theta": 1e4, "factor": []},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": {}},
+    [],
+    "linear",
+]
+
+HARM: dict[str, tuple[Change, str, str]] = {
     "a folder that is not there": (shutil.rmtree, "E3001 WeightsNotFound: ", "weights"),
     "no config.json": (removed("config.json"), "E3002 BadConfig: ", "config.json"),
     "a config.json that is no JSON": (written("config.json", b"{"), "E3002 BadConfig: ", "config.json"),
@@ -159,24 +179,7 @@ HARM = {
             "E3002 BadConfig: ",
             "config.json",
         )
-        for values in (
-            {"rope_type": "linear", "rope_theta": 1e4, "factor": "4"},
-            {"rope_type": "linear", "rope_theta": 1e4, "factor": None},
-            {"rope_type": "linear", "rope_theta": 1e4, "factor": 0},
-            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": -2.0},
-            {"rope_type": "linear", "rope_theta": 1e4},
-            {"rope_type": "default", "rope_theta": "10000"},
-            {"rope_type": "default", "rope_theta": None},
-            {"rope_type": "default", "rope_theta": []},
-            {"rope_type": "default", "rope_theta": 0},
-            {"rope_type": "default", "rope_theta": True},
-            {"rope_type": "linear", "rope_theta": 1e4, "factor": True},
-            {"rope_type": 5, "rope_theta": 1e4},
-            {"rope_type": "llama3", "rope_theta": 1e4, "factor": []},
-            {"rope_type": "yarn", "rope_theta": 1e4, "factor": {}},
-            [],
-            "linear",
-        )
+        for values in BAD_ROPE_VALUES
     },
     **{
         f"{name} {value!r}": (edited("config.json", **{name: value}), "E3002 BadConfig: ", "config.json")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, write_model
+from small_models import VOCABULARY, write_model
 from transformers import LlamaForCausalLM
 
 from llama.engine import Engine, TokenStream
@@ -104,7 +104,8 @@ def load(folder: Path, engine: str) -> Llama:
 @torch.inference_mode()
 def logits_after(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
     """Of what are tokens, [VOCABULARY]."""
-    return model(torch.tensor([token_ids])).logits[0, -1, :VOCABULARY]
+    logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0, -1, :VOCABULARY]
+    return logits
 
 
 def reference(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,7 @@ class ScriptedEngine:
 class Recorder:
     """A metrics scope and a log that remember."""
 
-    metrics: dict[str, float | str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
     def record_metric(self, name: str, value: float | str) -> None:
@@ -91,12 +92,14 @@ def start(
     recorder: Recorder,
     cancellation: Cancellation | None = None,
     **inputs: object,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     llama = Llama(tokenizer, engine)
     prediction = llama.prepare({**DEFAULTS, "prompt": "Hi!", "system_prompt": "", "temperature": 0, **inputs})
-    return llama.stream(
+    pieces = llama.stream(
         prediction, scope=recorder, log=recorder.log, cancellation=cancellation or Cancellation()
     )
+    assert isinstance(pieces, Generator)
+    return pieces
 
 
 def test_what_is_ready_together_goes_out_as_one_piece(tokenizer: Tokenizer) -> None:
@@ -157,7 +160,7 @@ def test_bytes_of_an_unfinished_character_come_out_as_one_sign_each(tokenizer: T
     "asked", [{"max_new_tokens": 500_000}, {"max_length": 10_000}, {"max_tokens": 10**20}]
 )
 def test_more_tokens_than_fit_are_clamped_and_the_log_says_so(
-    tokenizer: Tokenizer, asked: dict[str, int]
+    tokenizer: Tokenizer, asked: dict[str, Any]
 ) -> None:
     engine, recorder = ScriptedEngine(), Recorder()
     list(start(tokenizer, engine, recorder, **asked))
@@ -324,7 +327,12 @@ def test_a_stream_that_never_starts_hands_nothing_to_the_engine(tokenizer: Token
 
 
 def test_prompts_and_answers_are_in_the_log_only_when_debug_asks(tokenizer: Tokenizer) -> None:
-    inputs = {"prompt": "my secret", "log_performance_metrics": True, "seed": None, "temperature": 1}
+    inputs: dict[str, Any] = {
+        "prompt": "my secret",
+        "log_performance_metrics": True,
+        "seed": None,
+        "temperature": 1,
+    }
     quiet, loud = Recorder(), Recorder()
     for recorder, debug in ((quiet, False), (loud, True)):
         list(

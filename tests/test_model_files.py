@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA_2_TOKENIZER, VOCABULARY, needs_llama_2_tokenizer, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
-from test_tokenizer import copied
+from small_models import LLAMA_2_TOKENIZER, VOCABULARY, copied, needs_llama_2_tokenizer, write_model
 from tokenizer_files import CHATML, CHATML_WORDS, LLAMA_2, SPELLINGS, write_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -36,6 +35,7 @@ from llama.settings import Settings
 from llama.text.llama2_tokenizer import Llama2Tokenizer
 from llama.text.load_tokenizer import load_tokenizer
 from llama.text.tokenizer import encode_within
+from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.layers import take_apart
 from llama.weights.file_checks import without_byte_order_marks
 from llama.weights.manifest import read_manifest
@@ -256,6 +256,7 @@ def test_an_end_of_text_outside_of_the_table_is_served_if_another_is_inside(
     (folder / "tokenizer.model").unlink()
     write_tokenizer(folder, processor, template=CHATML, words=["<|im_end|>"], eos_token="<|im_end|>")
     with served(folder) as llama:
+        assert isinstance(llama._engine, TorchEngine)
         assert llama._engine._batch._eos == {2}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": VOCABULARY}))
     with pytest.raises(
@@ -282,6 +283,7 @@ def test_ends_of_a_text_outside_of_the_table_are_left_out(llama_folder: Path, tm
     generation = json.dumps({"eos_token_id": [2, 7, VOCABULARY, 99_999]})
     folder = copied(llama_folder, tmp_path / "ends", generation_config__json=generation)
     with served(folder) as llama:
+        assert isinstance(llama._engine, TorchEngine)
         assert llama._engine._batch._eos == {2, 7}
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from conftest import ROOT, SHARED
+from small_models import SHARED
 
 import llama
 from benchmarks.report import markdown, targets_table, throughput_table
+from llama import ROOT
 from llama.serving.schema import input_properties, openapi_schema, write_schema
 from llama.serving.server import server_environment
 from llama.settings import DEFAULT_CONCURRENCY, Settings
@@ -93,7 +94,7 @@ def test_every_text_is_one_string_on_one_line_because_cog_neither_joins_nor_deco
                 assert literal == f'"{node.value}"'
 
 
-def test_the_written_schema_is_the_signatures_and_streams_text(tmp_path) -> None:
+def test_the_written_schema_is_the_signatures_and_streams_text(tmp_path: Path) -> None:
     document = json.loads(write_schema(Predictor.run, tmp_path).read_text("utf-8"))
     assert document == json.loads(json.dumps(openapi_schema(Predictor.run)))
     assert document["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
@@ -106,8 +107,9 @@ def test_the_written_schema_is_the_signatures_and_streams_text(tmp_path) -> None
 IMAGES = ["cog.yaml", "cog.vllm.yaml"]
 
 
-def cog_yaml(name: str = "cog.yaml") -> dict:
-    return yaml.safe_load((ROOT / name).read_text("utf-8"))
+def cog_yaml(name: str = "cog.yaml") -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / name).read_text("utf-8"))
+    return config
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="Cog's configuration schema is not in this checkout")
@@ -316,7 +318,7 @@ def test_the_import_contract_catches_a_planted_violation(
 ) -> None:
     shutil.copytree(ROOT / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
     with (tmp_path / "llama" / module).open("a") as file:
         file.write(f"\n{line}\n")

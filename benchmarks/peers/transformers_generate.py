@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, StoppingCriteria, S
 from benchmarks.protocol import Clock, Request, Times, serve
 
 
-class _NoteTimes(StoppingCriteria):
+class _NoteTimes(StoppingCriteria):  # type: ignore[misc]
     """Notes when each step is over; stops nothing."""
 
     def __init__(self, clock: Clock) -> None:

@@ -1,6 +1,6 @@
-"""A model without memory that is given its tensors, and finds out whether they are what it needs.
+"""Puts the tensors of a checkpoint into the modules of a model, and finds out which are missing or wrong.
 
-Knows modules, tensors and how a layer is stored; knows nothing of files.
+The modules have no memory at first. Knows modules, tensors and how a layer is stored; knows nothing of files.
 """
 
 from __future__ import annotations

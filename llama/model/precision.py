@@ -89,9 +89,8 @@ def pick_device(settings: Settings) -> torch.device:
 
 
 def _dtype(settings: Settings, config: LlamaConfig, capability: tuple[int, int] | None) -> torch.dtype:
-    """What weights are held in. `auto`: bfloat16 on GPUs that compute in it, float16 on older ones; on a
-    CPU, which has no `capability`, 16 bits where the checkpoint has no more, whatever it then computes in
-    (`arithmetic_dtype`)."""
+    """What weights are held in. `auto`: bfloat16 on GPUs that compute in it, float16 on older ones. On a CPU,
+    which has no `capability`, 16 bits if the checkpoint has no more (`Placement.arithmetic` may be wider)."""
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
         assert isinstance(dtype, torch.dtype)

@@ -1,6 +1,7 @@
-"""What a context can hold, for refusing a prompt before much work is put into it.
+"""Refuses a prompt that cannot fit the context: by its characters before it is encoded, by its tokens
+afterwards.
 
-Knows lengths in characters and tokens; knows nothing of what a prompt says.
+Knows lengths; knows nothing of what a prompt says.
 """
 
 from __future__ import annotations

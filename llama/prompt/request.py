@@ -1,8 +1,8 @@
 """One request, read from a prediction's inputs: typed, validated and frozen.
 
-This is the edge: what comes in is a mapping of raw inputs, what goes out is a Request that the rest
-of the package trusts. Knows the API's rules across inputs; knows of a model only how much text its
-context can hold and that its tokenizer makes ids of a prompt.
+A mapping of raw inputs comes in, and a Request that the rest of the package trusts goes out. Knows the API's
+rules across inputs (those of single numbers are in `sampling_params.py`); knows of a model only how long its
+context is.
 """
 
 from __future__ import annotations

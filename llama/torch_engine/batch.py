@@ -102,7 +102,8 @@ class Batch:
         return used / (self.shape.rows * self.shape.length)
 
     def step(self) -> None:
-        """If it raises, no request of the batch can go on."""
+        """One token for every request whose prompt is read. A failure while a prompt is read ends that
+        request alone; if this raises, no request of the batch can go on."""
         self._drop_cancelled()
         self._prefill()
         self._decode()

@@ -1,8 +1,8 @@
-"""Which request runs in which row: requests wait in order, take a free row, and leave it between steps.
+"""Which request has which row: requests wait in order, take a free row, and give it back when they end.
 
-Running requests always have the lowest rows, without a gap, so that a step works on the first rows of
-every tensor. Knows requests and rows; knows nothing of tensors, threads or sampling: it tells the owner of
-the tensors (`RowStorage`) what to copy and to move.
+Running requests always have the lowest rows, without a gap, so that a step works on the first rows of every
+tensor. Knows requests and rows. Knows nothing of tensors, whose owner (`RowStorage`) it tells what to copy
+and to move, nor of why a request ends, which the batch decides.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Files from HTTP servers: several at once, resumed, checked, and in their place only when whole.
+"""Files from HTTP servers: several at once, resumed, verified, and in place only when they are whole.
 
-Bytes gather in a `.part` file beside their place, named after what the server says of the file, so that
-another version is never glued to them. Knows which file goes when, and what to do about a failure; knows
-nothing of models. HTTP is in `transport.py`, the disk in `part.py`.
+Bytes gather in a `.part` file, named after what the server says of the file, so that bytes of two versions
+are never mixed. Knows which file is downloaded when, and what follows a failure; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from llama.errors import DamagedWeights, DiskFull, DownloadFailed, LlamaError
 from llama.weights.disk import disk_errors
 from llama.weights.file_checks import find_fault
 from llama.weights.hash_cache import HashCache
-from llama.weights.http import ResponseHead, Transport
+from llama.weights.http import Transport
 from llama.weights.partial_file import PartialFile
 from llama.weights.progress import progress
 from llama.weights.retry import RetryPolicy, Stopped
@@ -68,11 +67,10 @@ class _Transfer:
 
 
 def download(sources: Sequence[Source], folder: Path, retry: RetryPolicy) -> int:
-    """Bring what is not there yet, whole or not at all; the number of files brought.
+    """Download the files that are missing or wrong. Returns their number.
 
-    Raises DiskFull, DamagedWeights or DownloadFailed: the first fault, after the other files have been
-    tried, each further fault in the log. Parts are kept, and another call goes on from them.
-    """
+    Raises DiskFull, DamagedWeights or DownloadFailed for the first fault, after the other files have been
+    tried, and logs the others. Parts are kept, and another call resumes them."""
     with Transport(retry.timeout) as transport:
         return _Download(transport, retry, HashCache(folder)).run(sources, folder)
 
@@ -193,7 +191,7 @@ class _Download:
         source, headers = transfer.source, _range(transfer, part.size)
         with self._transport.get(source.url, source.token, headers) as head:
             head.check(source.path.name)
-            if not _continues(head, transfer, part.size):
+            if (head.start, head.total) != (part.size, transfer.size):
                 part.restart()
                 # Nothing but a whole answer may follow.
                 head.check_whole()
@@ -214,10 +212,6 @@ def _range(transfer: _Transfer, start: int) -> dict[str, str]:
     if transfer.sha256 is None and transfer.validator is not None:
         headers["If-Range"] = transfer.validator
     return headers
-
-
-def _continues(head: ResponseHead, transfer: _Transfer, start: int) -> bool:
-    return head.start == start and head.total == transfer.size
 
 
 def _find_fault(transfer: _Transfer, part: PartialFile) -> str | None:

@@ -88,7 +88,10 @@ def _sources(folder: Path, settings: Settings) -> list[Source]:
     wanted = rebase(entries, base) if base else entries
     return [
         Source(
-            e.url, path_in(folder, e.destination), e.sha256, token if _may_have_token(e.url, home.url) else None
+            e.url,
+            path_in(folder, e.destination),
+            e.sha256,
+            token if _may_have_token(e.url, home.url) else None,
         )
         for e, home in zip(wanted, entries, strict=True)
     ]

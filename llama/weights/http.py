@@ -1,7 +1,7 @@
 """GET over HTTP for downloads: the token is sent to its own host only, and a failure is transient or final.
 
-Knows requests, redirects and what headers say of a file; knows nothing of disks or of retries. No message has a URL
-in it, because the URLs that a server redirects to are signed.
+Knows requests, redirects and what headers say of a file; knows nothing of disks or of retries. No message has
+a URL in it, because the URLs that a server redirects to are signed.
 """
 
 from __future__ import annotations

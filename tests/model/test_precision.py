@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokenizer
+from small_models import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokenizer
 from transformers import LlamaConfig
 
 from llama.errors import BadSettings, DoesNotFit

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LLAMA_2_TOKENIZER, needs_embedded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from small_models import LLAMA_2_TOKENIZER, needs_embedded
 from tokenizer_files import CHATML, CHATML_WORDS, SPELLINGS, VICUNA, ZEPHYR, write_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -382,6 +382,7 @@ def test_a_prompt_of_no_tokens_is_refused(processor: SentencePieceProcessor, tmp
     )
     folder = write_tokenizer(tmp_path, processor, template=only_long, add_bos_token=False)
     tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, ChatTemplateTokenizer)
     tokenizer._bos = []
     for prompt in (HI, FormattedPrompt(())):
         with pytest.raises(PromptRequired, match="^E1001 PromptRequired: the formatted prompt has no tokens"):

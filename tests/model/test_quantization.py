@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.model.fp8_linear import Fp8Linear
-from llama.model.quantization import from_stored, quantize, stored_names, to_stored
+from llama.model.quantization import Quantization, from_stored, quantize, stored_names, to_stored
 from llama.torch_engine.linears import joined, packed
 
 INPUTS, OUTPUTS = 64, 48
@@ -18,7 +18,7 @@ def linear(outputs: int = OUTPUTS, *, bias: bool = False, seed: int = 0) -> nn.L
     return nn.Linear(INPUTS, outputs, bias=bias).requires_grad_(False)
 
 
-def quantized(layer: nn.Linear, quantization: str) -> nn.Module:
+def quantized(layer: nn.Linear, quantization: Quantization) -> nn.Module:
     return quantize(layer.weight, layer.bias, quantization, torch.float32)
 
 
@@ -34,7 +34,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 3)])
 def test_a_layer_in_fewer_bits_is_near_the_layer(
-    quantization: str, most: float, bias: bool, shape: tuple[int, ...]
+    quantization: Quantization, most: float, bias: bool, shape: tuple[int, ...]
 ) -> None:
     plain = linear(bias=bias)
     layer = quantized(plain, quantization)
@@ -56,6 +56,7 @@ def test_fp8_is_the_product_of_what_its_numbers_stand_for() -> None:
     x = inputs(5).mul(8).round().clamp(-14, 14)
     x[:, 0] = 14.0  # a power of two between it and 448, so that the scale rounds nothing
     weight = layer.weight.float() * layer.weight_scale
+    assert layer.bias is not None
     assert relative_error(layer(x), x @ weight.t() + layer.bias) < 0.004
 
 
@@ -80,7 +81,7 @@ def test_fp8_of_zeros_is_zero() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("quantization", ["fp8", "int8", "nf4"])
-def test_joined_layers_give_what_each_gives(quantization: str, bias: bool) -> None:
+def test_joined_layers_give_what_each_gives(quantization: Quantization, bias: bool) -> None:
     layers = [quantized(linear(n, bias=bias, seed=n), quantization) for n in (OUTPUTS, 16, 16)]
     x = inputs(5)
     together = joined(layers)(x)
@@ -108,7 +109,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_a_whole_module() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "fp8", "int8", "nf4"])
-def test_a_stored_layer_comes_back_as_it_was(quantization: str, bias: bool) -> None:
+def test_a_stored_layer_comes_back_as_it_was(quantization: Quantization, bias: bool) -> None:
     layer = quantized(linear(bias=bias), quantization)
     tensors = to_stored(layer)
     assert stored_names(quantization, bias=bias, nested=False) <= tensors.keys()

@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, VOCABULARY, write_model
 from safetensors.torch import load_file, save_file
-from serving import text
+from server_clients import text
+from small_models import VOCABULARY, write_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
+from llama import ROOT
 from llama.errors import BadCheckpoint, BadSettings, WeightsError
 from llama.load import load_llama
 from llama.model.config import load_config
 from llama.model.loader import load_model
 from llama.model.pack import pack
 from llama.model.precision import Placement, place
+from llama.model.quantization import Quantization
 from llama.sampling import SamplingParams
 from llama.serving.schema import write_schema
 from llama.serving.server import CogServer
@@ -56,7 +58,7 @@ BY_TRANSFORMERS = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     ),
 }
-QUANTIZATIONS = ["fp8", "int8", "nf4"]
+QUANTIZATIONS: list[Quantization] = ["fp8", "int8", "nf4"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) 
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str, Path]:
+def packed(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[Quantization, Path]:
     """The same, quantized once, by precision."""
     folders = {name: tmp_path_factory.mktemp("packed") / name for name in QUANTIZATIONS}
     for name, target in folders.items():
@@ -85,7 +87,7 @@ def shard(folder: Path, size: str) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 3
 
 
-def loaded(folder: Path, quantization: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def loaded(folder: Path, quantization: Quantization, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return load_model(folder, load_config(folder), Placement(CPU, dtype, quantization, 128))
 
 
@@ -96,7 +98,8 @@ def tokens() -> Tensor:
 @torch.inference_mode()
 def logits(model: LlamaForCausalLM) -> Tensor:
     """By transformers' own forward."""
-    return model(tokens()[None]).logits[0]
+    logits: Tensor = model(tokens()[None]).logits[0]
+    return logits
 
 
 @torch.inference_mode()
@@ -108,7 +111,7 @@ def logits_of_a_step(model: LlamaForCausalLM) -> Tensor:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_a_model_is_the_one_that_transformers_loads(folder: Path, quantization: str) -> None:
+def test_a_model_is_the_one_that_transformers_loads(folder: Path, quantization: Quantization) -> None:
     reference = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BY_TRANSFORMERS[quantization], device_map={"": "cpu"}
     )
@@ -116,7 +119,7 @@ def test_a_model_is_the_one_that_transformers_loads(folder: Path, quantization: 
 
 
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
-def test_a_step_over_quantized_layers_is_transformers_own(folder: Path, quantization: str) -> None:
+def test_a_step_over_quantized_layers_is_transformers_own(folder: Path, quantization: Quantization) -> None:
     wanted = logits(loaded(folder, quantization))[-1]
     torch.testing.assert_close(
         logits_of_a_step(loaded(folder, quantization)), wanted, rtol=0, atol=0.02 * float(wanted.abs().max())
@@ -125,7 +128,7 @@ def test_a_step_over_quantized_layers_is_transformers_own(folder: Path, quantiza
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_a_packed_checkpoint_is_the_one_quantized_at_load(
-    folder: Path, packed: dict[str, Path], quantization: str
+    folder: Path, packed: dict[Quantization, Path], quantization: Quantization
 ) -> None:
     assert torch.equal(
         logits(loaded(packed[quantization], quantization)), logits(loaded(folder, quantization))
@@ -133,7 +136,9 @@ def test_a_packed_checkpoint_is_the_one_quantized_at_load(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_transformers_reads_a_packed_checkpoint(packed: dict[str, Path], quantization: str) -> None:
+def test_transformers_reads_a_packed_checkpoint(
+    packed: dict[Quantization, Path], quantization: Quantization
+) -> None:
     reference = LlamaForCausalLM.from_pretrained(
         packed[quantization], dtype=torch.float32, device_map={"": "cpu"}
     )
@@ -199,7 +204,7 @@ def test_a_tensor_that_config_json_does_not_imply_is_named(folder: Path, tmp_pat
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_packing_leaves_a_folder_that_is_smaller_and_whole(
-    folder: Path, packed: dict[str, Path], quantization: str
+    folder: Path, packed: dict[Quantization, Path], quantization: Quantization
 ) -> None:
     def size(of: Path) -> int:
         return sum(path.stat().st_size for path in of.glob("*.safetensors"))
@@ -229,7 +234,7 @@ def test_a_packed_folder_has_all_that_belongs_to_the_model_and_nothing_else(
 
 
 def test_packing_does_not_write_over_what_is_there_nor_twice(
-    folder: Path, packed: dict[str, Path], tmp_path: Path
+    folder: Path, packed: dict[Quantization, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(BadSettings, match="is there already; set another folder"):
         pack(folder, packed["nf4"], "nf4", CPU)
@@ -251,7 +256,7 @@ def test_packing_that_breaks_off_leaves_no_folder_and_can_be_done_again(folder: 
     assert torch.isfinite(logits(loaded(tmp_path / "packed", "nf4"))).all()
 
 
-def test_a_precision_other_than_the_stored_one_is_refused(packed: dict[str, Path]) -> None:
+def test_a_precision_other_than_the_stored_one_is_refused(packed: dict[Quantization, Path]) -> None:
     with pytest.raises(
         BadSettings, match="LLAMA_QUANTIZATION is int8 and the checkpoint is stored in nf4; unset"
     ):
@@ -259,7 +264,9 @@ def test_a_precision_other_than_the_stored_one_is_refused(packed: dict[str, Path
 
 
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
-def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(folder: Path, quantization: str) -> None:
+def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(
+    folder: Path, quantization: Quantization
+) -> None:
     llama = load_llama(Settings(weights=folder, quantization=quantization, cache_memory="200MB"))
     try:
         assert llama._engine.context_length == 4096
@@ -273,14 +280,16 @@ def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(folder: Path, q
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_the_server_answers_as_transformers_does_with_the_same_quantization(
-    folder: Path, packed: dict[str, Path], quantization: str
+    folder: Path, packed: dict[Quantization, Path], quantization: Quantization
 ) -> None:
     reference = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BY_TRANSFORMERS[quantization], device_map={"": "cpu"}
     )
+    from llama.text.llama2_tokenizer import Llama2Tokenizer
     from llama.text.load_tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, Llama2Tokenizer)
     inputs = {"prompt": "Hi there", "prompt_template": "{prompt}", "temperature": 0, "max_new_tokens": 12}
     ids = torch.tensor([[1, *tokenizer._encode_text("Hi there")]])
     wanted = reference.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
@@ -337,9 +346,9 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.safetensors").unlink()
     layer = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.0.")}
     files = {"rest.safetensors": {name: tensors[name] for name in tensors.keys() - layer.keys()}}
-    for index in range(6):
-        files[f"layer-{index}.safetensors"] = {
-            name.replace("layers.0", f"layers.{index}"): tensor for name, tensor in layer.items()
+    for number in range(6):
+        files[f"layer-{number}.safetensors"] = {
+            name.replace("layers.0", f"layers.{number}"): tensor for name, tensor in layer.items()
         }
     for name, content in files.items():
         save_file(content, folder / name, metadata={"format": "pt"})
@@ -354,7 +363,9 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     not Path("/proc/self/status").is_file(), reason="the system does not count peak memory here"
 )
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
-def test_loading_peaks_under_two_files_plus_what_stays(large_folder: Path, quantization: str) -> None:
+def test_loading_peaks_under_two_files_plus_what_stays(
+    large_folder: Path, quantization: Quantization
+) -> None:
     largest = max(path.stat().st_size for path in large_folder.glob("*.safetensors"))
 
     done = subprocess.run(

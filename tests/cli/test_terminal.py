@@ -13,15 +13,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, VOCABULARY, needs_embedded, write_model
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
-from serving import until
+from server_clients import until
+from small_models import VOCABULARY, needs_embedded, write_model
 
+from llama import ROOT
 from llama.cli.chat import Chat
 from llama.errors import BadSettings
 from llama.load import load_llama
@@ -320,7 +322,7 @@ def test_what_cannot_be_is_known_before_a_model_is_loaded(
         ({"LLAMA_WEIGHTS": "~/model", "HOME": ""}, b"E3001 WeightsNotFound: "),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_one_line(settings: dict[str, str], line: bytes) -> None:
+def test_a_setting_that_cannot_be_used_is_one_line(settings: dict[str, Any], line: bytes) -> None:
     for command in (("complete", "x"), ("serve", "--port", str(free_port())))[
         : 1 if "HOME" in settings else 2
     ]:
@@ -331,7 +333,7 @@ def test_a_setting_that_cannot_be_used_is_one_line(settings: dict[str, str], lin
 
 
 def test_an_unknown_setting_is_warned_of_with_the_nearest_name(llama_folder: Path) -> None:
-    more = {"LLAMA_QUANTISATION": "nf4", "LLAMA_GATEWAY_KEY": "x", "LLAMA_ZZZ": "1"}
+    more: dict[str, Any] = {"LLAMA_QUANTISATION": "nf4", "LLAMA_GATEWAY_KEY": "x", "LLAMA_ZZZ": "1"}
     result = run("tokenize", weights=llama_folder, **more)
     assert result.stderr.decode().splitlines() == [
         "LLAMA_QUANTISATION is no setting; did you mean LLAMA_QUANTIZATION?",
@@ -350,7 +352,7 @@ PROXIES = [
 
 
 @pytest.mark.parametrize("proxies", PROXIES, ids=lambda value: next(iter(value)))
-def test_our_own_server_is_asked_without_a_proxy(scripted_folder: Path, proxies: dict[str, str]) -> None:
+def test_our_own_server_is_asked_without_a_proxy(scripted_folder: Path, proxies: dict[str, Any]) -> None:
     result = run("predict", "--prompt", "x", *GREEDY, weights=scripted_folder, **proxies)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(b"a")
@@ -365,7 +367,7 @@ def test_our_own_server_is_asked_without_a_proxy(scripted_folder: Path, proxies:
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_an_environment_that_no_download_can_use_is_named(tmp_path: Path, proxies: dict[str, str]) -> None:
+def test_an_environment_that_no_download_can_use_is_named(tmp_path: Path, proxies: dict[str, Any]) -> None:
     (tmp_path / "weights.txt").write_text("https://127.0.0.1:9/a.json a.json\n")
     manifest = str(tmp_path / "weights.txt")
     result = run(
@@ -486,7 +488,8 @@ def test_a_schema_that_is_there_is_not_written_again() -> None:
 
 def test_a_user_without_a_home_is_told_what_to_set() -> None:
     for name, value in (("LLAMA_WEIGHTS", "~nobody-here/m"), ("LLAMA_CACHE_DIR", "~nobody-here/c")):
-        result = run("complete", "x", **{"weights": "", name: value})
+        settings: dict[str, Any] = {"weights": "", name: value}
+        result = run("complete", "x", **settings)
         assert result.returncode == 1, result.stderr
         line = f"E3000 BadSettings: {name} is {value}, and this user has no home directory"
         assert result.stderr.decode().startswith(line)

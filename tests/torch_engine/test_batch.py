@@ -1,142 +1,33 @@
-"""The default engine as a whole: many requests at once, each as if it were alone."""
+"""A batch that is stepped by hand: every request is as if it were alone."""
 
 from __future__ import annotations
 
 import copy
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from batches import (
+    EOS,
+    LENGTH,
+    add,
+    answers_of,
+    batch_of,
+    collect,
+    finish,
+    generate,
+    greedy,
+    prompt_of,
+    running,
+)
 from transformers import LlamaForCausalLM
 
-from llama.engine import TokenStream
-from llama.errors import EngineStopped, GenerationFailed
 from llama.model.precision import Placement
 from llama.sampling import SamplingParams
 from llama.torch_engine.batch import Batch
-from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.scheduler import BatchRequest, State
-
-EOS = 2
-LENGTH = 512
-POISON_TOKEN = 600
-
-
-@pytest.fixture(scope="module")
-def model(llama_folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).eval().requires_grad_(False)
-
-
-class Head(torch.nn.Module):
-    """An output layer that counts the steps, can be held before one, and can fail."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.steps, self.failing, self.open = torch.nn.Identity(), 0, False, threading.Event()
-        self.open.set()
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.open.wait(timeout=30)
-        if self.failing:
-            raise RuntimeError("a kernel failed")
-        self.steps += 1
-        return self.inner(hidden)
-
-
-def batch_of(
-    model: LlamaForCausalLM,
-    rows: int = 8,
-    eos: tuple[int, ...] = (EOS,),
-    prefix_reuse: bool = True,
-    head: Head | None = None,
-) -> Batch:
-    """A batch without a thread: the tests step it."""
-    taken = copy.deepcopy(model)  # a batch takes its model apart
-    if head is not None:
-        head.inner, taken.lm_head = taken.lm_head, head
-    placement = Placement(model.device, model.dtype, "none", LENGTH)
-    return Batch(
-        take_apart(taken, placement),
-        KVCache(model.config, CacheShape(rows, LENGTH), placement.cache_dtype, placement.device),
-        vocabulary=model.config.vocab_size,
-        eos_token_ids=eos,
-        prefix_reuse=prefix_reuse,
-    )
-
-
-def add(batch: Batch, prompt: list[int], params: SamplingParams) -> BatchRequest:
-    request = batch.request(prompt, params)
-    batch.add(request)
-    return request
-
-
-def finish(batch: Batch) -> None:
-    """Step until no request is left."""
-    for _ in range(10_000):
-        if batch.idle:
-            return
-        batch.step()
-    raise AssertionError("the batch never becomes idle")
-
-
-def answers_of(batch: Batch, *requests: tuple[list[int], SamplingParams]) -> list[list[int]]:
-    """The answers to requests that arrive together."""
-    added = [add(batch, *request) for request in requests]
-    finish(batch)
-    return [request.tokens[request.prompt_length :] for request in added]
-
-
-@contextmanager
-def running(model: LlamaForCausalLM, **more: Any) -> Iterator[TorchEngine]:
-    """The same on a thread, arguments as in `batch_of`."""
-    engine = TorchEngine(lambda: batch_of(model, **more))
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return [1, *torch.randint(3, 590, (length,), generator=generator).tolist()]
-
-
-def greedy(maximum: int, **more: object) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_new_tokens=maximum, **more)
-
-
-def collect(stream: TokenStream) -> list[int]:
-    return [token for tokens in stream for token in tokens]
-
-
-def generate(model: LlamaForCausalLM, prompt: list[int], maximum: int, **more: object) -> list[int]:
-    """The reference: transformers' own `generate`, without EOS."""
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=maximum,
-        do_sample=False,
-        pad_token_id=0,
-        **more,
-    )
-    answer = output[0, len(prompt) :].tolist()
-    return answer[:-1] if answer and answer[-1] == EOS else answer
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
+from llama.torch_engine.scheduler import State
 
 
 def test_every_request_of_a_mixed_batch_is_what_generate_gives(model: LlamaForCausalLM) -> None:
@@ -278,21 +169,6 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model: LlamaF
     assert collect(staying.stream) == generate(model, prompt_of(2, 5), 60)
 
 
-def test_a_cancelled_request_frees_its_place_within_one_step(model: LlamaForCausalLM) -> None:
-    head = Head()
-    with running(model, rows=1, head=head) as engine:
-        leaving = engine.submit(prompt_of(1, 5), greedy(400))
-        waiting = engine.submit(prompt_of(2, 5), greedy(1))
-        next(iter(leaving))
-        head.open.clear()  # the engine stands before or in a step
-        leaving.cancel()
-        steps = head.steps
-        head.open.set()
-        assert collect(waiting) == generate(model, prompt_of(2, 5), 1)
-        # At most the step in flight, one that had begun to be counted, and the one that answered.
-        assert head.steps <= steps + 3
-
-
 def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) -> None:
     batch = batch_of(model, rows=1)
     first, waiting = (add(batch, prompt_of(i, 5), greedy(100)) for i in (1, 2))
@@ -301,54 +177,6 @@ def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) 
     assert collect(waiting.stream) == []
     assert (waiting.stream.finish_reason, waiting.state) == ("cancelled", State.ENDED)
     assert collect(first.stream) == generate(model, prompt_of(1, 5), 100)
-
-
-def test_a_failed_step_fails_everybody_loudly_and_the_next_request_does_not_hang(
-    model: LlamaForCausalLM,
-) -> None:
-    head = Head()
-    with running(model, rows=2, head=head) as engine:
-        streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(4)]
-        next(iter(streams[0]))
-        head.failing = True
-        for stream in streams:
-            with pytest.raises(GenerationFailed, match=r"^E2001 GenerationFailed: .*RuntimeError"):
-                collect(stream)
-        wait_until(lambda: not engine.healthy)
-        with pytest.raises(EngineStopped, match="^E2002 "):
-            engine.submit(prompt_of(1, 5), greedy(5))
-
-
-def test_a_closed_engine_tells_those_who_wait_and_those_who_come(model: LlamaForCausalLM) -> None:
-    with running(model, rows=1) as engine:
-        streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(3)]
-        assert engine.healthy
-    assert not engine.healthy
-    for stream in streams:
-        with pytest.raises(EngineStopped):
-            collect(stream)
-    with pytest.raises(EngineStopped):
-        engine.submit([1], greedy(1))
-
-
-def test_a_request_whose_numbers_break_down_fails_alone_and_leaves_nothing_behind(
-    model: LlamaForCausalLM,
-) -> None:
-    embeddings = model.get_input_embeddings().weight
-    kept = embeddings[POISON_TOKEN].clone()
-    embeddings[POISON_TOKEN] = float("nan")
-    try:
-        with running(model, rows=2) as engine:
-            neighbour = engine.submit(prompt_of(2, 5), greedy(60))
-            with pytest.raises(GenerationFailed, match="not finite"):
-                collect(engine.submit([1, POISON_TOKEN, 5], greedy(20)))
-            assert collect(neighbour) == generate(model, prompt_of(2, 5), 60)
-            # Shorter than what the failed one had written, in the row that it left, and in the other.
-            after = [engine.submit([1], greedy(30)) for _ in range(2)]
-            assert [collect(stream) for stream in after] == [generate(model, [1], 30)] * 2
-            assert engine.healthy
-    finally:
-        embeddings[POISON_TOKEN] = kept
 
 
 def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> None:
@@ -392,7 +220,8 @@ class CountedEmbedding(torch.nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         self.count += len(token_ids)
-        return self.inner(token_ids)
+        output: torch.Tensor = self.inner(token_ids)
+        return output
 
 
 @pytest.mark.parametrize("reuse", [True, False])

@@ -208,7 +208,8 @@ class Adapted(torch.nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
+        output: torch.Tensor = self.inner(x)
+        return output
 
 
 def test_layers_that_are_not_plain_are_called_as_they_come() -> None:

@@ -10,20 +10,23 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-from conftest import ROOT  # noqa: E402
-from serving import until  # noqa: E402
+from server_clients import until  # noqa: E402
 from test_contract import CONTEXT, PROMPT, collect, greedy, load, prompt_of  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
+from vllm import AsyncEngineArgs  # noqa: E402
 
+from llama import ROOT  # noqa: E402
 from llama.errors import BadSettings, DoesNotFit, EngineError, EngineNotStarted, EngineStopped  # noqa: E402
 from llama.load import load_llama  # noqa: E402
 from llama.model.plan import LLAMA_2_70B, Gpu  # noqa: E402
+from llama.model.precision import planner_for  # noqa: E402
 from llama.sampling import SamplingParams  # noqa: E402
 from llama.settings import Settings  # noqa: E402
 from llama.vllm_engine.engine import vllm_params  # noqa: E402
@@ -79,6 +82,10 @@ def test_a_parameter_is_said_in_vllms_words(ours: dict[str, float], name: str, t
     assert (params.stop_token_ids, params.ignore_eos, params.detokenize) == ([2, 7], True, False)
 
 
+def arguments_for(folder: Path, config: LlamaConfig, settings: Settings, gpus: list[Gpu]) -> AsyncEngineArgs:
+    return engine_arguments(folder, planner_for(settings, config, gpus, "vllm"), settings)
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings", "quantization"),
     [
@@ -89,9 +96,9 @@ def test_a_parameter_is_said_in_vllms_words(ours: dict[str, float], name: str, t
     ],
 )
 def test_the_precision_is_what_all_gpus_together_hold(
-    tmp_path: Path, gpus: list[Gpu], settings: dict[str, str], quantization: str | None
+    tmp_path: Path, gpus: list[Gpu], settings: dict[str, Any], quantization: str | None
 ) -> None:
-    arguments = engine_arguments(tmp_path, LLAMA_2_70B, Settings(**settings), gpus)
+    arguments = arguments_for(tmp_path, LLAMA_2_70B, Settings(**settings), gpus)
     assert arguments.quantization == quantization
     assert arguments.tensor_parallel_size == len(gpus)
     assert arguments.max_model_len == -1  # the model's own, or as much of it as the cache holds
@@ -100,7 +107,7 @@ def test_the_precision_is_what_all_gpus_together_hold(
 
 def test_graphs_are_captured_on_gpus_unless_told_otherwise(tmp_path: Path) -> None:
     eager = [
-        engine_arguments(tmp_path, LLAMA_2_70B, settings, gpus).enforce_eager
+        arguments_for(tmp_path, LLAMA_2_70B, settings, gpus).enforce_eager
         for settings, gpus in (
             (Settings(), [HOPPER] * 2),
             (Settings(cuda_graphs=False), [HOPPER] * 2),
@@ -113,23 +120,20 @@ def test_graphs_are_captured_on_gpus_unless_told_otherwise(tmp_path: Path) -> No
 def test_more_workers_than_the_machine_has_gpus_are_rays(tmp_path: Path) -> None:
     two_machines = Settings(tensor_parallel=4, pipeline_parallel=2)
     assert (
-        engine_arguments(tmp_path, LLAMA_2_70B, two_machines, [HOPPER] * 4).distributed_executor_backend
-        == "ray"
+        arguments_for(tmp_path, LLAMA_2_70B, two_machines, [HOPPER] * 4).distributed_executor_backend == "ray"
     )
-    assert (
-        engine_arguments(tmp_path, LLAMA_2_70B, Settings(), [HOPPER] * 4).distributed_executor_backend == "mp"
-    )
+    assert arguments_for(tmp_path, LLAMA_2_70B, Settings(), [HOPPER] * 4).distributed_executor_backend == "mp"
     asked = Settings(distributed="ray")
-    assert engine_arguments(tmp_path, LLAMA_2_70B, asked, [HOPPER] * 4).distributed_executor_backend == "ray"
+    assert arguments_for(tmp_path, LLAMA_2_70B, asked, [HOPPER] * 4).distributed_executor_backend == "ray"
 
 
 def test_what_the_gpus_cannot_hold_is_refused_with_what_would(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: nothing fits"):
-        engine_arguments(tmp_path, LLAMA_2_70B, Settings(), [SMALL])
+        arguments_for(tmp_path, LLAMA_2_70B, Settings(), [SMALL])
     with pytest.raises(
         DoesNotFit, match="int8 on H100: is not for vLLM.*; set LLAMA_QUANTIZATION to none or fp8"
     ):
-        engine_arguments(tmp_path, LLAMA_2_70B, Settings(quantization="int8"), [HOPPER] * 2)
+        arguments_for(tmp_path, LLAMA_2_70B, Settings(quantization="int8"), [HOPPER] * 2)
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
@@ -137,26 +141,26 @@ def test_a_checkpoint_that_comes_quantized_stays_so(tmp_path: Path, method: str)
     config = LlamaConfig(
         **{**LLAMA_2_70B.to_dict(), "quantization_config": {"quant_method": method, "bits": 4}}
     )
-    assert engine_arguments(tmp_path, config, Settings(), [HOPPER]).quantization is None
+    assert arguments_for(tmp_path, config, Settings(), [HOPPER]).quantization is None
 
 
 def test_a_checkpoint_of_bitsandbytes_is_refused(tmp_path: Path) -> None:
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config = LlamaConfig(**{**LLAMA_2_70B.to_dict(), "quantization_config": stored})
     with pytest.raises(BadSettings, match="bitsandbytes', which vLLM does not read any more"):
-        engine_arguments(tmp_path, config, Settings(), [HOPPER])
+        arguments_for(tmp_path, config, Settings(), [HOPPER])
 
 
 def test_a_backend_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadSettings, match="LLAMA_DISTRIBUTED is ray, which vLLM has on GPUs only"):
-        engine_arguments(tmp_path, LLAMA_2_70B, Settings(distributed="ray", tensor_parallel=2), [])
+        arguments_for(tmp_path, LLAMA_2_70B, Settings(distributed="ray", tensor_parallel=2), [])
     with pytest.raises(BadSettings, match="LLAMA_DISTRIBUTED is mp and 8 workers have 4 GPUs here"):
-        engine_arguments(tmp_path, LLAMA_2_70B, Settings(distributed="mp", tensor_parallel=8), [HOPPER] * 4)
+        arguments_for(tmp_path, LLAMA_2_70B, Settings(distributed="mp", tensor_parallel=8), [HOPPER] * 4)
 
 
 def test_the_cache_is_divided_among_the_workers(tmp_path: Path) -> None:
     settings = Settings(cache_memory="8GB")
-    assert engine_arguments(tmp_path, LLAMA_2_70B, settings, [HOPPER] * 4).kv_cache_memory_bytes == 2 * 10**9
+    assert arguments_for(tmp_path, LLAMA_2_70B, settings, [HOPPER] * 4).kv_cache_memory_bytes == 2 * 10**9
 
 
 def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:

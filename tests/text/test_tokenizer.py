@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from small_models import LLAMA_2_TOKENIZER, SHARED, copied, needs_embedded, needs_llama_2_tokenizer
 
 from llama.errors import BadTokenizer
 from llama.prompt.dialog import Dialog
@@ -254,13 +254,6 @@ def test_a_template_of_ones_own_works_on_a_model_with_a_chat_template(
     ids = embedded.encode(formatted)
     assert ids[-1] == embedded.eos_token_id
     assert ids.count(embedded.eos_token_id) == 1
-
-
-def copied(source: Path, folder: Path, **files: str) -> Path:
-    shutil.copytree(source, folder)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
-    return folder
 
 
 def test_llama_2s_template_or_none_gets_llama_2s_format(llama_folder: Path, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import pytest
 import torch
-from conftest import LLAMA_2_TOKENIZER, ROOT
+from small_models import LLAMA_2_TOKENIZER
 from transformers import LlamaConfig
 
+from llama import ROOT
 from llama.cli.main import _parser
 from llama.cli.plan import table
 from llama.errors import BadSettings, DoesNotFit
@@ -23,7 +25,7 @@ from llama.model.plan import (
     bytes_per_token,
     parallel_sizes,
 )
-from llama.model.quantization import quantize, to_stored
+from llama.model.quantization import Quantization, quantize, to_stored
 
 CONTEXT = 4096
 HOPPER, AMPERE, TURING, PASCAL = (9, 0), (8, 0), (7, 5), (6, 1)
@@ -41,7 +43,9 @@ def gpus(*gigabytes: int, capability: tuple[int, int] = HOPPER) -> list[Gpu]:
 @pytest.mark.parametrize(
     ("quantization", "gigabytes"), [("none", 137.95), ("fp8", 69.53), ("int8", 69.53), ("nf4", 39.55)]
 )
-def test_the_70b_takes_the_bytes_that_the_docstring_works_out(quantization: str, gigabytes: float) -> None:
+def test_the_70b_takes_the_bytes_that_the_docstring_works_out(
+    quantization: Quantization, gigabytes: float
+) -> None:
     assert bytes_of_weights(LLAMA_2_70B, quantization) / 1e9 == pytest.approx(gigabytes, abs=0.005)
 
 
@@ -51,7 +55,7 @@ def test_a_request_of_4096_tokens_takes_1_34_gigabytes() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "fp8", "int8", "nf4"])
-def test_planned_bytes_are_those_that_a_model_has(quantization: str, tied: bool) -> None:
+def test_planned_bytes_are_those_that_a_model_has(quantization: Quantization, tied: bool) -> None:
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
@@ -136,14 +140,14 @@ def test_a_checkpoint_stays_as_it_is_stored() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(
-    card: list[Gpu], wanted: str, stored: str, words: str
+    card: list[Gpu], wanted: Quantization | Literal["auto"], stored: Quantization, words: str
 ) -> None:
     with pytest.raises(DoesNotFit, match=f"^E3005 DoesNotFit: .*{words}"):
         planner(card, stored=stored).pick(wanted)
 
 
 @pytest.mark.parametrize(("wanted", "taken"), [("auto", "nf4"), ("int8", "int8"), ("fp8", "fp8")])
-def test_what_fits_is_taken(wanted: str, taken: str) -> None:
+def test_what_fits_is_taken(wanted: Quantization | Literal["auto"], taken: Quantization) -> None:
     assert planner(gpus(80)).pick(wanted) == taken
 
 

@@ -149,7 +149,7 @@ class Serving(RuleBasedStateMachine):
     @invariant()
     def every_free_row_holds_what_is_said_of_it(self) -> None:
         for row in range(len(self.scheduler.running), self.limit):
-            kept = self.scheduler._prefixes[row]
+            kept = self.scheduler._prefixes._kept[row]
             assert self.rows.held[row][: len(kept)] == kept
 
     @invariant()
@@ -205,11 +205,15 @@ def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
     scheduler = Scheduler(4, SymbolicRows(4), prefix_reuse=True)
     for prompt in ([*SYSTEM, 1], [*SYSTEM, 2], [*SYSTEM, 3]):
         scheduler.add(request(prompt))
-    row, first = scheduler.next_prefill() or (None, None)
+    entry = scheduler.next_prefill()
+    assert entry is not None
+    row, first = entry
     assert row == 0
     assert scheduler.next_prefill([0]) is None
     first.cached, first.state = first.prompt_length, State.DECODING
-    row, second = scheduler.next_prefill() or (None, None)
+    entry = scheduler.next_prefill()
+    assert entry is not None
+    row, second = entry
     scheduler.reuse_prefix(1)
     assert (row, second.cached) == (1, len(SYSTEM))
 
@@ -225,7 +229,7 @@ def test_what_a_new_request_would_overwrite_moves_over_what_was_used_least() -> 
     for row, tokens in ((1, first), (2, second), (0, third)):
         prefixes.keep(row, tokens)
     assert prefixes.reuse(0, [*second, 8], []) == ([Copy(0, 1, 30), Copy(2, 0, 30)], 30)
-    assert (prefixes[1], prefixes[2]) == (third, second)
+    assert (prefixes._kept[1], prefixes._kept[2]) == (third, second)
 
 
 def test_a_row_that_was_used_least_itself_is_simply_overwritten() -> None:
@@ -233,7 +237,7 @@ def test_a_row_that_was_used_least_itself_is_simply_overwritten() -> None:
     prefixes.keep(0, [1] * 30)
     prefixes.keep(1, [2] * 30)
     assert prefixes.reuse(0, [3] * 30, []) == ([], 0)
-    assert prefixes[1] == [2] * 30
+    assert prefixes._kept[1] == [2] * 30
 
 
 def test_a_beginning_of_a_few_tokens_is_not_worth_a_copy() -> None:

@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from batches import collect, generate, greedy, prompt_of, running
 from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
 from llama.errors import EngineError, EngineStopped, GenerationFailed, InvalidInput
 from llama.sampling import SamplingParams
 from llama.torch_engine.engine import TorchEngine
-from tests.test_engine import collect, generate, greedy, model, prompt_of, running
-
-__all__ = ["model"]  # the fixture
 
 Place = tuple[str, str, int]
 """A line of the engine: file, function, number."""
@@ -74,7 +72,7 @@ def sabotaged(saboteur: Saboteur) -> Iterator[None]:
     try:
         yield
     finally:
-        threading.settrace(before)  # type: ignore[arg-type]
+        threading.settrace(before)
 
 
 def submitted(engine: TorchEngine, request: tuple[list[int], SamplingParams]) -> TokenStream:

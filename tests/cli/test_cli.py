@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
+from small_models import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
 
 from llama import ROOT
 from llama.serving.schema import openapi_schema
@@ -174,6 +174,7 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
         start_new_session=True,  # a terminal sends Ctrl-C to all of a group
     ) as chat:
         assert chat.stdin is not None
+        assert chat.stdout is not None
         try:
             read_until(chat.stdout, b"> ")
             chat.stdin.write(b"first question\n")

@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import LLAMA_2_TOKENIZER, VOCABULARY, needs_llama_2_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from small_models import LLAMA_2_TOKENIZER, VOCABULARY, needs_llama_2_tokenizer
 
 from llama.text.detokenizer import Detokenizer
 from llama.text.llama2_tokenizer import Llama2Tokenizer
-from llama.text.stop_filter import StopFilter
 from llama.text.vocabulary import Vocabulary
 
 CUTS = st.lists(st.integers(1, 4), min_size=1)
 
 
-def in_chunks(items: list[int] | str, cuts: list[int]) -> list[list[int] | str]:
-    chunks, start, turn = [], 0, 0
+def in_chunks(items: list[int], cuts: list[int]) -> list[list[int]]:
+    chunks, start, turn = list[list[int]](), 0, 0
     while start < len(items):
         end = start + cuts[turn % len(cuts)]
         chunks.append(items[start:end])
@@ -105,78 +104,3 @@ def test_a_character_waits_for_its_last_byte_and_what_is_ready_goes_out_together
     assert [detokenizer.update([i]) for i in range(4)] == ["ab", "", "", ""]
     assert detokenizer.update([4, 5, 0]) == "🦙cab"
     assert detokenizer.flush() == ""
-
-
-def cut_at_first_stop(text: str, stops: list[str], exempt: int = 0) -> str:
-    """The plain rule: the sequence that ends first, the longest of those that end together. What ends within
-    the first `exempt` characters has no effect."""
-    for end in range(exempt + 1, len(text) + 1):
-        ending = [stop for stop in stops if text[:end].endswith(stop)]
-        if ending:
-            return text[: end - max(map(len, ending))]
-    return text
-
-
-ALPHABET = st.text("abc", max_size=40)
-
-
-@settings(max_examples=500, deadline=None)
-@given(text=ALPHABET, stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=5), cuts=CUTS)
-def test_the_first_stop_sequence_cuts_the_text_in_any_split(
-    text: str, stops: list[str], cuts: list[int]
-) -> None:
-    filter_ = StopFilter(stops)
-    pieces = [filter_.update(str(chunk)) for chunk in in_chunks(text, cuts)]
-    whole = "".join(pieces) + filter_.flush()
-    assert whole == cut_at_first_stop(text, stops)
-    assert filter_.stopped == any(stop in text for stop in stops)
-    # At no moment had more been handed out than the end allows: nothing leaks, not even a part.
-    assert whole.startswith("".join(pieces))
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    exempt=ALPHABET,
-    text=ALPHABET,
-    stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=5),
-    cuts=CUTS,
-)
-def test_a_stop_sequence_that_ends_in_exempt_text_has_no_effect(
-    exempt: str, text: str, stops: list[str], cuts: list[int]
-) -> None:
-    filter_ = StopFilter(stops)
-    pieces = [filter_.update(str(chunk), may_stop=False) for chunk in in_chunks(exempt, cuts)]
-    assert not filter_.stopped
-    pieces += [filter_.update(str(chunk)) for chunk in in_chunks(text, cuts)]
-    whole = "".join(pieces) + filter_.flush()
-    assert whole == cut_at_first_stop(exempt + text, stops, len(exempt))
-    assert whole.startswith("".join(pieces))
-
-
-def test_no_more_is_held_back_than_may_become_a_stop_sequence() -> None:
-    filter_ = StopFilter(["</answer>", "STOP"])
-    assert [filter_.update(text) for text in ("one <", "/ans", "wer two", " ST", "ART")] == [
-        "one ",
-        "",
-        "</answer two",
-        " ",
-        "START",
-    ]
-
-
-def test_a_flush_in_the_middle_forgets_what_was_begun() -> None:
-    filter_ = StopFilter(["ab"])
-    assert filter_.update("ab", may_stop=False) == "ab"
-    assert filter_.update("a") + filter_.flush() + filter_.update("b") == "ab"
-
-
-def test_nothing_comes_after_a_stop_sequence() -> None:
-    filter_ = StopFilter(["x"])
-    assert filter_.update("axb") + filter_.update("cd") + filter_.flush() == "a"
-
-
-def test_ten_thousand_stop_sequences_are_one_pass() -> None:
-    filter_ = StopFilter([f"stop number {i}!" for i in range(10_000)])
-    assert filter_.update("stop number 99" * 1000) == "stop number 99" * 999
-    assert filter_.update("99! more") + filter_.flush() == ""
-    assert filter_.stopped

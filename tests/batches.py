@@ -1,0 +1,131 @@
+"""The default engine over a small model: a batch that a test steps, or a running engine."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from llama.engine import TokenStream
+from llama.model.precision import Placement
+from llama.sampling import SamplingParams
+from llama.torch_engine.batch import Batch
+from llama.torch_engine.engine import TorchEngine
+from llama.torch_engine.kv_cache import CacheShape, KVCache
+from llama.torch_engine.layers import take_apart
+from llama.torch_engine.scheduler import BatchRequest
+
+EOS = 2
+LENGTH = 512
+POISON_TOKEN = 600
+
+
+class Head(torch.nn.Module):
+    """An output layer that counts the steps, can be held before one, and can fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.steps, self.failing, self.open = torch.nn.Identity(), 0, False, threading.Event()
+        self.open.set()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.open.wait(timeout=30)
+        if self.failing:
+            raise RuntimeError("a kernel failed")
+        self.steps += 1
+        logits: torch.Tensor = self.inner(hidden)
+        return logits
+
+
+def batch_of(
+    model: LlamaForCausalLM,
+    rows: int = 8,
+    eos: tuple[int, ...] = (EOS,),
+    prefix_reuse: bool = True,
+    head: Head | None = None,
+) -> Batch:
+    """A batch without a thread: the tests step it."""
+    taken = copy.deepcopy(model)  # a batch takes its model apart
+    if head is not None:
+        head.inner, taken.lm_head = taken.lm_head, head
+    placement = Placement(model.device, model.dtype, "none", LENGTH)
+    return Batch(
+        take_apart(taken, placement),
+        KVCache(model.config, CacheShape(rows, LENGTH), placement.cache_dtype, placement.device),
+        vocabulary=model.config.vocab_size,
+        eos_token_ids=eos,
+        prefix_reuse=prefix_reuse,
+    )
+
+
+def add(batch: Batch, prompt: list[int], params: SamplingParams) -> BatchRequest:
+    request = batch.request(prompt, params)
+    batch.add(request)
+    return request
+
+
+def finish(batch: Batch) -> None:
+    """Step until no request is left."""
+    for _ in range(10_000):
+        if batch.idle:
+            return
+        batch.step()
+    raise AssertionError("the batch never becomes idle")
+
+
+def answers_of(batch: Batch, *requests: tuple[list[int], SamplingParams]) -> list[list[int]]:
+    """The answers to requests that arrive together."""
+    added = [add(batch, *request) for request in requests]
+    finish(batch)
+    return [request.tokens[request.prompt_length :] for request in added]
+
+
+@contextmanager
+def running(model: LlamaForCausalLM, **more: Any) -> Iterator[TorchEngine]:
+    """The same on a thread, arguments as in `batch_of`."""
+    engine = TorchEngine(lambda: batch_of(model, **more))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [1, *torch.randint(3, 590, (length,), generator=generator).tolist()]
+
+
+def greedy(maximum: int, **more: object) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_new_tokens=maximum, **more)
+
+
+def collect(stream: TokenStream) -> list[int]:
+    return [token for tokens in stream for token in tokens]
+
+
+def generate(model: LlamaForCausalLM, prompt: list[int], maximum: int, **more: object) -> list[int]:
+    """The reference: transformers' own `generate`, without EOS."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=maximum,
+        do_sample=False,
+        pad_token_id=0,
+        **more,
+    )
+    answer: list[int] = output[0, len(prompt) :].tolist()
+    return answer[:-1] if answer and answer[-1] == EOS else answer
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)

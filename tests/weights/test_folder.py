@@ -1,0 +1,214 @@
+"""Verifying and locking a folder of weights, and what a real machine brings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from pulling import FILES, INDEX, NAMES, QUICK, SHARD, SHARDS, contents, run, sha256
+from weights_server import (
+    Handler,
+    Server,
+    cut_after,
+    head_of,
+)
+
+from llama import ROOT
+from llama.errors import (
+    DownloadFailed,
+)
+from llama.settings import Settings
+from llama.weights.folder import lock, pull, verify
+from llama.weights.manifest import Entry, read_manifest
+from llama.weights.retry import RetryPolicy
+
+# --- verify and lock ---
+
+
+def test_verify_reports_all_faults_at_once(hashed: Settings, folder: Path) -> None:
+    pull(folder, hashed, QUICK)
+    (folder / "config.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"other")
+    (folder / "LICENSE.txt").write_bytes(b"")
+    (folder / NAMES[0]).write_bytes(SHARDS[0][:-8])
+    (folder / NAMES[1]).write_bytes(b"no safetensors")
+    index = {"weight_map": {**INDEX["weight_map"], "a": "model-00003-of-00003.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    result = run("verify", str(folder), LLAMA_WEIGHTS_MANIFEST=str(hashed.weights_manifest))
+    assert result.returncode == 1
+    assert result.stdout == ""
+    size = len(SHARDS[0])
+    expected = [
+        "config.json: missing; pull again",
+        "tokenizer.model: its sha256 is [0-9a-f]{64} and not [0-9a-f]{64}; delete it and pull again",
+        "LICENSE.txt: empty; delete it and pull again",
+        "model.safetensors.index.json: its sha256 is [0-9a-f]{64} and not [0-9a-f]{64}; delete it and pull again",
+        f"{NAMES[0]}: {size - 8} bytes, and its header says {size}; delete it and pull again",
+        f"{NAMES[1]}: no sound safetensors header .*; delete it and pull again",
+        "model-00003-of-00003.safetensors: missing, and model.safetensors.index.json names it; pull .*",
+    ]
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(expected)
+    for line, wanted in zip(lines, expected, strict=True):
+        assert re.fullmatch(f"E3009 DamagedWeights: {wanted}", line)
+
+
+def test_verify_of_a_sound_folder_is_one_line(hashed: Settings, folder: Path) -> None:
+    pull(folder, hashed, QUICK)
+    result = run("verify", str(folder), LLAMA_WEIGHTS_MANIFEST=str(hashed.weights_manifest))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{folder} is well: 6 files, 6 by their sha256\n"
+
+
+def test_verify_takes_the_folder_that_is_served_and_names_one_that_is_not_there(
+    hashed: Settings, folder: Path
+) -> None:
+    manifest = str(hashed.weights_manifest)
+    result = run("verify", LLAMA_WEIGHTS=str(folder), LLAMA_WEIGHTS_MANIFEST=manifest)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"E3001 WeightsNotFound: {folder} is not a folder; ")
+
+
+def test_lock_writes_what_verify_and_pull_go_by(server: Server, settings: Settings, folder: Path) -> None:
+    pull(folder, settings, QUICK)
+    manifest = settings.weights_manifest
+    manifest.chmod(0o640)
+    before = read_manifest(manifest)
+    result = run("lock", str(folder), LLAMA_WEIGHTS_MANIFEST=str(manifest))
+    assert (result.returncode, result.stderr) == (0, "")
+    after = read_manifest(manifest)
+    assert [(e.url, e.destination) for e in after] == [(e.url, e.destination) for e in before]
+    assert [e.sha256 for e in after] == [sha256(FILES[e.destination]) for e in after]
+    assert manifest.stat().st_mode & 0o777 == 0o640
+    assert verify(folder, after).faults == []
+    text = manifest.read_text("utf-8")
+    assert lock(folder, manifest).faults == []
+    assert manifest.read_text("utf-8") == text
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "hash"])
+def test_lock_writes_nothing_while_anything_is_wrong(
+    server: Server, settings: Settings, hashed: Settings, folder: Path, fault: str
+) -> None:
+    pull(folder, settings, QUICK)
+    manifest = hashed.weights_manifest if fault == "hash" else settings.weights_manifest
+    path = folder / NAMES[0]
+    if fault == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(SHARDS[0][:-4] if fault == "cut" else SHARDS[1])
+    text = manifest.read_text("utf-8")
+    result = run("lock", str(folder), LLAMA_WEIGHTS_MANIFEST=str(manifest))
+    assert result.returncode == 1
+    assert f"E3009 DamagedWeights: {NAMES[0]}: " in result.stderr
+    assert manifest.read_text("utf-8") == text
+    assert sorted(p.name for p in manifest.parent.glob(f"{manifest.name}*")) == [manifest.name]
+
+
+def test_the_weights_commands_load_no_model_code() -> None:
+    code = "import sys, llama.weights.folder, llama.weights.download; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+# --- what a real machine brings ---
+
+
+def test_a_file_is_hashed_once_for_as_long_as_it_stays_the_same(
+    server: Server, hashed: Settings, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="llama")
+    pull(folder, hashed, QUICK)
+    caplog.clear()
+    assert pull(folder, hashed, QUICK) == 0
+    assert not any("looking at its sha256" in line for line in caplog.messages)
+    # A change of the contents is seen by size or by time, and the file is fetched again.
+    (folder / NAMES[0]).write_bytes(b"x" * len(FILES[NAMES[0]]))
+    assert pull(folder, hashed, QUICK) == 1
+    assert contents(folder) == FILES
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config.json": 5}', '{"config.json": [1, 2, 3]}'])
+def test_a_damaged_list_of_hashes_is_not_believed(hashed: Settings, folder: Path, damage: str) -> None:
+    pull(folder, hashed, QUICK)
+    (folder / ".sha256-cache").write_text(damage)
+    assert pull(folder, hashed, QUICK) == 0
+    assert contents(folder) == FILES
+
+
+def test_the_part_of_another_file_that_is_named_alike_is_kept(
+    server: Server, settings: Settings, folder: Path
+) -> None:
+    folder.mkdir()
+    server.files["/model.safetensors"] = FILES[NAMES[0]]
+    settings.weights_manifest.write_text(f"{server.url}/model.safetensors model.safetensors\n")
+    kept = folder / "model.safetensors.index.json.0123456789ab.part"
+    gone = folder / "model.safetensors.0123456789ab.part"
+    for path in (kept, gone):
+        path.write_bytes(b"some bytes")
+    pull(folder, settings, QUICK)
+    assert kept.exists()
+    assert not gone.exists()
+
+
+def test_the_unit_of_a_range_may_be_in_capitals(server: Server, hashed: Settings, folder: Path) -> None:
+    def in_capitals(handler: Handler, body: bytes) -> None:
+        code, headers, start = head_of(handler, body)
+        headers["Content-Range"] = headers["Content-Range"].replace("bytes", "Bytes")
+        handler.answer(code, headers, body[start:])
+
+    server.steps[SHARD] = [cut_after(100), in_capitals]
+    pull(folder, hashed, QUICK)
+    assert contents(folder) == FILES
+    assert len(server.downloads(SHARD)) == 2
+
+
+def test_delays_are_spread() -> None:
+    policy = RetryPolicy(first_delay=1.0)
+    delays = {policy._delay(1, 0.0) for _ in range(50)}
+    assert len(delays) > 40
+    assert 0.75 <= min(delays) <= max(delays) <= 1.25
+    assert policy._delay(1, 30.0) == 30.0
+
+
+def test_a_snapshot_of_the_hubs_cache_is_verified_through_its_links(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "b").write_text("{}")
+    (snapshot / "x.json").symlink_to("../../blobs/b")
+    (snapshot / "gone.json").symlink_to("../../blobs/none")
+    entries = [Entry("https://h.example/x.json", "x.json", sha256(b"{}"))]
+    assert verify(snapshot, entries).faults == []
+    entries.append(Entry("https://h.example/gone.json", "gone.json"))
+    (fault,) = verify(snapshot, entries).faults
+    assert "gone.json: missing" in str(fault)
+
+
+def test_lock_says_where_it_has_written(server: Server, settings: Settings, folder: Path) -> None:
+    pull(folder, settings, QUICK)
+    manifest = settings.weights_manifest
+    result = run("lock", str(folder), LLAMA_WEIGHTS_MANIFEST=str(manifest))
+    assert result.stdout.splitlines()[-1] == f"{manifest} has the sha256 of all {len(FILES)} files now"
+
+
+def test_a_proxy_that_refuses_is_said_to(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        (tmp_path / "weights.txt").write_text("https://h.example/a.json a.json\n")
+        settings = Settings(weights_manifest=tmp_path / "weights.txt")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("NO_PROXY")
+            patch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_port}")
+            with pytest.raises(DownloadFailed, match="the proxy that the environment names"):
+                pull(tmp_path / "w", settings, QUICK)
+        proxy.shutdown()
