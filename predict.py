@@ -1,6 +1,7 @@
 """Llama 2 70B Chat on Cog: the inputs of `meta/llama-2-70b-chat`, streamed answers.
 
-Cog reads this file without running it, so every default and bound below is a plain literal.
+Cog reads this file without running it, so every default and bound below is a plain literal. What an input
+that is left out means beyond that, such as 512 new tokens, is in `llama/sampling_params.py`.
 """
 
 import contextvars

@@ -88,7 +88,7 @@ def _load_here(folder: Path, quantization: Any) -> float:
 
     from llama.model.config import load_config
     from llama.model.loader import load_model
-    from llama.model.precision import Placement
+    from llama.model.placement import Placement
 
     config = load_config(folder)
     placement = Placement(torch.device("cpu"), torch.bfloat16, quantization, 128)

@@ -25,10 +25,10 @@ from benchmarks.gpu_serving import serve_packed
 from benchmarks.gpu_steps import measure
 from benchmarks.machine import describe
 from llama import ROOT
-from llama.model.plan import LLAMA_2_70B
-from llama.model.precision import Placement
-from llama.model.quantization import Quantization
-from llama.sampling import SamplingParams
+from llama.model.placement import Placement
+from llama.model.precision_plan import LLAMA_2_70B
+from llama.model.quantized_layers import Quantization
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache

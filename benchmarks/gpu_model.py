@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workload import VOCABULARY, tokenizer_model
 from llama.model.loader import empty_model
-from llama.model.quantization import Quantization, quantize, to_config, to_stored
+from llama.model.quantized_layers import Quantization, quantize, to_config, to_stored
 from llama.weights.file_checks import INDEX
 
 _LATER_LAYER = re.compile(r"model\.layers\.[1-9]")

@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from benchmarks.gpu_model import write_packed
 from llama import ROOT
-from llama.model.plan import bytes_of_weights, bytes_per_token
-from llama.model.quantization import Quantization
+from llama.model.precision_plan import bytes_of_weights, bytes_per_token
+from llama.model.quantized_layers import Quantization
 from llama.serving.schema import write_schema
 from llama.serving.server import CogServer
 from predict import Predictor

@@ -13,10 +13,10 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_model import random_model
-from llama.model.plan import bytes_of_weights, bytes_per_token
-from llama.model.precision import Placement
-from llama.model.quantization import Quantization
-from llama.sampling import SamplingParams
+from llama.model.placement import Placement
+from llama.model.precision_plan import bytes_of_weights, bytes_per_token
+from llama.model.quantized_layers import Quantization
+from llama.sampling_params import SamplingParams
 from llama.serving.schema import input_defaults
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.kv_cache import CacheShape, KVCache

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Literal, Protocol
 
 from llama.errors import EngineError, InvalidInput
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

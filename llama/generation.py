@@ -18,7 +18,7 @@ from llama.errors import EngineStopped
 from llama.metrics import GuardedScope, Metrics, NoScope, Scope, guarded
 from llama.prompt.limits import PromptLimits
 from llama.prompt.request import Request
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.serving.cancellation import Cancellation
 from llama.text.detokenizer import Detokenizer
 from llama.text.stop_filter import StopFilter

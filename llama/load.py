@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 from llama.engine import Engine
 from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError
 from llama.generation import Llama
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.settings import Settings
-from llama.startup import SetupTimes
+from llama.setup_times import SetupTimes
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -76,11 +76,11 @@ def load_llama(settings: Settings) -> Llama:
 def _engine_starter(settings: Settings) -> EngineStarter:
     """Import the engine that the settings name. Raises BadSettings if it is not installed."""
     if settings.engine == "torch":
-        from llama.torch_engine.start import start_engine
+        from llama.torch_engine.start import start_engine as start_torch_engine
 
-        return start_engine
+        return start_torch_engine
     try:
-        from llama.vllm_engine.start import start_vllm_engine
+        from llama.vllm_engine.start import start_engine as start_vllm_engine
     except ImportError as error:
         raise BadSettings(
             f"LLAMA_ENGINE is vllm, which cannot be imported ({error}); "

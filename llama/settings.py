@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONCURRENCY = 32
 """Requests that the server takes at once. `predict.py` and `cog build` have the same number."""
 
+EngineName = Literal["torch", "vllm"]
+
 _PREFIX = "LLAMA_"
 _OTHERS = ("LLAMA_GATEWAY_",)
 """Prefixes of variables that are not for this server, and of which it does not warn."""
@@ -36,7 +38,7 @@ class Settings(BaseSettings):
 
     weights: Path | None = None
     """Folder in Hugging Face format; None means the embedded model."""
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: EngineName = "torch"
     """Our own, for one device, or vLLM for several GPUs and machines."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["auto", "none", "fp8", "int8", "nf4"] = "auto"

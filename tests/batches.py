@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
-from llama.model.precision import Placement
-from llama.sampling import SamplingParams
+from llama.model.placement import Placement
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache

@@ -23,7 +23,7 @@ from llama.errors import EngineStopped, NotSupported, PromptTooLong
 from llama.generation import Llama
 from llama.load import load_llama
 from llama.metrics import NoScope
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.serving.cancellation import Cancellation
 from llama.serving.schema import input_defaults
 from llama.settings import Settings

@@ -15,7 +15,7 @@ import pytest
 from llama.engine import FinishReason, TokenStream
 from llama.errors import EngineStopped, GenerationFailed, MinimumAboveMaximum, NotSupported, PromptTooLong
 from llama.generation import Llama
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.serving.cancellation import Cancellation
 from llama.serving.schema import input_defaults
 from llama.text.llama2_tokenizer import Llama2Tokenizer

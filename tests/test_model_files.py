@@ -26,11 +26,11 @@ from llama.errors import BadTokenizer, InvalidInput
 from llama.generation import Llama
 from llama.load import load_llama
 from llama.model.config import context_length, load_config, longest_context
-from llama.model.precision import Placement
+from llama.model.placement import Placement
 from llama.prompt.dialog import Dialog
 from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import FormattedPrompt
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.settings import Settings
 from llama.text.llama2_tokenizer import Llama2Tokenizer
 from llama.text.load_tokenizer import load_tokenizer

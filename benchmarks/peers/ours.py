@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
 from llama.model.config import load_config
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.settings import Settings
-from llama.startup import SetupTimes
+from llama.setup_times import SetupTimes
 from llama.text.load_tokenizer import load_tokenizer
 from llama.torch_engine.start import start_engine
 

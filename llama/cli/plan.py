@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llama.settings import Settings
+from llama.settings import EngineName, Settings
 from llama.weights.folder import weights_folder
 
 if TYPE_CHECKING:
-    from llama.model.plan import EngineName, Gpu, Plan, Planner
+    from llama.model.precision_plan import Gpu, Plan, Planner
 
 # What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
 _ASSUMED_CAPABILITY = (9, 0)
@@ -55,8 +55,8 @@ def _capability(text: str) -> tuple[int, int]:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from llama.model.config import load_config
-    from llama.model.plan import LLAMA_2_70B, assume_identical, parallel_sizes
-    from llama.model.precision import planner_for
+    from llama.model.placement import planner_for
+    from llama.model.precision_plan import LLAMA_2_70B, assume_identical, parallel_sizes
 
     settings = Settings.from_environment()
     config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
@@ -97,8 +97,8 @@ def table(found: Plan, planner: Planner, most: int) -> str:
 
 
 def _gpus(arguments: argparse.Namespace) -> Sequence[Gpu]:
-    from llama.model.plan import Gpu
-    from llama.model.precision import local_gpus
+    from llama.model.placement import local_gpus
+    from llama.model.precision_plan import Gpu
 
     if arguments.gpus is None:
         return local_gpus()

@@ -76,7 +76,7 @@ def _print_inspection(folder: Path, inspection: Inspection) -> int:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from llama.model.pack import pack
-    from llama.model.precision import pick_device
+    from llama.model.placement import pick_device
 
     settings = Settings.from_environment()
     if settings.weights is None:

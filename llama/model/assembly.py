@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llama.errors import BadCheckpoint
-from llama.model.precision import Placement
-from llama.model.quantization import (
+from llama.model.placement import Placement
+from llama.model.quantized_layers import (
     STORED_SCALE,
     Quantization,
     from_stored,

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from llama.errors import BadCheckpoint, BadConfig, DoesNotFit
 from llama.model.assembly import ModelAssembler
 from llama.model.checkpoint import EMBEDDINGS, HEAD, Checkpoint
-from llama.model.precision import Placement
+from llama.model.placement import Placement
 from llama.weights.progress import LogProgress
 
 logger = logging.getLogger(__name__)

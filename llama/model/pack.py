@@ -22,8 +22,8 @@ from torch import Tensor
 from llama.errors import BadCheckpoint, BadSettings, DiskFull, DoesNotFit
 from llama.model.checkpoint import Checkpoint
 from llama.model.config import load_config
-from llama.model.plan import bytes_of_weights
-from llama.model.quantization import Quantization, quantize, to_config, to_stored
+from llama.model.precision_plan import bytes_of_weights
+from llama.model.quantized_layers import Quantization, quantize, to_config, to_stored
 from llama.weights.disk import LOCK, PACKED, disk_errors, folder_lock
 from llama.weights.file_checks import INDEX, SINGLE, read_object
 from llama.weights.manifest import is_read

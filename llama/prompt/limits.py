@@ -20,9 +20,9 @@ class PromptLimits:
 
     def check_characters(self, characters: int) -> None:
         """Refuse a text that is too long whatever its tokens are, before any work is put into it."""
-        self.check_least(-(-characters // self.longest_piece))
+        self.check_at_least(-(-characters // self.longest_piece))
 
-    def check_least(self, tokens: int) -> None:
+    def check_at_least(self, tokens: int) -> None:
         """The same for a prompt of which only a lower bound is known."""
         if tokens >= self.context:
             self._refuse(tokens, "at least ")

@@ -15,7 +15,7 @@ from llama.errors import BadMessages, InvalidInput, PromptRequired, UnsupportedW
 from llama.prompt.dialog import B_INST, Dialog, read_messages, read_prompt
 from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import FormattedPrompt, PromptTemplate, is_default, raw_text
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ def _read_prompt(
     if messages := _messages(inputs):
         if prompt.strip() or custom:
             raise BadMessages("messages came together with a prompt or a prompt_template; send one of them")
-        limits.check_least(len(messages))
+        limits.check_at_least(len(messages))
         return _within(read_messages(messages, system_prompt), limits), []
     if not prompt.strip():
         raise PromptRequired("neither prompt nor messages has words in it; send one of them")
-    limits.check_least(prompt.count(B_INST))  # every turn has at least one token
+    limits.check_at_least(prompt.count(B_INST))  # every turn has at least one token
     if custom is None:
         return _within(read_prompt(prompt, system_prompt), limits), []
     return _fill_template(custom, prompt, system_prompt, limits)

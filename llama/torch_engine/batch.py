@@ -17,14 +17,14 @@ from torch import Tensor
 
 from llama.engine import TokenStream, check_token_ids
 from llama.errors import GenerationFailed
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import ModelParts
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
 from llama.torch_engine.sampler import NOT_FINITE, Sampler
-from llama.torch_engine.scheduler import BatchRequest, Scheduler, State
+from llama.torch_engine.scheduler import BatchRequest, RequestState, Scheduler
 from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Batch:
         self._scheduler.drop_cancelled_waiting()
         running = enumerate(self._scheduler.running)
         # What a prompt that was not read to its end has in the cache was never seen to be finite.
-        self._release({row: r.state is State.DECODING for row, r in running if r.stream.cancelled})
+        self._release({row: r.state is RequestState.DECODING for row, r in running if r.stream.cancelled})
 
     def _prefill(self) -> None:
         """Read prompts, the oldest first, until the step's budget is used up; several at once."""
@@ -123,7 +123,7 @@ class Batch:
             for request, logits in reversed(self._read(chunks).items()):
                 ended: dict[int, bool] = {}
                 if request.cached == request.prompt_length:
-                    with self._failing_alone(request):
+                    with self._isolating_failure(request):
                         ended = self._begin_answer(request, logits)
                 self._release(ended)
 
@@ -141,7 +141,7 @@ class Batch:
         left = most
         while left > 0 and (entry := self._scheduler.next_prefill({chunk.row for chunk in chunks.values()})):
             row, request = entry
-            with self._failing_alone(request):
+            with self._isolating_failure(request):
                 if request.cached == 0 and row == self.running - 1:
                     self._scheduler.reuse_prefix(row)
                 end = min(request.cached + left, request.prompt_length)
@@ -165,7 +165,7 @@ class Batch:
         read: dict[BatchRequest, Tensor] = {}
         # The highest row first: when one fails, the rows below stay as they are.
         for request, chunk in sorted(chunks.items(), key=lambda item: -item[1].row):
-            with self._failing_alone(request):
+            with self._isolating_failure(request):
                 read[request] = self._runner.prefill([chunk])
         return read
 
@@ -175,11 +175,11 @@ class Batch:
         row = self._scheduler.running.index(request)
         self._sampler.add(row, self._tensor(request.tokens), request.params)
         self._runner.start_decoding(row, request.cached, stretched=request.stretched)
-        request.state = State.DECODING
+        request.state = RequestState.DECODING
         return self._emit(row, [request], logits)
 
     @contextmanager
-    def _failing_alone(self, request: BatchRequest) -> Iterator[None]:
+    def _isolating_failure(self, request: BatchRequest) -> Iterator[None]:
         """An exception inside fails this request and no other."""
         try:
             yield
@@ -195,7 +195,7 @@ class Batch:
 
     def _decode(self) -> None:
         running = self._scheduler.running
-        decoding = [request for request in running if request.state is State.DECODING]
+        decoding = [request for request in running if request.state is RequestState.DECODING]
         if not decoding:
             return
         longest, started = max(len(request.tokens) for request in decoding), time.perf_counter()
@@ -210,12 +210,12 @@ class Batch:
     def _emit(self, first: int, requests: Sequence[BatchRequest], logits: Tensor) -> dict[int, bool]:
         """Sample the next token of the requests in the rows from `first` on, and hand it out to those that
         decode. The rows of requests that have ended, and whether their keys and values are finite."""
-        decoding = [request.params for request in requests if request.state is State.DECODING]
+        decoding = [request.params for request in requests if request.state is RequestState.DECODING]
         tokens = self._sampler.sample(logits[:, : self._vocabulary], first, decoding)
         self._runner.feed(first, tokens)
         ended: dict[int, bool] = {}
         for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True), start=first):
-            if request.state is State.DECODING and self._hand_out(request, token):
+            if request.state is RequestState.DECODING and self._hand_out(request, token):
                 ended[row] = token != NOT_FINITE
         return ended
 

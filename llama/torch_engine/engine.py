@@ -17,7 +17,7 @@ import torch
 
 from llama.engine import TokenStream
 from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
 from llama.torch_engine.scheduler import BatchRequest
 

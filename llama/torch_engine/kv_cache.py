@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llama.errors import DoesNotFit
-from llama.model.plan import bytes_per_token
+from llama.model.precision_plan import bytes_per_token
 
 SMALLEST_CONTEXT = 64
 

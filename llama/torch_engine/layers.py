@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llama.errors import DoesNotFit
-from llama.model.precision import Placement
+from llama.model.placement import Placement
 from llama.torch_engine.linears import joined, packed
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.model.fp8_linear import Fp8Linear
-from llama.model.quantization import linear
+from llama.model.quantized_layers import linear
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _BATCH_HINT = 32  # rows that oneDNN lays a packed weight out for; any number is computed right

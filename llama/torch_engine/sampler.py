@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.rows import Rows
 
 NOT_FINITE = -1

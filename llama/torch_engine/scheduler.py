@@ -14,11 +14,11 @@ from enum import Enum, auto
 from typing import Protocol
 
 from llama.engine import TokenStream
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.prefix_cache import PrefixCache, shares_prefix
 
 
-class State(Enum):
+class RequestState(Enum):
     """Of a request, in the order in which it passes through them."""
 
     WAITING = auto()
@@ -41,7 +41,7 @@ class BatchRequest:
     stream: TokenStream
     stretched: bool = False
     """Whether its positions are stretched, so that its keys are of use only to requests of the same kind."""
-    state: State = State.WAITING
+    state: RequestState = RequestState.WAITING
     cached: int = 0
     """Tokens whose keys and values are in the cache."""
 
@@ -99,7 +99,7 @@ class Scheduler:
         waits for it.
         """
         for row, request in enumerate(self.running):
-            if request.state is State.READING and row not in beside:
+            if request.state is RequestState.READING and row not in beside:
                 return row, request
         if not self._waiting or len(self.running) == self._limit:
             return None
@@ -107,7 +107,7 @@ class Scheduler:
         key = request.prefix_key
         if self._prefix_reuse and any(shares_prefix(self.running[r].prefix_key, key) for r in beside):
             return None
-        self._waiting.popleft().state = State.READING
+        self._waiting.popleft().state = RequestState.READING
         self.running.append(request)
         return row, request
 
@@ -143,19 +143,19 @@ class Scheduler:
         self._prefixes.keep(end, request.prefix_key[: request.cached] if keep else [])
         self.running[row] = last
         self.running.pop()
-        request.state = State.ENDED
+        request.state = RequestState.ENDED
 
     def drop_cancelled_waiting(self) -> None:
         """Drop requests that were cancelled before they had a row."""
         for request in self._waiting:
             if request.stream.cancelled:
-                request.state = State.ENDED
-        self._waiting = deque(request for request in self._waiting if request.state is State.WAITING)
+                request.state = RequestState.ENDED
+        self._waiting = deque(request for request in self._waiting if request.state is RequestState.WAITING)
 
     @property
     def decoding(self) -> int:
         """The number of requests that take one token a step."""
-        return sum(request.state is State.DECODING for request in self.running)
+        return sum(request.state is RequestState.DECODING for request in self.running)
 
     @property
     def waiting(self) -> int:

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 from llama.errors import BadSettings
 from llama.model.loader import load_model
 from llama.model.memory import available_memory
-from llama.model.plan import RESERVE
-from llama.model.precision import Placement, place
+from llama.model.placement import Placement, place
+from llama.model.precision_plan import RESERVE
 from llama.settings import Settings
-from llama.startup import SetupTimes
+from llama.setup_times import SetupTimes
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.batch import MOST_PROMPT_TOKENS, Batch
 from llama.torch_engine.engine import TorchEngine

@@ -28,7 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from llama.engine import TokenStream, check_token_ids
 from llama.errors import EngineError, EngineNotStarted, EngineStopped, GenerationFailed, NotSupported
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from transformers import LlamaConfig
 from llama.errors import BadSettings
 from llama.model.checkpoint import Checkpoint
 from llama.model.memory import available_memory
-from llama.model.plan import Gpu, Planner, assume_identical, bytes_per_token, parallel_sizes
-from llama.model.precision import planner_for
-from llama.model.quantization import Quantization
+from llama.model.placement import planner_for
+from llama.model.precision_plan import Gpu, Planner, assume_identical, bytes_per_token, parallel_sizes
+from llama.model.quantized_layers import Quantization
 from llama.settings import Settings
-from llama.startup import SetupTimes
+from llama.setup_times import SetupTimes
 
 # Before vLLM is imported, and for its processes: it starts them by itself, tells nobody of its use, and
 # looks for nothing on a hub.
@@ -42,7 +42,7 @@ _NAMES: dict[Quantization, str | None] = {"none": None, "fp8": "fp8_per_channel"
 _BLOCK = 128  # tokens of cache that vLLM gives out at a time on a CPU
 
 
-def start_vllm_engine(
+def start_engine(
     folder: Path,
     config: LlamaConfig,
     settings: Settings,
@@ -59,7 +59,7 @@ def start_vllm_engine(
     if settings.threads is not None:
         raise BadSettings("LLAMA_THREADS is for the torch engine; unset it, or set OMP_NUM_THREADS")
     checkpoint = Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
-    gpus = local_gpus(settings)
+    gpus = gpus_for_vllm(settings)
     arguments = engine_arguments(folder, planner_for(settings, config, gpus, "vllm"), settings)
     if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
         arguments.hf_overrides = {"tie_word_embeddings": False}
@@ -75,7 +75,7 @@ def start_vllm_engine(
         return VLLMEngine(arguments, vocabulary=vocabulary, eos_token_ids=eos_token_ids)
 
 
-def local_gpus(settings: Settings) -> list[Gpu]:
+def gpus_for_vllm(settings: Settings) -> list[Gpu]:
     """Cards, with what vLLM may take of each. Asked of the driver: a process that has used CUDA itself
     holds memory on a card that its children need. Raises BadSettings."""
     from vllm.platforms import current_platform

@@ -87,7 +87,7 @@ class _Download:
             found = [t for t in pool.map(self._probe, sources) if t is not None]
             if found:
                 for transfer in found:
-                    _make_room(transfer)
+                    _remove_stale_parts(transfer)
                 _check_disk(found, folder)
                 self._fetch_all(pool, found)
             return len(found)
@@ -224,7 +224,7 @@ def _find_fault(transfer: _Transfer, part: PartialFile) -> str | None:
     return fault and f"came as {fault}"
 
 
-def _make_room(transfer: _Transfer) -> None:
+def _remove_stale_parts(transfer: _Transfer) -> None:
     """Remove parts of other versions. A wrong file under the right name stays until there is a right one."""
     path = transfer.source.path
     with disk_errors(path):

@@ -91,7 +91,7 @@ def _sources(folder: Path, settings: Settings) -> list[Source]:
             e.url,
             path_in(folder, e.destination),
             e.sha256,
-            token if _may_have_token(e.url, home.url) else None,
+            token if _token_allowed(e.url, home.url) else None,
         )
         for e, home in zip(wanted, entries, strict=True)
     ]
@@ -106,7 +106,7 @@ def _token(settings: Settings) -> str | None:
     return token or None
 
 
-def _may_have_token(url: str, home: str) -> bool:
+def _token_allowed(url: str, home: str) -> bool:
     """Only a host that the manifest itself names, and not where others can listen."""
     parts = urlsplit(url)
     return parts[:2] == urlsplit(home)[:2] and (parts.scheme == "https" or parts.hostname in _LOOPBACK)

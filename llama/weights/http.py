@@ -43,7 +43,7 @@ class ResponseHead:
     """The head of a response, its body still to come."""
 
     response: httpx.Response
-    at_home: bool
+    same_origin: bool
     """From the server that was asked, not from one that it sent us on to."""
     linked_sha256: str | None
     """What a hub's redirect says of the file behind it (`X-Linked-ETag`)."""
@@ -51,7 +51,7 @@ class ResponseHead:
     @property
     def sha256(self) -> str | None:
         """The file's, as far as the server that was asked says it."""
-        own = self.response.headers.get("etag", "") if self.at_home else ""
+        own = self.response.headers.get("etag", "") if self.same_origin else ""
         return self.linked_sha256 or _hash_in(own)
 
     @property
@@ -83,7 +83,7 @@ class ResponseHead:
     def check(self, name: str) -> None:
         """Raises Transient, or DownloadFailed when asking again would not help. 416 is an answer too."""
         status, host = self.response.status_code, self.response.url.host
-        if status in _LATER or (status in _FORBIDDEN and not self.at_home):
+        if status in _LATER or (status in _FORBIDDEN and not self.same_origin):
             # A signature that has run out is a 403 of the server behind the redirect.
             raise Transient(f"HTTP {status} from {host}", _retry_after(self.response.headers))
         if status in _FORBIDDEN:
@@ -139,12 +139,12 @@ class Transport:
         try:
             first = current = httpx.URL(url)
             for _ in range(_REDIRECTS):
-                at_home = _origin(current) == _origin(first)
-                with self._send(current, headers, token if at_home else None) as response:
-                    if at_home:
+                same_origin = _origin(current) == _origin(first)
+                with self._send(current, headers, token if same_origin else None) as response:
+                    if same_origin:
                         linked = linked or _hash_in(response.headers.get("x-linked-etag", ""))
                     if not response.has_redirect_location:
-                        yield ResponseHead(response, at_home, linked)
+                        yield ResponseHead(response, same_origin, linked)
                         return
                     current = _target(current, response)
         except (httpx.InvalidURL, UnicodeError) as error:

@@ -26,9 +26,9 @@ from llama.load import load_llama
 from llama.model.config import load_config
 from llama.model.loader import load_model
 from llama.model.pack import pack
-from llama.model.precision import Placement, place
-from llama.model.quantization import Quantization
-from llama.sampling import SamplingParams
+from llama.model.placement import Placement, place
+from llama.model.quantized_layers import Quantization
+from llama.sampling_params import SamplingParams
 from llama.serving.schema import write_schema
 from llama.serving.server import CogServer
 from llama.settings import Settings
@@ -314,8 +314,8 @@ import resource, sys, torch
 from pathlib import Path
 from llama.model.config import load_config
 from llama.model.loader import load_model
-from llama.model.precision import Placement
-from llama.model.quantization import quantize
+from llama.model.placement import Placement
+from llama.model.quantized_layers import quantize
 folder = Path(sys.argv[1])
 def resident(name):
     line = next(l for l in open("/proc/self/status") if l.startswith(name))

@@ -12,7 +12,7 @@ from llama.errors import LlamaError
 from llama.prompt.dialog import Dialog
 from llama.prompt.limits import PromptLimits
 from llama.prompt.request import Request
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.serving.schema import input_defaults
 from predict import Predictor
 

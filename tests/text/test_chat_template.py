@@ -26,7 +26,7 @@ from llama.generation import Llama
 from llama.prompt.dialog import Dialog
 from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import Control, FormattedPrompt
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.text.chat_template import ChatTemplateTokenizer
 from llama.text.load_tokenizer import load_tokenizer
 from llama.text.tokenizer import encode_within

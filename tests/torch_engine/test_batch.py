@@ -22,12 +22,12 @@ from batches import (
 )
 from transformers import LlamaForCausalLM
 
-from llama.model.precision import Placement
-from llama.sampling import SamplingParams
+from llama.model.placement import Placement
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
 from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.scheduler import State
+from llama.torch_engine.scheduler import RequestState
 
 
 def test_every_request_of_a_mixed_batch_is_what_generate_gives(model: LlamaForCausalLM) -> None:
@@ -66,7 +66,7 @@ def test_a_request_passes_through_its_states_one_step_at_a_time(model: LlamaForC
         ("ENDED", "WAITING", 0, 1),
         ("ENDED", "DECODING", 1, 0),
     ]
-    assert (long.state, next_one.state, batch.generated) == (State.ENDED, State.ENDED, 6)
+    assert (long.state, next_one.state, batch.generated) == (RequestState.ENDED, RequestState.ENDED, 6)
 
 
 def test_a_long_prompt_is_read_in_several_steps_beside_running_requests(model: LlamaForCausalLM) -> None:
@@ -75,7 +75,7 @@ def test_a_long_prompt_is_read_in_several_steps_beside_running_requests(model: L
     batch.step()
     long = add(batch, prompt_of(2, 400), greedy(5))
     steps, before = 0, first.generated
-    while long.state in (State.WAITING, State.READING):
+    while long.state in (RequestState.WAITING, RequestState.READING):
         batch.step()
         steps += 1
     # 36 prompt tokens a step beside one stream, twice as many while another prompt waits.
@@ -149,7 +149,7 @@ def test_a_full_house_queues_and_drains_in_order(model: LlamaForCausalLM) -> Non
     finished: list[int] = []
     while not batch.idle:
         batch.step()
-        ended = [i for i, request in enumerate(requests) if request.state is State.ENDED]
+        ended = [i for i, request in enumerate(requests) if request.state is RequestState.ENDED]
         finished += [i for i in ended if i not in finished]
     assert finished == [0, 1, 2, 3, 4, 5]
 
@@ -162,7 +162,7 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model: LlamaF
     leaving.stream.cancel()
     assert batch.running == 2
     batch.step()
-    assert (batch.running, leaving.state) == (1, State.ENDED)
+    assert (batch.running, leaving.state) == (1, RequestState.ENDED)
     assert len(collect(leaving.stream)) < 10
     assert leaving.stream.finish_reason == "cancelled"
     finish(batch)
@@ -175,7 +175,7 @@ def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) 
     waiting.stream.cancel()
     finish(batch)
     assert collect(waiting.stream) == []
-    assert (waiting.stream.finish_reason, waiting.state) == ("cancelled", State.ENDED)
+    assert (waiting.stream.finish_reason, waiting.state) == ("cancelled", RequestState.ENDED)
     assert collect(first.stream) == generate(model, prompt_of(1, 5), 100)
 
 
@@ -186,7 +186,7 @@ def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> N
         batch.step()
         requests[round_ % 5].stream.cancel()
         finish(batch)
-        assert {request.state for request in requests} == {State.ENDED}
+        assert {request.state for request in requests} == {RequestState.ENDED}
     answers = answers_of(batch, *[(prompt_of(i, 4), greedy(3)) for i in range(3)])
     assert answers == [generate(model, prompt_of(i, 4), 3) for i in range(3)]
 

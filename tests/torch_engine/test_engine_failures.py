@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
 from llama.errors import EngineError, EngineStopped, GenerationFailed, InvalidInput
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.engine import TorchEngine
 
 Place = tuple[str, str, int]

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.errors import EngineNotStarted
-from llama.model.precision import Placement, has_fast_bfloat16
+from llama.model.placement import Placement, has_fast_bfloat16
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.cuda_graphs import doubling
 from llama.torch_engine.kv_cache import CacheShape, KVCache

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.sampler import (

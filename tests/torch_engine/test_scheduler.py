@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llama.engine import TokenStream
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.torch_engine.prefix_cache import Copy, PrefixCache
-from llama.torch_engine.scheduler import BatchRequest, Scheduler, State
+from llama.torch_engine.scheduler import BatchRequest, RequestState, Scheduler
 
 LENGTH = 64
 SYSTEM = list(range(100, 120))
@@ -96,20 +96,22 @@ class Serving(RuleBasedStateMachine):
                 assert sequence.cached < sequence.prompt_length
                 assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
         for row, sequence in together.items():
-            assert sequence.state is State.READING
+            assert sequence.state is RequestState.READING
             self.write(row, sequence, min(chunk, sequence.prompt_length - sequence.cached))
             if sequence.cached == sequence.prompt_length:
-                sequence.state = State.DECODING
+                sequence.state = RequestState.DECODING
                 sequence.tokens.append(7)
 
     @rule()
     def a_step_is_taken(self) -> None:
         for row, sequence in enumerate(self.scheduler.running):
-            if sequence.state is State.DECODING:
+            if sequence.state is RequestState.DECODING:
                 self.write(row, sequence, 1)
                 sequence.tokens.append(7)
         running = enumerate(self.scheduler.running)
-        done = [row for row, s in running if s.state is State.DECODING and s.generated >= s.params.maximum]
+        done = [
+            row for row, s in running if s.state is RequestState.DECODING and s.generated >= s.params.maximum
+        ]
         for row in sorted(done, reverse=True):
             self.finished.append(self.scheduler.running[row].tokens)
             self.release(row, sound=True)
@@ -133,7 +135,7 @@ class Serving(RuleBasedStateMachine):
         self.scheduler.release(row, sound=sound)
         expected = [s for s in before if s is not before[row]]
         assert sorted(map(id, self.scheduler.running)) == sorted(map(id, expected))
-        assert before[row].state is State.ENDED
+        assert before[row].state is RequestState.ENDED
         self.left += 1
 
     @invariant()
@@ -182,7 +184,7 @@ def test_whatever_arrives_at_a_full_house_is_served_in_the_end(queue: list[list[
         while entry := scheduler.next_prefill():
             scheduler.reuse_prefix(entry[0])
             entry[1].cached = entry[1].prompt_length
-            entry[1].state = State.DECODING
+            entry[1].state = RequestState.DECODING
         scheduler.release(0)
         served += 1
     assert served == len(queue)
@@ -210,7 +212,7 @@ def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
     row, first = entry
     assert row == 0
     assert scheduler.next_prefill([0]) is None
-    first.cached, first.state = first.prompt_length, State.DECODING
+    first.cached, first.state = first.prompt_length, RequestState.DECODING
     entry = scheduler.next_prefill()
     assert entry is not None
     row, second = entry

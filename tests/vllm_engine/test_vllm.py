@@ -25,9 +25,9 @@ from vllm import AsyncEngineArgs  # noqa: E402
 from llama import ROOT  # noqa: E402
 from llama.errors import BadSettings, DoesNotFit, EngineError, EngineNotStarted, EngineStopped  # noqa: E402
 from llama.load import load_llama  # noqa: E402
-from llama.model.plan import LLAMA_2_70B, Gpu  # noqa: E402
-from llama.model.precision import planner_for  # noqa: E402
-from llama.sampling import SamplingParams  # noqa: E402
+from llama.model.placement import planner_for  # noqa: E402
+from llama.model.precision_plan import LLAMA_2_70B, Gpu  # noqa: E402
+from llama.sampling_params import SamplingParams  # noqa: E402
 from llama.settings import Settings  # noqa: E402
 from llama.vllm_engine.engine import vllm_params  # noqa: E402
 from llama.vllm_engine.start import engine_arguments  # noqa: E402

@@ -16,7 +16,7 @@ from llama.cli.plan import table
 from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import load_config
 from llama.model.loader import empty_model
-from llama.model.plan import (
+from llama.model.precision_plan import (
     LLAMA_2_70B,
     RESERVE,
     Gpu,
@@ -25,7 +25,7 @@ from llama.model.plan import (
     bytes_per_token,
     parallel_sizes,
 )
-from llama.model.quantization import Quantization, quantize, to_stored
+from llama.model.quantized_layers import Quantization, quantize, to_stored
 
 CONTEXT = 4096
 HOPPER, AMPERE, TURING, PASCAL = (9, 0), (8, 0), (7, 5), (6, 1)

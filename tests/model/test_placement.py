@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from llama.errors import BadSettings, DoesNotFit
 from llama.load import load_llama
 from llama.model.config import eos_token_ids
-from llama.model.plan import LLAMA_2_70B, Gpu, bytes_per_token
-from llama.model.precision import Placement, pick_device, place, planner_for
+from llama.model.placement import Placement, pick_device, place, planner_for
+from llama.model.precision_plan import LLAMA_2_70B, Gpu, bytes_per_token
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
 from llama.weights.embedded import embedded_folder as find_embedded_folder

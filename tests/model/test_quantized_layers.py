@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.model.fp8_linear import Fp8Linear
-from llama.model.quantization import Quantization, from_stored, quantize, stored_names, to_stored
+from llama.model.quantized_layers import Quantization, from_stored, quantize, stored_names, to_stored
 from llama.torch_engine.linears import joined, packed
 
 INPUTS, OUTPUTS = 64, 48

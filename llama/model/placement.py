@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 
 from llama.errors import BadSettings
 from llama.model.config import context_length
-from llama.model.plan import EngineName, Gpu, Planner
-from llama.model.quantization import Quantization, from_config
-from llama.settings import Settings
+from llama.model.precision_plan import Gpu, Planner
+from llama.model.quantized_layers import Quantization, from_config
+from llama.settings import EngineName, Settings
 
 
 @dataclass(frozen=True, slots=True)

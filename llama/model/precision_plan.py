@@ -21,9 +21,8 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadConfig, BadSettings, DoesNotFit
-from llama.model.quantization import Quantization, bytes_of_weight
-
-EngineName = Literal["torch", "vllm"]
+from llama.model.quantized_layers import Quantization, bytes_of_weight
+from llama.settings import EngineName
 
 ENOUGH_REQUESTS = 8
 """At full context: what a precision must leave room for, for `auto` to take it over a narrower one."""
@@ -69,7 +68,7 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PrecisionOption:
     """One row of the table."""
 
     quantization: Quantization
@@ -87,8 +86,8 @@ class Choice:
 class Plan:
     """What fits, and what LLAMA_QUANTIZATION=auto takes; None if nothing fits."""
 
-    choices: tuple[Choice, ...]
-    chosen: Choice | None
+    choices: tuple[PrecisionOption, ...]
+    chosen: PrecisionOption | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,12 +147,12 @@ class Planner:
             )
         return self.stored
 
-    def _choice(self, quantization: Quantization) -> Choice:
+    def _choice(self, quantization: Quantization) -> PrecisionOption:
         weights = bytes_of_weights(self.config, quantization, self.dtype)
         cache = max(self._room - weights, 0)
         requests = cache // self._bytes_per_request
         refusals = self._refusals(quantization, weights, requests)
-        return Choice(quantization, weights, cache, requests, " and ".join(refusals))
+        return PrecisionOption(quantization, weights, cache, requests, " and ".join(refusals))
 
     @property
     def _room(self) -> int:
