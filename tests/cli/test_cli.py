@@ -231,6 +231,7 @@ def test_plan_takes_the_model_and_the_context_of_the_settings(monkeypatch: pytes
     assert result.stdout.splitlines()[-1].startswith("nf4        39.6 GB   5.2 GB  15")
 
 
+@pytest.mark.slow
 def test_pack_writes_a_folder_that_serves(llama_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "packed"
     result = run("weights", "pack", str(target), "--quantization", "int8", weights=llama_folder)

@@ -511,6 +511,7 @@ def test_a_schema_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         write_schema(Predictor.run, tmp_path)
 
 
+@pytest.mark.slow
 @needs_embedded
 def test_a_conversion_that_was_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     code = "from pathlib import Path; from llama.weights.embedded import embedded_folder; embedded_folder(Path({!r}))"

@@ -278,6 +278,7 @@ def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(
         llama.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_the_server_answers_as_transformers_does_with_the_same_quantization(
     folder: Path, packed: dict[Quantization, Path], quantization: Quantization
@@ -359,6 +360,7 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").is_file(), reason="the system does not count peak memory here"
 )

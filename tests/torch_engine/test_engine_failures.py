@@ -120,6 +120,7 @@ def undisturbed(model: LlamaForCausalLM) -> tuple[list[list[int] | str], list[Pl
     return answers, [*saboteur.seen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hit", [1, 3])
 def test_a_failure_at_any_line_ends_every_request_and_spoils_none(
     model: LlamaForCausalLM, undisturbed: tuple[list[list[int] | str], list[Place]], hit: int
