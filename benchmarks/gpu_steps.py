@@ -20,7 +20,7 @@ from llama.sampling_params import SamplingParams
 from llama.serving.schema import input_defaults
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.kv_cache import CacheShape, KVCache
-from llama.torch_engine.layers import take_apart
+from llama.torch_engine.layers import ModelParts, take_apart
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
 from llama.torch_engine.sampler import Sampler
@@ -46,19 +46,8 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
     generate = {height: _generate(model, height, device) for height in (1, 32)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the peer's
-    published = SamplingParams.from_inputs(input_defaults(Predictor.run)).with_seed()
     placement = Placement(device, model.dtype, quantization, _CONTEXT)
-    parts = take_apart(model, placement)
-    shape = CacheShape(_ROWS, _CONTEXT)
-    with torch.inference_mode():
-        rows = Rows(KVCache(config, shape, placement.cache_dtype, device))
-        runner = Runner(parts, rows)
-        if device.type == "cuda":
-            runner.capture()
-        sampler = Sampler(rows, config.vocab_size, [])
-        steps = {height: _step(runner, sampler, height, _GREEDY, device) for height in _HEIGHTS}
-        sampled = {height: _step(runner, sampler, height, published, device) for height in _HEIGHTS}
-        prefill = _prefill(runner, device)
+    steps, sampled, prefill = _measure_steps(config, take_apart(model, placement), placement)
     per_token = bytes_per_token(config, placement.cache_dtype)
     # One row of the embedding is read a request.
     floors = {height: (weights - embedding + height * _PROMPT * per_token) / bandwidth for height in _HEIGHTS}
@@ -67,7 +56,7 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
         "copy_bandwidth": bandwidth,
         "bytes_of_weights": weights,
         "bytes_of_weights_planned": bytes_of_weights(config, quantization),
-        "bytes_of_cache": shape.rows * shape.length * per_token,
+        "bytes_of_cache": _ROWS * _CONTEXT * per_token,
         "bytes_used_at_most": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "decode": {
             height: {
@@ -84,6 +73,23 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
         "over_generate_at_1": 1 / steps[1] / generate[1] if generate[1] else None,
         "throughput_32_over_1": 32 * steps[1] / steps[32],
     }
+
+
+def _measure_steps(
+    config: LlamaConfig, parts: ModelParts, placement: Placement
+) -> tuple[dict[int, float], dict[int, float], float]:
+    """Seconds of a decode step by batch size, greedy and sampled, and prompt tokens read a second."""
+    device = placement.device
+    published = SamplingParams.from_inputs(input_defaults(Predictor.run)).with_seed()
+    with torch.inference_mode():
+        rows = Rows(KVCache(config, CacheShape(_ROWS, _CONTEXT), placement.cache_dtype, device))
+        runner = Runner(parts, rows)
+        if device.type == "cuda":
+            runner.capture()
+        sampler = Sampler(rows, config.vocab_size, [])
+        steps = {height: _step(runner, sampler, height, _GREEDY, device) for height in _HEIGHTS}
+        sampled = {height: _step(runner, sampler, height, published, device) for height in _HEIGHTS}
+        return steps, sampled, _prefill(runner, device)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -104,7 +104,7 @@ def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
 
 def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
     """Prefill and decode once, so that the first caller does not pay for first-time work, nor meet
-    weights that cannot be computed with. Nobody is billed for it."""
+    weights that cannot be computed with. It is part of no prediction."""
     params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
     try:
         for _ in engine.submit([token_id], params):

@@ -67,7 +67,7 @@ def load_config(folder: Path) -> LlamaConfig:
 
 
 def eos_token_ids(folder: Path, config: LlamaConfig) -> set[int]:
-    """The ids that end an answer, from `generation_config.json` or else `config.json`."""
+    """The ids that end an answer, from `generation_config.json`, otherwise from `config.json`."""
     path, named = next(named_ends(folder), (folder / "config.json", config.eos_token_id))
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(i) is int and i >= 0 for i in ids):

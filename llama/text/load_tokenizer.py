@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model's folder, with the format that the model was trained on.
 
-    Raises BadTokenizer when there is none, it is damaged, or it has no dialogue format known here.
+    Raises BadTokenizer if there is no tokenizer, if it is damaged, or if its dialogue format is not known
+    here.
     """
     template = _chat_template(folder)
     if template is not None and B_SYS not in template:
