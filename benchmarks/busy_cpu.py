@@ -8,6 +8,7 @@ and at all cores. Knows settings and times; knows nothing of how the engine choo
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,8 +17,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import psutil
 
 from benchmarks import workload
 from benchmarks.machine import describe
@@ -51,7 +50,8 @@ def measure(benchmark_model: Path, peers_log: Path) -> dict[str, Any]:
 
 
 def _measure_model(folder: Path, dtype: str, peers_log: Path) -> dict[str, dict[str, Speeds]]:
-    threads = {CHOSEN: None, "1": 1, str(psutil.cpu_count()): psutil.cpu_count()}
+    cores = len(os.sched_getaffinity(0))
+    threads = {CHOSEN: None, "1": 1, str(cores): cores}
     with ExitStack() as stack:
         peers = [
             stack.enter_context(PeerProcess(_spec(name, count, folder, dtype), peers_log))
@@ -83,7 +83,7 @@ def _measure_batch(peers: Sequence[PeerProcess], batch: int) -> dict[str, Speeds
 
 
 def _speed(peer: PeerProcess, batch: int) -> float:
-    """Of one turn, after `SETTLE` seconds of the same work."""
+    """Tokens per second of one call, after `SETTLE` seconds of the same work."""
     started = time.monotonic()
     while time.monotonic() - started < SETTLE:
         peer.run([fresh(16) for _ in range(batch)])

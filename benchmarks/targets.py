@@ -127,7 +127,7 @@ def against_fixed(speeds: Results, state: str) -> float:
     """The engine's choice of threads over a fixed number: over all cores on a quiet machine, over whichever
     is faster on a busy one."""
     *fixed, all_cores = (speed for name, speed in speeds[state].items() if name != CHOSEN)
-    return float(speeds[state][CHOSEN] / (all_cores if state == "quiet" else max(*fixed, all_cores)))
+    return float(speeds[state][CHOSEN] / (all_cores if state == "quiet" else max([*fixed, all_cores])))
 
 
 def _ratio(results: Results, batch: int, peer: str) -> float | None:

@@ -94,7 +94,10 @@ class Llama:
     def answer(self, inputs: Mapping[str, Any], log: Log) -> Iterator[str]:
         """Prepare and stream in one, for use outside Cog: nothing is recorded, and leaving the iterator is
         the way to cancel."""
-        prediction = self.prepare(inputs)
+        return self.stream_here(self.prepare(inputs), log)
+
+    def stream_here(self, prediction: Prediction, log: Log) -> Iterator[str]:
+        """`stream` for use outside Cog, as `answer`."""
         return self.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
 
     def stream(

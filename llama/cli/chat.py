@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 from llama.cli.terminal import undecodable
 from llama.errors import LlamaError, PromptTooLong
 from llama.generation import Prediction
-from llama.metrics import NoScope
-from llama.serving.cancellation import Cancellation
 
 if TYPE_CHECKING:
     from llama.generation import Llama
@@ -33,7 +31,7 @@ class Chat:
         self.messages: list[dict[str, str]] = inputs["messages"] or []
 
     def run(self) -> None:
-        """Talk until the input ends."""
+        """Talk until the input ends, or the user types `exit` or `quit`."""
         with suppress(ImportError):  # which edits lines, keeps a history and takes a pasted text as one
             import readline
 
@@ -55,8 +53,7 @@ class Chat:
             with _keys_ignored():
                 _print_stream(self._stream(prediction), said)
             if prediction.metrics.finish_reason == "length":
-                limit = prediction.params.maximum
-                print(f"(cut after {limit} tokens; `-i max_new_tokens=` allows more)", file=sys.stderr)
+                print(_cut_notice(prediction), file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except LlamaError as error:
@@ -68,7 +65,7 @@ class Chat:
 
     def _stream(self, prediction: Prediction) -> Iterator[str]:
         log = self._log if self._inputs["debug"] else lambda _: None
-        return self._llama.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
+        return self._llama.stream_here(prediction, log)
 
     def _prepare(self) -> Prediction:
         while True:
@@ -91,6 +88,13 @@ class Chat:
         print(line, file=sys.stderr, flush=True)
 
 
+def _cut_notice(prediction: Prediction) -> str:
+    limit = prediction.params.maximum
+    full = limit < prediction.request.params.maximum
+    advice = "the context is full" if full else "`-i max_new_tokens=` allows more"
+    return f"(cut after {limit} tokens; {advice})"
+
+
 @contextmanager
 def _keys_ignored() -> Iterator[None]:
     """Keys that are pressed inside are neither shown nor read later, except Ctrl-C."""
@@ -102,12 +106,13 @@ def _keys_ignored() -> Iterator[None]:
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
     try:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
         yield
     finally:
-        termios.tcflush(keyboard, termios.TCIFLUSH)
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # the terminal was closed
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+            termios.tcflush(keyboard, termios.TCIFLUSH)
 
 
 def _ask() -> str | None:

@@ -52,7 +52,8 @@ def check_inputs(inputs: dict[str, Any]) -> None:
 
 
 def settings_to_load() -> Settings:
-    """The settings, after quick checks: the folder of weights is there, unless it will be downloaded."""
+    """The settings, checked. Unless the weights will be downloaded, their folder is there: the embedded model
+    is converted here at its first use, where a person can watch it."""
     from llama.weights.folder import weights_folder
 
     settings = Settings.from_environment()

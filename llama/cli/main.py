@@ -50,6 +50,8 @@ def _exit_code(arguments: argparse.Namespace) -> int:
         print(error.code, file=sys.stderr)
         return 1
     except OSError as error:
+        if isinstance(error.__context__, SystemExit):  # a signal that also closed the terminal
+            return int(error.__context__.code or 0)
         if error.errno not in _OUTPUT_FAULTS:
             raise
         print(
@@ -79,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
             help="any input of the model",
         )
 
-    add_inputs(add("chat", chat, "talk to the model; Ctrl-C stops an answer, Ctrl-D ends"))
+    add_inputs(add("chat", chat, "talk to the model; Ctrl-C stops an answer, Ctrl-D or `exit` leaves"))
     answering = add("complete", complete, "answer one prompt")
     answering.add_argument("prompt", nargs="?", help="read from standard input when left out")
     add_inputs(answering)

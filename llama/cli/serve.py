@@ -28,7 +28,7 @@ def predict(arguments: argparse.Namespace) -> None:
         try:
             server.wait_until_ready()
         except ServerFailed as error:
-            sys.exit(str(error))
+            sys.exit(_own_words(str(error)))
         first = None
         for event, data in server.stream({**inputs, "prompt": arguments.prompt}):
             if event == "output":
@@ -43,8 +43,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_server() -> None:
-    """Check the settings, find the weights and write the schema. The embedded model is converted here at its
-    first use, where that can be watched: the server's own log may not be shown."""
+    """Check the settings, find the weights and write the schema, before the server is started."""
     from llama.serving.schema import write_schema
 
     settings_to_load()
@@ -65,7 +64,7 @@ def serve(arguments: argparse.Namespace) -> int:
         try:
             server.wait_until_ready()
         except ServerFailed as error:
-            print(error, file=sys.stderr)
+            print(_own_words(str(error)), file=sys.stderr)
         else:
             print(_invitation(arguments.host, arguments.port), file=sys.stderr)
         try:

@@ -41,9 +41,11 @@ class Placement:
     def cache_dtype(self) -> torch.dtype:
         """What keys and values are held in, and attention is computed in.
 
-        Attention of one layer of the benchmark model, 32 requests of 192 tokens, in milliseconds: the fused
-        kernel in bfloat16 takes 1.3 on a Xeon with AMX and 5.0 on an EPYC; two products take 2.9 there in
-        bfloat16 and 2.2 in float32.
+        Milliseconds of attention in one layer of the benchmark model, 32 requests of 192 tokens:
+
+            CPU               fused, bfloat16   two products, bfloat16   two products, float32
+            Xeon with AMX     1.3               2.9
+            EPYC without      5.0                                        2.2
         """
         wide = self.device.type == "cpu" and not has_matrix_units()
         return torch.float32 if wide else self.arithmetic

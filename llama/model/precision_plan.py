@@ -96,7 +96,7 @@ class Planner:
 
     config: LlamaConfig
     gpus: tuple[Gpu, ...]
-    """None: the CPU, on which everything is taken to fit."""
+    """Empty: the CPU, on which everything is taken to fit. `plan` needs at least one."""
     context: int
     engine: EngineName
     dtype: torch.dtype = torch.bfloat16

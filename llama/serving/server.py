@@ -172,18 +172,26 @@ class CogServer(ChildServer):
 
 
 def print_setup(output: IO[bytes], answering: Event) -> None:
-    """Print what the model logs to stderr, until `answering` is set: a line must not get into an answer.
+    """Print the model's log lines on stderr until `answering` is set, so that none gets into an answer.
 
     `output` is the server's own log, one JSON object a line. It is read until the server ends, so that the
     server never waits for a reader.
     """
     for line in output:
-        with suppress(ValueError):
-            entry = json.loads(line)
-            # A line that comes when setup has just ended is the user's.
-            shown = isinstance(entry, dict) and entry.get("target") in ("coglet::setup", "coglet::user")
-            if shown and not answering.is_set():
-                print(entry["fields"]["message"], file=sys.stderr)
+        message = _setup_message(line)
+        if message is not None and not answering.is_set():
+            with suppress(OSError):
+                print(message, file=sys.stderr)
+
+
+def _setup_message(line: bytes) -> str | None:
+    """What the model logged, if this is such a line. Cog calls a line that arrives just after setup the
+    user's."""
+    with suppress(ValueError, TypeError, KeyError):
+        entry = json.loads(line)
+        if entry["target"] in ("coglet::setup", "coglet::user"):
+            return str(entry["fields"]["message"])
+    return None
 
 
 def read_events(chunks: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:

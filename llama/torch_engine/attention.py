@@ -107,7 +107,7 @@ class Attention(ABC):
         batch_size = len(queries)
         layer.view(-1, self._head_dim).index_copy_(0, metadata.cells, keys_values.view(-1, self._head_dim))
         keys, values = layer[:, :batch_size, :, : metadata.length]  # [B, KV heads, length, D]
-        # Query heads that share a KV head are so many queries of it.
+        # Query heads that share a KV head become more queries of it, so that nothing is repeated.
         grouped = queries.reshape(batch_size, self._kv_heads, self._group, self._head_dim)
         return self._attend(grouped, keys, values, metadata.bias).reshape(batch_size, -1)
 

@@ -102,8 +102,10 @@ class Batch:
         return used / (self.shape.rows * self.shape.length)
 
     def step(self) -> None:
-        """One token for every request whose prompt is read. A failure while a prompt is read ends that
-        request alone; if this raises, no request of the batch can go on."""
+        """Decode one token for every request whose prompt is read, and read more prompts.
+
+        A failure while a prompt is read ends that request alone. If this raises, the whole batch has failed.
+        """
         self._drop_cancelled()
         self._prefill()
         self._decode()

@@ -30,6 +30,7 @@ class Rows:
         """A new tensor [rows, *shape] that moves with its requests. `idle`: what a row without a request must
         hold; None if that does not matter."""
         size = (self.cache.shape.rows, *shape)
+        assert idle is None or fill == 0  # one of them is the first content
         tensor = torch.full(size, fill if idle is None else idle, dtype=dtype, device=self.cache.device)
         self._tensors.append(tensor)
         if idle is not None:

@@ -22,11 +22,11 @@ class RequestState(Enum):
     """Of a request, in the order in which it passes through them."""
 
     WAITING = auto()
-    """For a row."""
+    """It waits for a row."""
     READING = auto()
-    """Its prompt, into its row."""
+    """Its prompt is read into its row."""
     DECODING = auto()
-    """One token a step."""
+    """It gets one token a step."""
     ENDED = auto()
 
 

@@ -187,7 +187,7 @@ def _quantization(planner: Planner, settings: Settings) -> str | None:
                 "set it to none"
             )
         return None
-    return _NAMES[planner.pick(settings.quantization)]
+    return _NAMES[replace(planner, stored="none").pick(settings.quantization)]
 
 
 def _cache_on_a_cpu(planner: Planner, settings: Settings) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -438,6 +439,21 @@ def test_a_talk_says_that_an_answer_was_cut_and_ends_at_exit(scripted_folder: Pa
     assert result.returncode == 0, result.stderr
     assert b"(cut after 3 tokens; `-i max_new_tokens=` allows more)" in result.stderr
     assert result.stdout.count(b"> ") == 2  # nothing was asked after exit
+
+
+def test_an_answer_that_fills_the_context_says_so(llama_folder: Path) -> None:
+    result = run("chat", *ENDLESS, weights=llama_folder, text=b"one\n", LLAMA_MAX_CONTEXT="128")
+    assert result.returncode == 0, result.stderr
+    assert re.search(rb"\(cut after \d+ tokens; the context is full\)", result.stderr)
+
+
+def test_a_terminal_that_is_closed_during_an_answer_ends_the_talk_quietly(llama_folder: Path) -> None:
+    screen = Screen("chat", *ENDLESS, weights=llama_folder)
+    screen.wait_for("> ")
+    screen.type("hello\r")
+    screen.wait_for("...")
+    os.close(screen.fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(screen.pid, 0)[1]) == 129
 
 
 def test_keys_that_are_pressed_during_an_answer_are_neither_shown_nor_sent(llama_folder: Path) -> None:
