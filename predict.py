@@ -1,7 +1,11 @@
 """Llama 2 70B Chat on Cog: the inputs of `meta/llama-2-70b-chat`, streamed answers.
 
-Cog reads this file without running it, so every default and bound below is a plain literal. What an input
-that is left out means beyond that, such as 512 new tokens, is in `llama/sampling_params.py`.
+Cog reads this file without running it, so every default and bound below is a plain literal. An input whose default is
+None gets its value later: the default of 512 new tokens is in `llama/sampling_params.py`.
+
+A new input is declared here and read in `llama/sampling_params.py` (numbers and stop sequences) or
+`llama/prompt/request.py` (everything else). If it changes sampling, both engines need the rule
+(`llama/torch_engine/sampler.py`, `llama/vllm_engine/engine.py`). The schema and the command line follow by themselves.
 """
 
 import contextvars

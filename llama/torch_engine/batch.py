@@ -111,6 +111,7 @@ class Batch:
         self._decode()
 
     def _drop_cancelled(self) -> None:
+        """Free the rows of cancelled requests, and drop those that wait."""
         self._scheduler.drop_cancelled_waiting()
         running = enumerate(self._scheduler.running)
         # What a prompt that was not read to its end has in the cache was never seen to be finite.

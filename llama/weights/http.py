@@ -1,7 +1,8 @@
-"""GET over HTTP for downloads: the token is sent to its own host only, and a failure is transient or final.
+"""GET over HTTP for downloads: the token does not follow a redirect to another origin.
 
-Knows requests, redirects and what headers say of a file; knows nothing of disks or of retries. No message has
-a URL in it, because the URLs that a server redirects to are signed.
+Which files are asked for with the token is decided in `folder.py`. Knows requests, redirects and what headers
+say of a file; knows nothing of disks or of retries. No message has a URL in it, because the URLs that a server
+redirects to are signed.
 """
 
 from __future__ import annotations
