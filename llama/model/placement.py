@@ -1,7 +1,7 @@
 """Where the torch engine holds a model and in what precision: decided once, from settings and config.json.
 
-`precision_plan.py` picks the quantization; `vllm_engine/start.py` has vLLM's exceptions. Knows settings, devices
-and types of numbers; knows nothing of files or of how a layer computes.
+`precision_plan.py` picks the quantization; `vllm_engine/start.py` has vLLM's exceptions. Knows settings,
+devices and types of numbers; knows nothing of files or of how a layer computes.
 """
 
 from __future__ import annotations

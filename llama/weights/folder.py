@@ -1,4 +1,4 @@
-"""Which folder of weights is served, how the manifest fills and verifies it, and which hosts get the hub token.
+"""Which folder of weights is served, how the manifest fills and verifies it, and who gets the hub token.
 
 Knows folders, the manifest and the settings; knows nothing of HTTP (`download.py`) or of tensors.
 """

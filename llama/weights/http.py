@@ -1,7 +1,7 @@
 """GET over HTTP for downloads: the token does not follow a redirect to another origin.
 
 Which files are asked for with the token is decided in `folder.py`. Knows requests, redirects and what headers
-say of a file; knows nothing of disks or of retries. No message has a URL in it, because the URLs that a server
+say of a file; knows nothing of disks or of retries. No message has a URL in it, because URLs that a server
 redirects to are signed.
 """
 
