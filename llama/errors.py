@@ -162,7 +162,7 @@ class BadManifest(WeightsError):
 
 
 class DownloadFailed(WeightsError):
-    """A file of weights cannot be had from its server, or cannot be put in its place."""
+    """A file of weights could not be downloaded or moved into place."""
 
     code = "E3007"
 

@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     cache_dir: Path = Path("~/.cache/llama-cog")
     """Where the embedded model is kept once it has been converted."""
     pull: bool = False
-    """Bring what is missing in `weights` at setup, by the manifest."""
+    """At setup, download the files of the manifest that are missing in `weights`."""
     weights_manifest: Path = ROOT / "weights.txt"
     """What `weights pull`, `verify` and `lock` go by."""
     weights_base_url: str | None = None
