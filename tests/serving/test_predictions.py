@@ -112,7 +112,7 @@ def test_a_greedy_answer_is_that_of_transformers(server: CogServer, llama_folder
 
 def free_answer(server: CogServer, pattern: str) -> tuple[dict[str, Any], str]:
     """Inputs whose answer, which may end where it likes, has `pattern` in it; and that answer."""
-    for seed in range(50):
+    for seed in range(500):
         inputs = {"prompt": "Go on", "temperature": 1, "seed": seed, "max_new_tokens": 120}
         whole = text(server, inputs)
         if re.search(pattern, whole, re.DOTALL):
