@@ -30,8 +30,8 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt requirements-embedded.
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@echo "installing what runs and tests the model into $(VENV), once: about two minutes" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements-dev.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements-embedded.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt >&2
+	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements-embedded.txt >&2
 	@touch $@
 
 predict: install ## answer PROMPT="..." through Cog's own server
