@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama.cli.terminal import undecodable
 from llama.errors import LlamaError, PromptTooLong
-from llama.generation import Prediction
 
 if TYPE_CHECKING:
-    from llama.generation import Llama
+    from llama.generation import Llama, Prediction
 
 _GREETING = "Ask something. Enter sends it, Ctrl-C stops an answer, Ctrl-D or `exit` leaves."
 _LEAVING = ("exit", "quit")

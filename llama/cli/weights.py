@@ -24,7 +24,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         return sub
 
     for name, command, summary in (
-        ("pull", _pull, "bring what is missing, going on where an earlier pull was cut"),
+        ("pull", _pull, "download the files that are missing, resuming an earlier pull"),
         ("verify", _verify, "look for missing, short and damaged files; exit code 1 when there are any"),
         ("lock", _lock, "write the sha256 of the folder's files into the manifest"),
     ):

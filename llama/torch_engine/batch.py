@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -173,8 +173,8 @@ class Batch:
         return read
 
     def _begin_answer(self, request: BatchRequest, logits: Tensor) -> dict[int, bool]:
-        """The prompt is read: let the request take part in decoding, and hand out its first token. As
-        `_emit`."""
+        """The prompt is read: let the request take part in decoding, and hand out its first token.
+        Returns what `_emit` returns."""
         row = self._scheduler.running.index(request)
         self._sampler.add(row, self._tensor(request.tokens), request.params)
         self._runner.start_decoding(row, request.cached, stretched=request.stretched)
@@ -244,5 +244,5 @@ class Batch:
         for row in sorted(ended, reverse=True):
             self._scheduler.release(row, sound=ended[row])
 
-    def _tensor(self, token_ids: Iterable[int]) -> Tensor:
-        return torch.tensor(list(token_ids), dtype=torch.long, device=self._device)
+    def _tensor(self, token_ids: Sequence[int]) -> Tensor:
+        return torch.tensor(token_ids, dtype=torch.long, device=self._device)

@@ -36,20 +36,14 @@ class Runner:
         self._positions = rows.tensor(dtype=torch.long, idle=self._last)
         # What is added to a position to find it in the rotary tables.
         self._stretches = rows.tensor(dtype=torch.long)
-        _, _, self._kv_heads, length, self._head_dim = rows.cache.layers[0].shape
-        self._all_positions = torch.arange(length, device=parts.device)
+        _, _, self._kv_heads, _, self._head_dim = rows.cache.layers[0].shape
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Put each chunk into its row, after what is there. Logits of the last token of each: [chunks, V]."""
         metadata = self._attention.prefill_metadata(chunks)
-        positions = torch.cat(
-            [
-                self._all_positions[chunk.start : chunk.end] + chunk.stretched * self._parts.stretched_from
-                for chunk in chunks
-            ]
-        )
+        positions = torch.cat([self._rotary_positions(chunk) for chunk in chunks])
         token_ids = torch.cat([chunk.token_ids for chunk in chunks])
         ends = torch.tensor(metadata.lengths, device=positions.device).cumsum(0) - 1
         attend = partial(self._attention.prefill, metadata)
@@ -91,6 +85,11 @@ class Runner:
                 f"a step cannot be captured as a CUDA graph ({cause}); set LLAMA_CUDA_GRAPHS to 0, which is "
                 "slower, or another LLAMA_QUANTIZATION"
             ) from error
+
+    def _rotary_positions(self, chunk: Chunk) -> Tensor:
+        """Where a chunk's tokens are in the rotary tables: [N]."""
+        first = chunk.start + chunk.stretched * self._parts.stretched_from
+        return torch.arange(first, first + len(chunk.token_ids), device=self._parts.device)
 
     def _step(self, batch_size: int, length: int) -> Tensor:
         positions = self._positions[:batch_size]
