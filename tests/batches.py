@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -122,10 +121,3 @@ def generate(model: LlamaForCausalLM, prompt: list[int], maximum: int, **more: o
     )
     answer: list[int] = output[0, len(prompt) :].tolist()
     return answer[:-1] if answer and answer[-1] == EOS else answer
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)

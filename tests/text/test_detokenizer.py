@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from chunks import in_chunks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
@@ -15,15 +16,6 @@ from llama.text.llama2_tokenizer import Llama2Tokenizer
 from llama.text.vocabulary import Vocabulary
 
 CUTS = st.lists(st.integers(1, 4), min_size=1)
-
-
-def in_chunks(items: list[int], cuts: list[int]) -> list[list[int]]:
-    chunks, start, turn = list[list[int]](), 0, 0
-    while start < len(items):
-        end = start + cuts[turn % len(cuts)]
-        chunks.append(items[start:end])
-        start, turn = end, turn + 1
-    return chunks
 
 
 def detokenize(vocabulary: Vocabulary, ids: list[int], cuts: list[int], **options: bool) -> str:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+from chunks import in_chunks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.text.stop_filter import StopFilter
 
 CUTS = st.lists(st.integers(1, 4), min_size=1)
-
-
-def in_chunks(items: list[int] | str, cuts: list[int]) -> list[list[int] | str]:
-    chunks, start, turn = [], 0, 0
-    while start < len(items):
-        end = start + cuts[turn % len(cuts)]
-        chunks.append(items[start:end])
-        start, turn = end, turn + 1
-    return chunks
 
 
 def cut_at_first_stop(text: str, stops: list[str], exempt: int = 0) -> str:
@@ -38,7 +30,7 @@ def test_the_first_stop_sequence_cuts_the_text_in_any_split(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     filter_ = StopFilter(stops)
-    pieces = [filter_.update(str(chunk)) for chunk in in_chunks(text, cuts)]
+    pieces = [filter_.update(chunk) for chunk in in_chunks(text, cuts)]
     whole = "".join(pieces) + filter_.flush()
     assert whole == cut_at_first_stop(text, stops)
     assert filter_.stopped == any(stop in text for stop in stops)
@@ -57,9 +49,9 @@ def test_a_stop_sequence_that_ends_in_exempt_text_has_no_effect(
     exempt: str, text: str, stops: list[str], cuts: list[int]
 ) -> None:
     filter_ = StopFilter(stops)
-    pieces = [filter_.update(str(chunk), may_stop=False) for chunk in in_chunks(exempt, cuts)]
+    pieces = [filter_.update(chunk, may_stop=False) for chunk in in_chunks(exempt, cuts)]
     assert not filter_.stopped
-    pieces += [filter_.update(str(chunk)) for chunk in in_chunks(text, cuts)]
+    pieces += [filter_.update(chunk) for chunk in in_chunks(text, cuts)]
     whole = "".join(pieces) + filter_.flush()
     assert whole == cut_at_first_stop(exempt + text, stops, len(exempt))
     assert whole.startswith("".join(pieces))

@@ -11,8 +11,8 @@ from batches import (
     greedy,
     prompt_of,
     running,
-    wait_until,
 )
+from server_clients import until
 from transformers import LlamaForCausalLM
 
 from llama.errors import EngineStopped, GenerationFailed
@@ -44,7 +44,7 @@ def test_a_failed_step_fails_everybody_loudly_and_the_next_request_does_not_hang
         for stream in streams:
             with pytest.raises(GenerationFailed, match=r"^E2001 GenerationFailed: .*RuntimeError"):
                 collect(stream)
-        wait_until(lambda: not engine.healthy)
+        until(lambda: not engine.healthy, timeout=30)
         with pytest.raises(EngineStopped, match="^E2002 "):
             engine.submit(prompt_of(1, 5), greedy(5))
 

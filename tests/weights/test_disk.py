@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pulling import FILES, NAMES, QUICK, SHARD, contents
+from server_clients import until
 from weights_server import (
     Server,
     slowly,
@@ -106,17 +107,10 @@ def start(*arguments: str, settings: Settings) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_two_pulls_at_once_fetch_every_file_once(server: Server, hashed: Settings, folder: Path) -> None:
     server.steps[SHARD] = [slowly(20, 0.15)]
     first = start("pull", str(folder), settings=hashed)
-    wait_until(lambda: server.downloads(SHARD))
+    until(lambda: server.downloads(SHARD), timeout=20)
     second = start("pull", str(folder), settings=hashed)
     outputs = [process.communicate(timeout=60) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0]
@@ -131,7 +125,7 @@ def test_a_pull_that_is_killed_is_taken_up_by_the_next(
 ) -> None:
     server.steps[SHARD] = [slowly(100, 0.05)]
     process = start("pull", str(folder), settings=hashed)
-    wait_until(lambda: any(path.stat().st_size for path in folder.glob(f"{NAMES[0]}.*.part")))
+    until(lambda: any(path.stat().st_size for path in folder.glob(f"{NAMES[0]}.*.part")), timeout=20)
     process.send_signal(number)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
