@@ -26,11 +26,11 @@ help:
 
 install: $(VENV)/.installed ## make the environment in .venv
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt requirements-embedded.txt
+$(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.txt requirements-embedded.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	@echo "installing what runs and tests the model into $(VENV), once: about two minutes" >&2
+	@echo "installing the project and its requirements into $(VENV): about two minutes, only once" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt >&2
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt -e . >&2
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements-embedded.txt >&2
 	@touch $@
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from llama.load import load_llama
     from llama.settings import ROOT, Settings
 
-__all__ = ["ROOT", "Llama", "LlamaError", "Prediction", "Settings", "load_llama"]
+__all__ = ["ROOT", "Llama", "LlamaError", "Prediction", "Settings", "__version__", "load_llama"]
+
+__version__ = "0.2.0"
 
 _MODULES = {
     "ROOT": "llama.settings",

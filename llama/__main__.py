@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-for package in ("cog", "pydantic_settings"):
+for package in ("cog", "pydantic_settings", "typer"):
     if find_spec(package) is None:
         sys.exit(
             f"{sys.executable} does not have the package {package}; run `make install`, and use "

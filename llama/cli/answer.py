@@ -1,30 +1,35 @@
-"""`complete` and `chat`: answers from a model in this process.
-
-Translates arguments and prints.
-"""
+"""The command `complete`: one answer, from a model in this process."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from llama.cli.inputs import check_inputs, read_inputs, settings_to_load
-from llama.cli.terminal import undecodable
+import typer
+
+from llama.cli.inputs import InputOptions, check_inputs, read_inputs, settings_to_load
+from llama.cli.terminal import command, undecodable
 from llama.errors import InvalidInput, PromptRequired
 
 if TYPE_CHECKING:
     from llama.generation import Llama
 
 
-def complete(arguments: argparse.Namespace) -> None:
-    inputs = read_inputs(arguments.inputs)
-    inputs["prompt"] = _read_prompt() if arguments.prompt is None else arguments.prompt
-    check_inputs(inputs)
-    llama = _load()
+@command
+def complete(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt. Left out, it is read from standard input.")
+    ] = None,
+    inputs: InputOptions = None,
+) -> None:
+    """Answer one prompt. Only the answer goes to standard output."""
+    values = read_inputs(inputs)
+    values["prompt"] = _read_prompt() if prompt is None else prompt
+    check_inputs(values)
+    llama = load_with_notice()
     try:
-        for piece in llama.answer(inputs, logging.getLogger("llama").info):
+        for piece in llama.answer(values, logging.getLogger("llama").info):
             print(piece, end="", flush=True)
         print()
     finally:
@@ -33,28 +38,15 @@ def complete(arguments: argparse.Namespace) -> None:
 
 def _read_prompt() -> str:
     if sys.stdin is None:
-        raise PromptRequired("standard input is closed; give a prompt as an argument")
+        raise PromptRequired("standard input is closed; pass the prompt as an argument")
     prompt = sys.stdin.read().removeprefix("\ufeff")
     if undecodable(prompt):
-        raise InvalidInput(f"standard input is not {sys.stdin.encoding} text; convert it and try again")
+        raise InvalidInput(f"standard input is not valid {sys.stdin.encoding}; convert it and try again")
     return prompt
 
 
-def chat(arguments: argparse.Namespace) -> None:
-    inputs = read_inputs(arguments.inputs)
-    if sys.stdin is None:
-        raise PromptRequired("standard input is closed; open it, or use complete")
-    check_inputs({**inputs, "messages": [*(inputs["messages"] or []), {"role": "user", "content": "Hi!"}]})
-    from llama.cli.chat import Chat
-
-    llama = _load()
-    try:
-        Chat(llama, inputs).run()
-    finally:
-        llama.close()
-
-
-def _load() -> Llama:
+def load_with_notice() -> Llama:
+    """Check the settings, print that the model is being loaded, and load it."""
     from llama.load import load_llama
 
     settings = settings_to_load()

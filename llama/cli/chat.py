@@ -1,6 +1,7 @@
-"""A talk with the model in a terminal: turns, editing, and what is dropped when the context is full.
+"""The command `chat`: a dialogue with the model in a terminal.
 
-Knows a terminal and dialogues; knows nothing of how a model is loaded.
+Knows how a terminal edits lines, which turns the dialogue has so far, and which turns to drop when the
+context is full.
 """
 
 from __future__ import annotations
@@ -11,54 +12,71 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from llama.cli.terminal import undecodable
-from llama.errors import LlamaError, PromptTooLong
+from llama.cli.answer import load_with_notice
+from llama.cli.inputs import InputOptions, check_inputs, read_inputs
+from llama.cli.terminal import command, fail, undecodable
+from llama.errors import LlamaError, PromptRequired, PromptTooLong
 
 if TYPE_CHECKING:
     from llama.generation import Llama, Prediction
 
-_GREETING = "Ask something. Enter sends it, Ctrl-C stops an answer, Ctrl-D or `exit` leaves."
-_LEAVING = ("exit", "quit")
+_GREETING = "Type a message. Enter sends it, Ctrl-C stops an answer, Ctrl-D or `exit` ends the chat."
+_EXIT_WORDS = ("exit", "quit")
 _WAITING, _ERASE = "...", "\r\x1b[K"
 
 
+@command
+def chat(inputs: InputOptions = None) -> None:
+    """Chat with the model. Ctrl-C stops an answer, Ctrl-D or `exit` ends the chat."""
+    values = read_inputs(inputs)
+    if sys.stdin is None:
+        raise PromptRequired("standard input is closed; open it, or use the command `complete`")
+    check_inputs({**values, "messages": [*(values["messages"] or []), {"role": "user", "content": "Hi!"}]})
+    llama = load_with_notice()
+    try:
+        Chat(llama, values).run()
+    finally:
+        llama.close()
+
+
 class Chat:
-    """A dialogue in the making: `messages` are its turns so far, `inputs` the prediction's other inputs."""
+    """A dialogue in progress: `messages` are its turns so far, `inputs` are the other inputs of every
+    prediction."""
 
     def __init__(self, llama: Llama, inputs: dict[str, Any]) -> None:
         self._llama, self._inputs = llama, inputs
         self.messages: list[dict[str, str]] = inputs["messages"] or []
 
     def run(self) -> None:
-        """Talk until the input ends, or the user types `exit` or `quit`."""
-        with suppress(ImportError):  # which edits lines, keeps a history and takes a pasted text as one
+        """Answer message after message until the input ends or the user types `exit` or `quit`."""
+        with suppress(ImportError):  # readline edits lines, keeps a history and accepts pasted newlines
             import readline
 
             readline.parse_and_bind("set enable-bracketed-paste on")
         print(_GREETING, file=sys.stderr)
-        logging.getLogger("llama").setLevel(logging.WARNING)  # not in the middle of the talk
-        while (user := _ask()) is not None and user.strip() not in _LEAVING:
+        logging.getLogger("llama").setLevel(logging.WARNING)  # no log lines between turns
+        while (user := _ask()) is not None and user.strip() not in _EXIT_WORDS:
             if undecodable(user):
-                print(f"that is not {sys.stdin.encoding} text; type it again", file=sys.stderr)
+                print(f"the message is not valid {sys.stdin.encoding}; type it again", file=sys.stderr)
             elif user.strip():
                 self._turn(user)
 
     def _turn(self, user: str) -> None:
-        """Stream an answer. Ctrl-C ends it, and what was said stays said."""
+        """Stream an answer. Ctrl-C ends it, and the text so far stays in the dialogue."""
         self.messages.append({"role": "user", "content": user})
-        said = list[str]()
+        printed = list[str]()
         try:
             prediction = self._prepare()
             with _keys_ignored():
-                _print_stream(self._stream(prediction), said)
+                _print_stream(self._stream(prediction), printed)
             if prediction.metrics.finish_reason == "length":
                 print(_cut_notice(prediction), file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except LlamaError as error:
-            print(error, file=sys.stderr)
-        if said:
-            self.messages.append({"role": "assistant", "content": "".join(said)})
+            fail(str(error))
+        if printed:
+            self.messages.append({"role": "assistant", "content": "".join(printed)})
         else:
             self.messages.pop()
 
@@ -75,12 +93,13 @@ class Chat:
                     raise
 
     def _drop_oldest(self) -> bool:
-        """Drop the oldest question and its answer, so that the last turn fits; a system message stays."""
+        """Drop the oldest user message and its answer, but never the system message or the last user message.
+        Returns False if there is nothing to drop."""
         first = 1 if self.messages[0]["role"] == "system" else 0
         if len(self.messages) - first < 3:
             return False
         del self.messages[first : first + 2]
-        print("(the context is full: the oldest question and answer are left out)", file=sys.stderr)
+        print("(the context is full: the oldest message and its answer were dropped)", file=sys.stderr)
         return True
 
     def _log(self, line: str) -> None:
@@ -90,13 +109,13 @@ class Chat:
 def _cut_notice(prediction: Prediction) -> str:
     limit = prediction.params.maximum
     full = limit < prediction.request.params.maximum
-    advice = "the context is full" if full else "`-i max_new_tokens=` allows more"
-    return f"(cut after {limit} tokens; {advice})"
+    reason = "the context is full" if full else "raise the limit with `-i max_new_tokens=`"
+    return f"(the answer was cut after {limit} tokens; {reason})"
 
 
 @contextmanager
 def _keys_ignored() -> Iterator[None]:
-    """Keys that are pressed inside are neither shown nor read later, except Ctrl-C."""
+    """Neither show keys that are pressed meanwhile nor read them afterwards. Ctrl-C still works."""
     if not sys.stdin.isatty():
         yield
         return
@@ -115,7 +134,7 @@ def _keys_ignored() -> Iterator[None]:
 
 
 def _ask() -> str | None:
-    """The user's next turn; None at the end of input."""
+    """The user's next message, or None at the end of the input."""
     try:
         return input("> ").removeprefix("\ufeff")
     except EOFError:
@@ -126,17 +145,18 @@ def _ask() -> str | None:
         return ""
 
 
-def _print_stream(pieces: Iterator[str], said: list[str]) -> None:
-    """Print an answer as it comes; `said` has all of it that anyone has seen, however it ends."""
-    waits = sys.stdout.isatty()
-    if waits:
+def _print_stream(pieces: Iterator[str], printed: list[str]) -> None:
+    """Print an answer piece by piece, and append to `printed` every piece that was printed, also if the
+    stream ends with an exception. On a terminal, dots show until the first piece."""
+    waiting = sys.stdout.isatty()
+    if waiting:
         print(_WAITING, end="", flush=True)
     try:
         for piece in pieces:
-            said.append(piece)
-            print(f"{_ERASE if waits else ''}{piece}", end="", flush=True)
-            waits = False
+            printed.append(piece)
+            print(f"{_ERASE if waiting else ''}{piece}", end="", flush=True)
+            waiting = False
     finally:
-        if waits:
+        if waiting:
             print(_ERASE, end="", flush=True)
     print()

@@ -1,82 +1,89 @@
-"""`plan`: which precision fits which GPUs, as a table.
-
-Translates arguments and prints.
-"""
+"""The command `plan`: a table of the precisions that fit the GPUs."""
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from llama.cli.terminal import command
 from llama.settings import EngineName, Settings
 from llama.weights.folder import weights_folder
 
 if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
     from llama.model.precision_plan import Gpu, Plan, Planner
 
-# What --gpus says nothing about: a card with FP8, as all are since Ada and Hopper.
-_ASSUMED_CAPABILITY = (9, 0)
 
+@command
+def plan(
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GB[,GB...]",
+            help="The free memory of each GPU in GB (1e9 bytes). Left out: the GPUs of this machine.",
+        ),
+    ] = None,
+    capability: Annotated[
+        str,
+        typer.Option(
+            metavar="X.Y",
+            help="The CUDA compute capability of the GPUs that --gpus names, such as 8.0 for an A100.",
+        ),
+    ] = "9.0",
+) -> int:
+    """Print which precisions fit the GPUs, and how many requests each leaves room for.
 
-def add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gpus",
-        metavar="GB[,GB...]",
-        type=_gigabytes,
-        help="free memory of each GPU in GB (1e9 bytes); this machine's when left out",
-    )
-    parser.add_argument(
-        "--capability",
-        metavar="X.Y",
-        type=_capability,
-        default=_ASSUMED_CAPABILITY,
-        help="CUDA compute capability of the GPUs of --gpus, such as 8.0 for an A100; 9.0 when left out",
-    )
-    parser.set_defaults(command=_plan)
-
-
-def _gigabytes(text: str) -> list[float]:
-    with suppress(ValueError):
-        sizes = [float(size) for size in text.split(",")]
-        if all(0 < size < float("inf") for size in sizes):
-            return sizes
-    raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes in GB, such as 80 or 48,48")
-
-
-def _capability(text: str) -> tuple[int, int]:
-    with suppress(ValueError):
-        major, minor = text.split(".")
-        return int(major), int(minor)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability, such as 8.0")
-
-
-def _plan(arguments: argparse.Namespace) -> int:
+    LLAMA_WEIGHTS names the model; if it is unset, the model is Llama 2 70B. No weights are loaded. The exit
+    code is 1 if no precision fits.
+    """
     from llama.model.config import load_config
     from llama.model.placement import planner_for
-    from llama.model.precision_plan import LLAMA_2_70B, assume_identical, parallel_sizes
+    from llama.model.precision_plan import LLAMA_2_70B
 
     settings = Settings.from_environment()
     config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
-    gpus = _gpus(arguments)
-    several = max(len(gpus), settings.tensor_parallel or 1, settings.pipeline_parallel or 1) > 1
+    cards = _gpus(gpus, capability)
+    several = max(len(cards), settings.tensor_parallel or 1, settings.pipeline_parallel or 1) > 1
     engine: EngineName = "vllm" if several else settings.engine
     if engine == "vllm":
-        stages, tensor = parallel_sizes(
-            config, len(gpus), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel
-        )
-        share = settings.memory_fraction
-        gpus = [replace(gpu, free=int(gpu.free * share)) for gpu in assume_identical(gpus, stages * tensor)]
-    planner = planner_for(settings, config, gpus, engine)
+        cards = _share_for_vllm(cards, config, settings)
+    print(f"model: {settings.weights or 'Llama 2 70B (LLAMA_WEIGHTS is not set)'}", file=sys.stderr)
+    planner = planner_for(settings, config, cards, engine)
     found = planner.plan()
-    print(table(found, planner, settings.max_concurrency))
+    _print_table(table(found, planner, settings.max_concurrency), found)
     return int(found.chosen is None)
 
 
+def _share_for_vllm(cards: Sequence[Gpu], config: LlamaConfig, settings: Settings) -> list[Gpu]:
+    """The GPUs that vLLM would use, each with the share of its memory that vLLM would take."""
+    from llama.model.precision_plan import assume_identical, parallel_sizes
+
+    stages, tensor = parallel_sizes(
+        config, len(cards), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel
+    )
+    share = settings.memory_fraction
+    return [replace(gpu, free=int(gpu.free * share)) for gpu in assume_identical(cards, stages * tensor)]
+
+
+def _print_table(text: str, found: Plan) -> None:
+    """Print the table; on a terminal, the row of the chosen precision is in colour."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for choice, line in zip((None, *found.choices), text.splitlines(), strict=True):
+        chosen = choice is not None and choice is found.chosen
+        console.print(Text(line, style="bold green" if chosen else ""), soft_wrap=True)
+
+
 def table(found: Plan, planner: Planner, most: int) -> str:
-    """For people: one row for each choice. `most`: the requests that the server takes at once."""
+    """The plan as text: a header and one row per choice. `most`: requests that the server takes at once."""
     head = ("precision", "weights", "cache", f"requests of {planner.context} tokens", "engine", "")
     rows = [
         (
@@ -85,7 +92,7 @@ def table(found: Plan, planner: Planner, most: int) -> str:
             f"{choice.cache / 1e9:.1f} GB",
             f"{most} ({choice.requests} fit)" if choice.requests > most else str(choice.requests),
             planner.engine,
-            choice.refusal or ("what auto takes" if choice is found.chosen else ""),
+            choice.refusal or ("chosen" if choice is found.chosen else ""),
         )
         for choice in found.choices
     ]
@@ -96,10 +103,28 @@ def table(found: Plan, planner: Planner, most: int) -> str:
     )
 
 
-def _gpus(arguments: argparse.Namespace) -> Sequence[Gpu]:
+def _gpus(sizes: str | None, capability: str) -> Sequence[Gpu]:
     from llama.model.placement import local_gpus
     from llama.model.precision_plan import Gpu
 
-    if arguments.gpus is None:
+    parsed = _parse_capability(capability)
+    if sizes is None:
         return local_gpus()
-    return [Gpu(f"{size:g} GB", int(size * 1e9), arguments.capability) for size in arguments.gpus]
+    return [Gpu(f"{size:g} GB", int(size * 1e9), parsed) for size in _parse_gigabytes(sizes)]
+
+
+def _parse_gigabytes(text: str) -> list[float]:
+    with suppress(ValueError):
+        sizes = [float(size) for size in text.split(",")]
+        if all(0 < size < float("inf") for size in sizes):
+            return sizes
+    raise typer.BadParameter(
+        f"{text!r} is not a list of sizes in GB, such as 80 or 48,48", param_hint="--gpus"
+    )
+
+
+def _parse_capability(text: str) -> tuple[int, int]:
+    with suppress(ValueError):
+        major, minor = text.split(".")
+        return int(major), int(minor)
+    raise typer.BadParameter(f"{text!r} is not a compute capability, such as 8.0", param_hint="--capability")

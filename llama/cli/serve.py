@@ -1,82 +1,110 @@
-"""`predict`, `serve` and `schema`: Cog's own server on this machine, without Docker.
-
-Translates arguments and prints.
-"""
+"""The commands `predict`, `serve` and `schema`: Cog's own server on this machine, without Docker."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from threading import Event, Thread
+from typing import Annotated
 
-from llama.cli.inputs import published_run, read_inputs, settings_to_load
-from llama.settings import ROOT
+import typer
+
+from llama.cli.inputs import InputOptions, published_run, read_inputs, settings_to_load
+from llama.cli.terminal import command, fail
+from llama.settings import ROOT, Settings, expanded
 
 
-def predict(arguments: argparse.Namespace) -> None:
+@command
+def predict(
+    prompt: Annotated[str, typer.Option(help="The prompt.")], inputs: InputOptions = None
+) -> int | None:
+    """Answer one prompt through Cog's server, which is started for it and ended after it."""
     started = time.monotonic()
     from llama.serving.server import CogServer, ServerFailed, print_setup
 
-    inputs = {k: v for k, v in read_inputs(arguments.inputs).items() if v is not None}
-    _prepare_server()
+    given = {name: value for name, value in read_inputs(inputs).items() if value is not None}
+    environment = _prepare_server()
     answering = Event()
-    with CogServer(output=subprocess.PIPE) as server:
+    with CogServer(environment, output=subprocess.PIPE) as server:
         Thread(target=print_setup, args=(server.process.stdout, answering), daemon=True).start()
         try:
             server.wait_until_ready()
         except ServerFailed as error:
-            sys.exit(_own_words(str(error)))
+            return fail(_without_prefix(str(error)))
         first = None
-        for event, data in server.stream({**inputs, "prompt": arguments.prompt}):
+        for event, data in server.stream({**given, "prompt": prompt}):
             if event == "output":
                 answering.set()
                 first = first or time.monotonic() - started
                 print(data["chunk"], end="", flush=True)
             elif event == "completed" and data.get("error"):
-                sys.exit(_own_words(data["error"]))
+                return fail(_without_prefix(data["error"]))
     print()
     if first is not None:
-        print(f"first token {first:.1f} s after the command's start", file=sys.stderr)
+        print(f"first token {first:.1f} s after the start of the command", file=sys.stderr)
+    return None
 
 
-def _prepare_server() -> None:
-    """Check the settings, find the weights and write the schema, before the server is started."""
+def _prepare_server() -> dict[str, str]:
+    """Check the settings, find the weights and write the schema. Returns the server's own environment
+    variables."""
     from llama.serving.schema import write_schema
 
-    settings_to_load()
+    settings = settings_to_load()
     write_schema(published_run(), ROOT)
     print("starting the server and loading the model ...", file=sys.stderr)
+    return _absolute_paths(settings)
 
 
-def serve(arguments: argparse.Namespace) -> int:
+def _absolute_paths(settings: Settings) -> dict[str, str]:
+    """The variables that hold paths, made absolute: the server runs in the repository's folder, and this
+    command in any."""
+    variables = ((f"LLAMA_{name.upper()}", getattr(settings, name)) for name in settings.model_fields_set)
+    return {
+        variable: str(expanded(path, variable).absolute())
+        for variable, path in variables
+        if isinstance(path, Path)
+    }
+
+
+@command
+def serve(
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 for all of them.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 5000,
+) -> int:
+    """Run Cog's server until it is stopped. Ctrl-C lets running answers finish; a second Ctrl-C does not."""
     from llama.serving.server import CogServer, ServerFailed, listening_fault
 
-    if fault := listening_fault(arguments.host, arguments.port):
-        sys.exit(
-            f"cannot listen on {arguments.host}:{arguments.port} ({fault}); name another port with --port "
-            "(make serve PORT=...)"
+    if fault := listening_fault(host, port):
+        return fail(
+            f"cannot listen on {host}:{port} ({fault}); choose another port with --port (make serve PORT=...)"
         )
-    _prepare_server()
-    with CogServer(output=None, host=arguments.host, port=arguments.port, grace=None) as server:
+    environment = _prepare_server()
+    with CogServer(environment, output=None, host=host, port=port, grace=None) as server:
         try:
             server.wait_until_ready()
         except ServerFailed as error:
-            print(_own_words(str(error)), file=sys.stderr)
+            fail(_without_prefix(str(error)))
         else:
-            print(_invitation(arguments.host, arguments.port), file=sys.stderr)
+            print(_invitation(host, port), file=sys.stderr)
         try:
             return int(server.process.wait())
         except BaseException:  # Ctrl-C, or a signal
             if server.process.poll() is None:
-                print("stopping when running answers have ended; Ctrl-C again stops now", file=sys.stderr)
+                print(
+                    "stopping after the running answers have finished; Ctrl-C again stops now",
+                    file=sys.stderr,
+                )
             raise
 
 
-def _own_words(error: str) -> str:
-    """An error without what Cog's server puts before it."""
+def _without_prefix(error: str) -> str:
+    """An error without the words that Cog's server puts before it."""
     found = re.search(r"E\d{4} \w+: .*", error, re.DOTALL)
     return found[0] if found else error
 
@@ -85,14 +113,16 @@ def _invitation(host: str, port: int) -> str:
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     return (
-        f"ready on {url}, Ctrl-C ends it. Try it from another terminal (it streams with -N and "
-        "-H 'Accept: text/event-stream'):\n"
+        f"ready on {url}; Ctrl-C stops the server. Try it from another terminal (add -N and "
+        "-H 'Accept: text/event-stream' to stream):\n"
         f"  curl {url}/predictions -H 'Content-Type: application/json' \\\n"
         """    -d '{"input": {"prompt": "Write a haiku about llamas"}}'"""
     )
 
 
-def schema(_: argparse.Namespace) -> None:
+@command
+def schema() -> None:
+    """Write .cog/openapi_schema.json, as `cog build` does, and print its path."""
     from llama.serving.schema import write_schema
 
     print(write_schema(published_run(), ROOT))

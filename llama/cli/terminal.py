@@ -1,24 +1,77 @@
-"""How a command reads, prints and ends on any terminal.
+"""How a command reads, prints and ends, on any terminal and in any pipe.
 
-Knows signals and standard streams; knows nothing of commands.
+Knows signals, standard streams, colours and exit codes; knows nothing about what the commands do.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, ParamSpec
+
+import typer
+
+from llama.errors import LlamaError
+
+P = ParamSpec("P")
 
 _UNDECODABLE = re.compile("[\\udc80-\\udcff]")
+_OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+
+
+def command(function: Callable[P, int | None]) -> Callable[P, NoReturn]:
+    """Make a typer command of a function. Its result, or the error that ended it, becomes the exit code:
+    1 for an error, which is printed on one line, and 128 + N for signal N."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
+        raise typer.Exit(_exit_code(lambda: function(*args, **kwargs)))
+
+    return run
+
+
+def _exit_code(function: Callable[[], int | None]) -> int:
+    try:
+        code = function() or 0
+        sys.stdout.flush()
+    except LlamaError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if isinstance(error.__context__, SystemExit):  # a signal that also closed the terminal
+            return int(error.__context__.code or 0)
+        if error.errno not in _OUTPUT_FAULTS:
+            raise
+        return fail(
+            f"the output cannot be written ({error.strerror}); free some disk space or write it elsewhere"
+        )
+    return code
+
+
+def fail(message: str) -> int:
+    """Print an error on stderr, with its code in colour if stderr is a terminal. Returns the exit code 1."""
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text(message)
+    line.highlight_regex(r"^E\d{4} \w+:", "bold red")
+    Console(stderr=True).print(line, soft_wrap=True)
+    return 1
 
 
 def end_by_exception_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does: everything that was started is ended on the way
-    out. A signal that is ignored, as SIGHUP is under `nohup`, stays ignored."""
+    """Make SIGTERM and SIGHUP raise SystemExit, so that the program cleans up as it does after Ctrl-C.
+    Signals that are ignored, such as SIGHUP under `nohup`, stay ignored."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _exit_by_signal)
@@ -29,8 +82,8 @@ def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
 
 
 def forgiving_streams() -> None:
-    """Print what the terminal's encoding lacks as `?`, and read bytes that are no text as lone surrogates,
-    which `undecodable` finds."""
+    """Print characters that the terminal's encoding lacks as `?`. Read bytes that cannot be decoded as lone
+    surrogates, which `undecodable` finds."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -39,13 +92,13 @@ def forgiving_streams() -> None:
 
 
 def undecodable(text: str) -> bool:
-    """Whether a text of standard input had bytes that its encoding does not allow."""
+    """Whether text from standard input contained bytes that its encoding does not allow."""
     return _UNDECODABLE.search(text) is not None
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once. A thread may still be inside torch, whose own threads abort the process with a
-    message of theirs when the interpreter takes them down."""
+    """End the process at once. A normal exit would tear down the interpreter while a thread may still run
+    inside torch, whose own threads then abort the process with a message."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()

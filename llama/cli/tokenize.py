@@ -1,17 +1,16 @@
-"""`tokenize`: the token ids of prompts, without loading a model.
+"""The command `tokenize`: the token ids of prompts, from the tokenizer's files alone.
 
-Reads and prints lines of JSON.
+Reads and prints one JSON object per line.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.inputs import published_run
-from llama.cli.terminal import undecodable
+from llama.cli.terminal import command, undecodable
 from llama.errors import InvalidInput, LlamaError
 from llama.settings import Settings
 from llama.weights.folder import weights_folder
@@ -23,8 +22,12 @@ if TYPE_CHECKING:
 _LLAMA_2_CONTEXT = 4096
 
 
-def tokenize(_: argparse.Namespace) -> int:
-    """Exit code 1 when any line was refused; the others are answered all the same."""
+@command
+def tokenize() -> int:
+    """Read inputs as JSON, one object per line, and print their token ids and formatted text.
+
+    The exit code is 1 if any line has an error; the other lines are still answered.
+    """
     from llama.prompt.limits import PromptLimits
     from llama.serving.schema import input_defaults
     from llama.text.load_tokenizer import fit_tokenizer, load_tokenizer
@@ -41,31 +44,34 @@ def tokenize(_: argparse.Namespace) -> int:
         context = context_length(config, settings.max_context)
     limits = PromptLimits(context, tokenizer.longest_piece)
     defaults = input_defaults(published_run())
-    refused = False
-    for line in filter(str.strip, (line.removeprefix("\ufeff") for line in sys.stdin or ())):
-        result = _tokenize_line(line, defaults, tokenizer, limits)
-        refused |= "error" in result
-        print(json.dumps(result), flush=True)
-    return int(refused)
+    failed = False
+    for number, line in enumerate(sys.stdin or (), start=1):
+        if text := line.removeprefix("\ufeff").strip():
+            result = _tokenize_line(text, number, defaults, tokenizer, limits)
+            failed |= "error" in result
+            print(json.dumps(result), flush=True)
+    return int(failed)
 
 
 def _tokenize_line(
-    line: str, defaults: dict[str, Any], tokenizer: Tokenizer, limits: PromptLimits
+    line: str, number: int, defaults: dict[str, Any], tokenizer: Tokenizer, limits: PromptLimits
 ) -> dict[str, Any]:
     from llama.prompt.request import Request
     from llama.text.tokenizer import encode_within
 
     try:
         if undecodable(line):
-            raise InvalidInput(f"a line is not {sys.stdin.encoding} text; convert it and try again")
+            raise InvalidInput(f"line {number} is not valid {sys.stdin.encoding}; convert it and try again")
         try:
             inputs = json.loads(line)
         except (ValueError, RecursionError):
             inputs = None
         if not isinstance(inputs, dict):
-            raise InvalidInput("a line is not a JSON object; write one object of inputs a line")
+            raise InvalidInput(
+                f"line {number} is not a JSON object; write one JSON object of inputs per line"
+            )
         for name in inputs.keys() - defaults.keys():
-            print(f"unknown input dropped: {name}", file=sys.stderr)
+            print(f"line {number}: the unknown input {name} is ignored", file=sys.stderr)
         request = Request.from_inputs({**defaults, **inputs}, limits)
         token_ids = encode_within(limits, request.prompt, tokenizer)
         return {"token_ids": token_ids, "text": tokenizer.render(request.prompt)}

@@ -1,66 +1,75 @@
-"""`weights pull`, `verify`, `lock` and `pack`: the folder of weights, before it is served.
-
-Translates arguments and prints.
-"""
+"""The commands `weights pull`, `verify`, `lock` and `pack`: prepare a weights folder before it is served."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from llama.cli.terminal import command
 from llama.errors import BadSettings
 from llama.settings import Settings
-from llama.weights.folder import Inspection, folder_to_fill, lock, pull, verify, weights_folder
+from llama.weights.folder import Inspection, folder_to_fill, weights_folder
+from llama.weights.folder import lock as lock_folder
+from llama.weights.folder import pull as pull_folder
+from llama.weights.folder import verify as verify_folder
+
+weights = typer.Typer(
+    help="Download, verify, lock and pack the weights. The manifest of the files is LLAMA_WEIGHTS_MANIFEST, "
+    "unset: weights.txt.",
+    no_args_is_help=True,
+)
+
+FolderArgument = Annotated[
+    Path | None,
+    typer.Argument(help="The weights folder. Left out: LLAMA_WEIGHTS, or weights/llama-2-70b-chat if unset."),
+]
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(required=True)
+class Packing(StrEnum):
+    """The precisions that `weights pack` writes."""
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
-        sub.set_defaults(command=command)
-        return sub
-
-    for name, command, summary in (
-        ("pull", _pull, "download the files that are missing, resuming an earlier pull"),
-        ("verify", _verify, "look for missing, short and damaged files; exit code 1 when there are any"),
-        ("lock", _lock, "write the sha256 of the folder's files into the manifest"),
-    ):
-        add(name, command, summary).add_argument(
-            "folder", nargs="?", type=Path, help="LLAMA_WEIGHTS, or weights/llama-2-70b-chat, when left out"
-        )
-    pack = add("pack", _pack, "quantize LLAMA_WEIGHTS once, so that later starts read less")
-    pack.add_argument("target", type=Path, help="a new folder")
-    pack.add_argument("--quantization", choices=("nf4", "int8", "fp8"), default="nf4")
+    NF4 = "nf4"
+    INT8 = "int8"
+    FP8 = "fp8"
 
 
-def _pull(arguments: argparse.Namespace) -> int:
+@weights.command()
+@command
+def pull(folder: FolderArgument = None) -> None:
+    """Download the files that are missing, and resume an earlier download."""
     settings = Settings.from_environment()
-    folder = arguments.folder or folder_to_fill(settings)
-    brought = pull(folder, settings)
-    print(f"{folder} is whole, {brought} files brought")
-    return 0
+    folder = folder or folder_to_fill(settings)
+    downloaded = pull_folder(folder, settings)
+    print(f"{folder} is complete; {_files(downloaded)} downloaded")
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+@weights.command()
+@command
+def verify(folder: FolderArgument = None) -> int:
+    """Look for missing, incomplete and damaged files. The exit code is 1 if there are any."""
     from llama.weights.manifest import read_manifest
 
     settings = Settings.from_environment()
-    folder = arguments.folder or folder_to_fill(settings)
-    return _print_inspection(folder, verify(folder, read_manifest(settings.weights_manifest)))
+    folder = folder or folder_to_fill(settings)
+    return _print_inspection(folder, verify_folder(folder, read_manifest(settings.weights_manifest)))
 
 
-def _lock(arguments: argparse.Namespace) -> int:
+@weights.command()
+@command
+def lock(folder: FolderArgument = None) -> int:
+    """Write the SHA-256 of the folder's files into the manifest."""
     settings = Settings.from_environment()
-    folder = arguments.folder or folder_to_fill(settings)
-    inspection = lock(folder, settings.weights_manifest)
+    folder = folder or folder_to_fill(settings)
+    inspection = lock_folder(folder, settings.weights_manifest)
     failed = _print_inspection(folder, inspection)
-    if not failed:
-        print(f"{settings.weights_manifest} has the sha256 of all {inspection.files} files now")
     if failed:
-        print(f"{settings.weights_manifest} is as it was", file=sys.stderr)
+        print(f"{settings.weights_manifest} was not changed", file=sys.stderr)
+    else:
+        print(f"{settings.weights_manifest} now has the SHA-256 of {_files(inspection.files)}")
     return failed
 
 
@@ -68,19 +77,29 @@ def _print_inspection(folder: Path, inspection: Inspection) -> int:
     for fault in inspection.faults:
         print(fault, file=sys.stderr)
     if not inspection.faults:
-        files, hashed = inspection.files, len(inspection.hashes)
-        rest = "" if hashed == files else ", the others by their form (`weights lock` writes the hashes)"
-        print(f"{folder} is well: {files} files, {hashed} by their sha256{rest}")
+        hashed = len(inspection.hashes)
+        rest = inspection.files - hashed
+        note = f", {rest} by format only (`weights lock` records the missing hashes)" if rest else ""
+        print(f"{folder} is valid: {_files(inspection.files)}, {hashed} checked by SHA-256{note}")
     return int(bool(inspection.faults))
 
 
-def _pack(arguments: argparse.Namespace) -> int:
-    from llama.model.pack import pack
+def _files(number: int) -> str:
+    return f"{number} file{'' if number == 1 else 's'}"
+
+
+@weights.command()
+@command
+def pack(
+    target: Annotated[Path, typer.Argument(help="A new folder for the packed weights.")],
+    quantization: Annotated[Packing, typer.Option(help="The precision of the linear layers.")] = Packing.NF4,
+) -> None:
+    """Quantize the weights in LLAMA_WEIGHTS into a new folder, so that later starts read less."""
+    from llama.model.pack import pack as pack_folder
     from llama.model.placement import pick_device
 
     settings = Settings.from_environment()
     if settings.weights is None:
-        raise BadSettings("LLAMA_WEIGHTS is not set; set it to the folder that is to be packed")
-    pack(weights_folder(settings), arguments.target, arguments.quantization, pick_device(settings))
-    print(f"{arguments.target} is whole; serve it with LLAMA_WEIGHTS={arguments.target}")
-    return 0
+        raise BadSettings("LLAMA_WEIGHTS is not set; set it to the folder to pack")
+    pack_folder(weights_folder(settings), target, quantization.value, pick_device(settings))
+    print(f"{target} is complete; serve it with LLAMA_WEIGHTS={target}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -14,12 +16,18 @@ from pathlib import Path
 
 import pytest
 from small_models import LLAMA_2_TOKENIZER, SHARED, needs_embedded, needs_llama_2_tokenizer
+from typer.core import TyperGroup
+from typer.main import get_command
+from typer.testing import CliRunner
 
+import llama
 from llama import ROOT
-from llama.serving.schema import openapi_schema
+from llama.cli.main import app
+from llama.serving.schema import input_properties, openapi_schema
 from predict import Predictor
 
 COMMAND = [sys.executable, "-m", "llama"]
+INSTALLED = Path(sys.executable).with_name("llama-cog")
 
 
 def environment(weights: Path | None, **more: str) -> dict[str, str]:
@@ -48,7 +56,7 @@ def test_tokenize_gives_the_golden_ids_with_the_tokenizer_alone() -> None:
     assert all(p["text"].startswith("<s>[INST] ") for p in printed)
 
 
-def test_tokenize_answers_every_line_with_ids_or_an_error(llama_folder: Path) -> None:
+def test_tokenize_prints_ids_or_an_error_for_every_line(llama_folder: Path) -> None:
     lines = [
         '{"prompt": "Hi!", "system_prompt": ""}',
         "",
@@ -64,15 +72,15 @@ def test_tokenize_answers_every_line_with_ids_or_an_error(llama_folder: Path) ->
     result = run("tokenize", weights=llama_folder, text="\n".join(lines))
     printed = [json.loads(line) for line in result.stdout.splitlines()]
     codes = [p["error"].split()[0] if "error" in p else "ids" for p in printed]
-    assert result.returncode == 1  # some lines were refused
+    assert result.returncode == 1  # some lines have errors
     assert codes == ["ids", "E1001", "E1000", "E1000", "E1000", "E1000", "E1101", "ids", "E1002"]
-    assert result.stderr == "unknown input dropped: unknown\n"
+    assert result.stderr == "line 9: the unknown input unknown is ignored\n"
     assert printed[0]["text"] == "<s>[INST] Hi! [/INST]"
     assert printed[0]["token_ids"][0] == 1
 
 
 @needs_embedded
-def test_tokenize_refuses_a_prompt_of_no_tokens_and_goes_on() -> None:
+def test_tokenize_reports_a_prompt_without_tokens_and_continues() -> None:
     lines = ['{"prompt": "<s>", "prompt_template": "{prompt}"}', '\ufeff{"prompt": "Hi!"}']
     result = run("tokenize", weights=None, text="\n".join(lines))
     first, second = map(json.loads, result.stdout.splitlines())
@@ -80,7 +88,7 @@ def test_tokenize_refuses_a_prompt_of_no_tokens_and_goes_on() -> None:
     assert second["token_ids"]
 
 
-def test_tokenize_names_a_configuration_that_it_cannot_use(llama_folder: Path, tmp_path: Path) -> None:
+def test_tokenize_names_a_config_json_that_it_cannot_read(llama_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama_folder, tmp_path / "damaged")
     for written in ('{"max_position_embeddings": "many"}', "{"):
         (folder / "config.json").write_text(written)
@@ -103,13 +111,22 @@ def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["complete", "Hi!", "-i", "temprature=0"], "E1000 InvalidInput: -i temprature=0: write NAME=VALUE"),
+        (
+            ["complete", "Hi!", "-i", "temprature=0"],
+            "E1000 InvalidInput: -i temprature=0 does not set an input; write NAME=VALUE",
+        ),
         (
             ["complete", "Hi!", "-i", "temperature=warm"],
-            "E1000 InvalidInput: -i temperature takes JSON of type number",
+            "E1000 InvalidInput: -i temperature: the value is not JSON; write a JSON value of type number",
         ),
-        (["complete", "Hi!", "-i", f"seed={'9' * 5000}"], "E1000 InvalidInput: -i seed takes JSON of type"),
-        (["complete", "Hi!", "-i", f"messages={'[' * 100_000}"], "E1000 InvalidInput: -i messages takes"),
+        (
+            ["complete", "Hi!", "-i", f"seed={'9' * 5000}"],
+            "E1000 InvalidInput: -i seed: the value is not JSON",
+        ),
+        (
+            ["complete", "Hi!", "-i", f"messages={'[' * 100_000}"],
+            "E1000 InvalidInput: -i messages: the value is not JSON",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line_on_stderr(llama_folder: Path, arguments: list[str], line: str) -> None:
@@ -119,7 +136,7 @@ def test_a_wrong_option_is_one_line_on_stderr(llama_folder: Path, arguments: lis
     assert result.stdout == ""
 
 
-def test_a_missing_folder_of_weights_is_one_line_on_stderr(tmp_path: Path) -> None:
+def test_a_missing_weights_folder_is_one_line_on_stderr(tmp_path: Path) -> None:
     result = run("complete", "Hi!", weights=tmp_path / "nowhere")
     assert result.returncode == 1
     assert "E3001 WeightsNotFound: " in result.stderr
@@ -132,7 +149,7 @@ def test_a_port_in_use_is_one_line_on_stderr() -> None:
         result = run("serve", "--port", str(port), weights=None)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        f"cannot listen on 127.0.0.1:{port} (Address already in use); name another port with --port "
+        f"cannot listen on 127.0.0.1:{port} (Address already in use); choose another port with --port "
         "(make serve PORT=...)\n"
     )
 
@@ -194,7 +211,7 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
     formatted = [line for line in errors.decode().splitlines() if line.startswith("formatted prompt: ")]
     assert len(formatted) == 2
     assert "second question" in formatted[1]
-    # The first turn and what was said of its answer are in the second prompt.
+    # The second prompt contains the first turn and the part of its answer that was printed.
     assert formatted[1].index("first question") < formatted[1].index("second question")
     assert "</s><s>[INST] second question [/INST]" in formatted[1]
 
@@ -203,12 +220,12 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
     ("arguments", "code", "words"),
     [
         (["--gpus", "80"], 0, "nf4        39.6 GB   37.2 GB  27"),
-        (["--gpus", "80,80"], 0, "vllm    what auto takes"),
+        (["--gpus", "80,80"], 0, "vllm    chosen"),
         (["--gpus", "80,80", "--capability", "8.0"], 0, "needs compute capability 8.9 and has 8.0"),
         (["--gpus", "24"], 1, "needs 39.6 GB for weights and has 20.8"),
     ],
 )
-def test_plan_says_what_fits_and_its_exit_code_whether_anything_does(
+def test_plan_prints_what_fits_and_exits_with_1_if_nothing_does(
     arguments: list[str], code: int, words: str
 ) -> None:
     result = run("plan", *arguments, weights=None)
@@ -216,7 +233,9 @@ def test_plan_says_what_fits_and_its_exit_code_whether_anything_does(
     assert words in result.stdout
 
 
-def test_plan_follows_the_width_that_is_set(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_follows_the_dtype_and_concurrency_settings(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLAMA_DTYPE", "float32")
     monkeypatch.setenv("COG_MAX_CONCURRENCY", "5")
     result = run("plan", "--gpus", "48", weights=llama_folder)
@@ -224,7 +243,7 @@ def test_plan_follows_the_width_that_is_set(llama_folder: Path, monkeypatch: pyt
 
 
 @needs_llama_2_tokenizer
-def test_plan_takes_the_model_and_the_context_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_follows_the_weights_and_context_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_MAX_CONTEXT", "1024")
     result = run("plan", "--gpus", "48", weights=LLAMA_2_TOKENIZER)
     assert "requests of 1024 tokens" in result.stdout
@@ -236,7 +255,7 @@ def test_pack_writes_a_folder_that_serves(llama_folder: Path, tmp_path: Path) ->
     target = tmp_path / "packed"
     result = run("weights", "pack", str(target), "--quantization", "int8", weights=llama_folder)
     assert (result.returncode, result.stderr.splitlines()[-1]) == (0, "packed model.safetensors, 1 of 1")
-    assert result.stdout == f"{target} is whole; serve it with LLAMA_WEIGHTS={target}\n"
+    assert result.stdout == f"{target} is complete; serve it with LLAMA_WEIGHTS={target}\n"
     answer = run("complete", "Hi!", "-i", "max_new_tokens=5", "-i", "min_new_tokens=5", weights=target)
     assert answer.returncode == 0
     assert "int8 on cpu" in answer.stderr
@@ -245,6 +264,118 @@ def test_pack_writes_a_folder_that_serves(llama_folder: Path, tmp_path: Path) ->
     assert again.stderr.startswith("E3000 BadSettings: ")
 
 
-def test_pack_without_weights_says_which_to_set(tmp_path: Path) -> None:
+def test_pack_without_weights_says_what_to_set(tmp_path: Path) -> None:
     result = run("weights", "pack", str(tmp_path / "packed"), weights=None)
     assert (result.returncode, result.stderr.split(":")[0]) == (1, "E3000 BadSettings")
+
+
+# --- help, version, the installed command
+
+
+def plain(**more: str) -> dict[str, str]:
+    """The environment without the variables that force or forbid colour."""
+    colours = ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "NO_COLOR")
+    return {**{name: value for name, value in os.environ.items() if name not in colours}, **more}
+
+
+def commands() -> list[list[str]]:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    weights = group.commands["weights"]
+    assert isinstance(weights, TyperGroup)
+    return [[], *([name] for name in group.commands), *(["weights", name] for name in weights.commands)]
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_every_command_has_help_and_every_option_of_it_too(arguments: list[str]) -> None:
+    command = get_command(app)
+    for name in arguments:
+        assert isinstance(command, TyperGroup)
+        command = command.commands[name]
+    assert command.help
+    assert all(getattr(parameter, "help", None) for parameter in command.params), arguments
+    result = CliRunner().invoke(app, [*arguments, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["chat", "complete", "predict"])
+def test_the_help_lists_the_inputs_that_i_takes(command: str) -> None:
+    result = CliRunner(env={"TERMINAL_WIDTH": "80"}).invoke(app, [command, "--help"])
+    for name, schema in input_properties(Predictor.run).items():
+        assert re.search(rf"^\W+{name}  +\w", result.stdout, re.MULTILINE) or name == "prompt"
+        assert schema["description"].split()[0] in result.stdout
+
+
+@pytest.mark.skipif(not INSTALLED.is_file(), reason="the project is not installed here (pip install -e .)")
+def test_a_shell_completes_commands_and_the_names_of_inputs() -> None:
+    for words, word, wanted in (
+        ("llama-cog we", 1, "weights"),
+        ("llama-cog chat -i temp", 3, "temperature="),
+    ):
+        result = subprocess.run(
+            [INSTALLED],
+            env=plain(_LLAMA_COG_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(word)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert wanted in result.stdout.splitlines(), result
+
+
+@pytest.mark.skipif(not INSTALLED.is_file(), reason="the project is not installed here (pip install -e .)")
+def test_the_installed_command_works_from_any_folder(llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "model")
+    version = subprocess.run(
+        [INSTALLED, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert version.stdout == f"llama-2-70b-chat {llama.__version__}\n"
+    # The server runs in the repository's folder; the weights are named relative to this one.
+    options = ("-i", "max_new_tokens=3", "-i", "min_new_tokens=3", "--prompt", "Hi!")
+    result = subprocess.run(
+        [INSTALLED, "predict", *options],
+        cwd=tmp_path,
+        env=environment(Path("model"), LLAMA_CACHE_MEMORY="64MB", COG_MAX_CONCURRENCY="2"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "loaded model: " in result.stderr
+
+
+def test_a_wrong_command_or_option_is_a_usage_error() -> None:
+    for arguments in (["nope"], ["serve", "--port", "http"], ["plan", "--gpus", "8x5"], ["weights", "pack"]):
+        result = run(*arguments, weights=None)
+        assert result.returncode == 2, arguments
+        assert "Usage: " in result.stderr or "--gpus" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_colour_is_for_terminals_that_want_it(tmp_path: Path) -> None:
+    arguments = ["complete", "Hi!"]
+    piped = run(*arguments, weights=tmp_path / "nowhere")
+    assert "\x1b" not in piped.stderr
+    for more, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        leader, follower = pty.openpty()
+        with subprocess.Popen(
+            [*COMMAND, *arguments],
+            cwd=ROOT,
+            env=plain(LLAMA_WEIGHTS=str(tmp_path / "nowhere"), TERM="xterm-256color", **more),
+            stderr=follower,
+        ) as process:
+            os.close(follower)
+            printed = read_terminal(leader)
+        assert process.returncode == 1
+        assert "E3001 WeightsNotFound:" in printed
+        assert ("\x1b[1;31m" in printed) == coloured
+
+
+def read_terminal(leader: int) -> str:
+    printed = b""
+    with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an I/O error
+        while more := os.read(leader, 4096):
+            printed += more
+    os.close(leader)
+    return printed.decode()

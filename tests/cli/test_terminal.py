@@ -137,13 +137,13 @@ def test_one_bad_byte_costs_one_line(llama_folder: Path) -> None:
     result = run("tokenize", weights=llama_folder, text=lines, PYTHONIOENCODING="utf-8:strict")
     printed = result.stdout.splitlines()
     assert [b"token_ids" in line for line in printed] == [True, False, True]
-    assert b"E1000 InvalidInput: a line is not utf-8 text" in printed[1]
+    assert b"E1000 InvalidInput: line 2 is not valid utf-8" in printed[1]
 
 
 def test_a_prompt_that_is_no_text_is_refused(llama_folder: Path) -> None:
     result = run("complete", weights=llama_folder, text=b"caf\xe9", PYTHONIOENCODING="utf-8:strict")
     assert result.returncode == 1
-    assert result.stderr.startswith(b"E1000 InvalidInput: standard input is not utf-8 text")
+    assert result.stderr.startswith(b"E1000 InvalidInput: standard input is not valid utf-8")
 
 
 @pytest.mark.parametrize("command", ["complete", "chat"])
@@ -230,7 +230,7 @@ def test_a_signal_to_serve_ends_it_quietly(llama_folder: Path, number: int, code
         while b"ready on http://localhost:" not in (line := process.stderr.readline()):
             assert line, lines
             lines.append(line)
-        assert f":{port}, Ctrl-C ends it".encode() in line
+        assert f":{port}; Ctrl-C stops the server".encode() in line
         children = server_and_worker(process.pid)
         os.kill(process.pid, number)
         _, errors = process.communicate(timeout=60)
@@ -417,7 +417,7 @@ class Screen:
 def test_a_talk_in_a_terminal_has_editing_pasting_and_no_log_in_it(scripted_folder: Path) -> None:
     screen = Screen("chat", *GREEDY, weights=scripted_folder)
     screen.wait_for("loading the model ...")
-    screen.wait_for("Ctrl-C stops an answer, Ctrl-D or `exit` leaves.")
+    screen.wait_for("Ctrl-C stops an answer, Ctrl-D or `exit` ends the chat.")
     screen.wait_for("> ")
     screen.type("helo\x1b[Dl\x1b[C!\r")  # one letter to the left, an l, and back
     seen = screen.wait_for("🦙")
@@ -437,14 +437,14 @@ def test_a_talk_in_a_terminal_has_editing_pasting_and_no_log_in_it(scripted_fold
 def test_a_talk_says_that_an_answer_was_cut_and_ends_at_exit(scripted_folder: Path) -> None:
     result = run("chat", *GREEDY, "-i", "max_new_tokens=3", weights=scripted_folder, text=b"one\nexit\ntwo\n")
     assert result.returncode == 0, result.stderr
-    assert b"(cut after 3 tokens; `-i max_new_tokens=` allows more)" in result.stderr
+    assert b"(the answer was cut after 3 tokens; raise the limit with `-i max_new_tokens=`)" in result.stderr
     assert result.stdout.count(b"> ") == 2  # nothing was asked after exit
 
 
 def test_an_answer_that_fills_the_context_says_so(llama_folder: Path) -> None:
     result = run("chat", *ENDLESS, weights=llama_folder, text=b"one\n", LLAMA_MAX_CONTEXT="128")
     assert result.returncode == 0, result.stderr
-    assert re.search(rb"\(cut after \d+ tokens; the context is full\)", result.stderr)
+    assert re.search(rb"\(the answer was cut after \d+ tokens; the context is full\)", result.stderr)
 
 
 def test_a_terminal_that_is_closed_during_an_answer_ends_the_talk_quietly(llama_folder: Path) -> None:
@@ -480,7 +480,7 @@ def test_a_dialogue_that_outgrows_the_context_loses_its_oldest_turns(
         chat = Chat(llama, {**inputs, "messages": [{"role": "system", "content": "Be kind."}]})
         for question in range(12):
             chat._turn(f"question {question} of twelve")
-        assert "the oldest question and answer are left out" in capsys.readouterr().err
+        assert "the oldest message and its answer were dropped" in capsys.readouterr().err
         assert chat.messages[0]["role"] == "system"
         assert chat.messages[-2]["content"] == "question 11 of twelve"
         assert len(chat.messages) < 24

@@ -9,9 +9,10 @@ import pytest
 import torch
 from small_models import LLAMA_2_TOKENIZER
 from transformers import LlamaConfig
+from typer.testing import CliRunner
 
 from llama import ROOT
-from llama.cli.main import _parser
+from llama.cli.main import app
 from llama.cli.plan import table
 from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import load_config
@@ -242,9 +243,7 @@ def rows_of(document: str, columns: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("document", "sizes"), [("deploy.md", 1), ("scale.md", 0)])
-def test_the_tables_of_the_documents_are_what_plan_says(
-    document: str, sizes: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_tables_of_the_documents_are_what_plan_says(document: str, sizes: int) -> None:
     rows = [row for row in rows_of(document, 5) if re.fullmatch(r"[\d,]+( GB)?", row[sizes])]
     assert len(rows) >= 7
     for row in rows:
@@ -253,18 +252,17 @@ def test_the_tables_of_the_documents_are_what_plan_says(
         else:
             _, capability, precision, requests, _ = row
         command = ["plan", "--gpus", row[sizes].removesuffix(" GB"), "--capability", capability]
-        arguments = _parser().parse_args(command)
-        code = arguments.command(arguments)
-        taken = [line for line in capsys.readouterr().out.splitlines() if line.endswith("what auto takes")]
+        result = CliRunner().invoke(app, command)
+        chosen = [line for line in result.stdout.splitlines() if line.endswith("chosen")]
         if precision == "none fits":
-            assert (code, taken) == (1, [])
+            assert (result.exit_code, chosen) == (1, [])
         else:
-            cells = re.split(r"  +", taken[0])
-            assert (code, cells[0], cells[3]) == (0, precision, requests), row
+            cells = re.split(r"  +", chosen[0])
+            assert (result.exit_code, cells[0], cells[3]) == (0, precision, requests), row
 
 
 def test_the_table_has_a_row_a_choice() -> None:
     lines = table(planner(gpus(80)).plan(), planner(gpus(80)), 32).splitlines()
     assert [line.split()[0] for line in lines] == ["precision", "16", "fp8", "int8", "nf4"]
     assert "needs 138.0 GB for weights and has 76.8" in lines[1]
-    assert lines[4].endswith("torch   what auto takes")
+    assert lines[4].endswith("torch   chosen")
