@@ -10,7 +10,8 @@ Each of the 70B's 80 layers has 855,638,016 weights in linear layers. The embedd
     fp8, int8   1 per weight, 4 per output           68.48 GB        69.53 GB
     nf4         1/2 per weight, 4 per 64 weights     38.50 GB        39.55 GB
 
-The cache takes 2 x 80 layers x 8 KV heads x 128 x 2 bytes = 327,680 bytes per token, or 1.34 GB for 4,096 tokens.
+The cache takes 2 x 80 layers x 8 KV heads x 128 x 2 bytes = 327,680 bytes per token, which is 1.34 GB for
+4,096 tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ ENOUGH_REQUESTS = 8
 context."""
 
 RESERVE: dict[EngineName, int] = {"torch": 3 * 2**30, "vllm": 2 * 2**30}
-"""Bytes of a GPU that are kept free of weights and cache, by engine, for activations, graphs and workspaces.
-These are estimates until `make bench-gpu` has been run. vLLM also leaves a tenth of each GPU's memory free."""
+"""Bytes of each GPU that are reserved for activations, graphs and workspaces, by engine. These are estimates
+until `make bench-gpu` has been run. vLLM also leaves a tenth of each GPU's memory free."""
 
 LLAMA_2_70B = LlamaConfig(
     vocab_size=32000,
@@ -152,10 +153,10 @@ class Planner:
         """The stored precision. Raises BadConfig if only vLLM can read it."""
         if self.stored is None:
             raise BadConfig(
-                "config.json describes a quantization that the torch engine cannot read and `plan` cannot "
-                "calculate, such as AWQ or GPTQ; set LLAMA_ENGINE to vllm, which may support it, or use weights "
-                "that are unquantized, in int8 or NF4 of bitsandbytes, or in FP8 with row-wise scales "
-                "(fbgemm_fp8)"
+                "config.json describes a quantization, such as AWQ or GPTQ, that the torch engine cannot "
+                "read and whose memory `plan` cannot calculate; set LLAMA_ENGINE to vllm, which may support "
+                "it, or use weights that are unquantized, in bitsandbytes' int8 or NF4, or in FP8 with one "
+                "scale per row (fbgemm_fp8)"
             )
         return self.stored
 
@@ -220,8 +221,9 @@ def parallel_sizes(
         tensor = max(size for size in range(1, left + 1) if left % size == 0 and divides(size))
     elif not divides(tensor):
         raise BadSettings(
-            f"LLAMA_TENSOR_PARALLEL is {tensor}, which does not evenly divide the model's {heads} heads, "
-            f"{kv_heads} key/value heads and MLP width of {mlp}; set it to a number that does"
+            f"LLAMA_TENSOR_PARALLEL is {tensor}, but the model has {heads} heads, {kv_heads} key/value heads "
+            f"and an MLP width of {mlp}; set it to a number that divides the heads and the MLP width, and "
+            "that divides the key/value heads or is a multiple of them"
         )
     return pipeline or max(gpus // tensor, 1), tensor
 

@@ -1,7 +1,7 @@
 """Creates quantized linear layers, from unquantized weights or from the tensors of a quantized checkpoint.
 
-NF4 and int8 layers are bitsandbytes' own; the FP8 layer is in `fp8_linear.py`. Each is stored in the format of
-transformers. Knows one layer at a time; knows nothing about models or files.
+NF4 and int8 layers are bitsandbytes' own; the FP8 layer is in `fp8_linear.py`. All are stored in the format
+of transformers. Knows one layer at a time; knows nothing about models or files.
 """
 
 from __future__ import annotations
