@@ -18,7 +18,7 @@ from benchmarks.protocol import Clock, Request, Times, serve
 
 
 def _usable_cores() -> int:
-    """Like `machine.usable_cores`, which needs psutil: this module's environment may not have it."""
+    """The same as `machine.usable_cores`; that module imports psutil, which this environment may not have."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
