@@ -92,7 +92,7 @@ def _engine_starter(settings: Settings) -> EngineStarter:
 
 
 def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
-    """The token ids that end an answer. Raises BadTokenizer if the model has none of them."""
+    """The token ids that end an answer. Raises BadTokenizer if the vocabulary has none."""
     from llama.model.config import eos_token_ids
 
     named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}

@@ -40,7 +40,7 @@ def quantize(
 ) -> nn.Module:
     """Create a layer from weights [out, in] of any floating-point type.
 
-    The layer is on the device of the weights. Its inputs are in `arithmetic`.
+    The layer is on the device of the weights, and expects inputs of the dtype `arithmetic`.
     """
     match quantization:
         case "none":
@@ -93,7 +93,7 @@ def stored_names(quantization: Quantization, *, bias: bool, nested: bool) -> fro
 def from_stored(
     tensors: Mapping[str, Tensor], quantization: Quantization, arithmetic: torch.dtype
 ) -> nn.Module:
-    """Create a layer from its stored tensors, on their device. Its inputs are in `arithmetic`."""
+    """Create a layer from its stored tensors, on their device. It expects inputs of the dtype `arithmetic`."""
     weight, bias = tensors["weight"], tensors.get("bias")
     match quantization:
         case "none":
