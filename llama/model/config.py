@@ -75,7 +75,7 @@ def load_config(folder: Path) -> LlamaConfig:
 
 
 def eos_token_ids(folder: Path, config: LlamaConfig) -> set[int]:
-    """The token ids that end an answer, from `generation_config.json` or else from `config.json`."""
+    """The token ids that end an answer, from `generation_config.json` if it has them, else `config.json`."""
     path, named = next(named_ends(folder), (folder / "config.json", config.eos_token_id))
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(i) is int and i >= 0 for i in ids):

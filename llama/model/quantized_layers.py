@@ -93,7 +93,7 @@ def stored_names(quantization: Quantization, *, bias: bool, nested: bool) -> fro
 def from_stored(
     tensors: Mapping[str, Tensor], quantization: Quantization, arithmetic: torch.dtype
 ) -> nn.Module:
-    """Create a layer from its stored tensors, on their device. It expects inputs of the dtype `arithmetic`."""
+    """Create a layer from its stored tensors, on their device. It expects inputs of dtype `arithmetic`."""
     weight, bias = tensors["weight"], tensors.get("bias")
     match quantization:
         case "none":
