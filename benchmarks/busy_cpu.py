@@ -8,7 +8,6 @@ and at all cores. Knows settings and times; knows nothing of how the engine choo
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import workload
-from benchmarks.machine import describe
+from benchmarks.machine import describe, usable_cores
 from benchmarks.process import PeerProcess, Spec
 from benchmarks.report import write_report
 from benchmarks.scenarios import CONCURRENCY, fresh, log, warm_up
@@ -50,7 +49,7 @@ def measure(benchmark_model: Path, peers_log: Path) -> dict[str, Any]:
 
 
 def _measure_model(folder: Path, dtype: str, peers_log: Path) -> dict[str, dict[str, Speeds]]:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     threads = {CHOSEN: None, "1": 1, str(cores): cores}
     with ExitStack() as stack:
         peers = [

@@ -6,7 +6,6 @@ Why `llama/torch_engine/linears.py` packs weights as it does. Run as a program i
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.machine import usable_cores
 from llama.torch_engine.linears import packed
 
 ROWS = (1, 8, 32, 128)
@@ -121,5 +121,5 @@ def _bitsandbytes(weight: Tensor) -> dict[str, Kernel]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     json.dump(measure(), sys.stdout)

@@ -11,6 +11,11 @@ import psutil
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
+def usable_cores() -> int:
+    """The number of cores that this process may run on. Linux can restrict them; macOS cannot."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe() -> dict[str, object]:
     """Processor, cores that may be used, memory in GB, and which wide instructions there are."""
     info = Path("/proc/cpuinfo")
@@ -23,7 +28,7 @@ def describe() -> dict[str, object]:
     flags = lines.get("flags", "").split()
     return {
         "processor": lines.get("model name", platform.processor()),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "instructions": [flag for flag in _FLAGS if flag in flags],
         "system": f"{platform.system()} {platform.release()}",

@@ -1,7 +1,7 @@
-"""Llama 2 Chat as a Replicate model: the code behind `predict.py`.
+"""Serves Llama 2 Chat as a Replicate model: the code behind `predict.py`.
 
-Importing this package is quick: each public name is imported at its first use, and torch and transformers
-when a model is loaded.
+Importing this package is fast: a public name is imported when it is first used, and torch and transformers
+are imported when a model is loaded.
 """
 
 from importlib import import_module

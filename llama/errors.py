@@ -1,7 +1,7 @@
-"""Every error a caller, an operator or a log may see, each with a stable code.
+"""All errors that a caller or an operator can see. Each has a stable code.
 
     LlamaError
-    ├── UserError                the caller's fault, E1xxx
+    ├── UserError                the request is at fault, E1xxx
     │   ├── InvalidInput         E1000
     │   ├── PromptRequired       E1001
     │   ├── PromptTooLong        E1002
@@ -10,10 +10,10 @@
     │   ├── UnsupportedWeights   E1006
     │   ├── MinimumAboveMaximum  E1101
     │   └── NotSupported         E1103
-    ├── EngineError              ours, E2xxx
+    ├── EngineError              the engine failed, E2xxx
     │   ├── GenerationFailed     E2001
     │   └── EngineStopped        E2002
-    └── WeightsError             weights and settings, found at setup, E3xxx
+    └── WeightsError             weights or settings are at fault, found at setup, E3xxx
         ├── BadSettings          E3000
         ├── WeightsNotFound      E3001
         ├── BadConfig            E3002
@@ -26,8 +26,8 @@
         ├── DamagedWeights       E3009
         └── EngineNotStarted     E3010
 
-A message says what was got and what to do, on one line. It never quotes the caller's text: Cog
-reports an error that happens to contain the word "cancelled" as a cancelled prediction.
+A message states what happened and what to do, on one line. It never quotes the caller's text, because Cog
+reports a prediction as cancelled if its error message contains the word "cancelled".
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ from typing import ClassVar
 
 
 class LlamaError(Exception):
-    """Base of all errors; `str()` gives the published line `E1002 PromptTooLong: ...`."""
+    """Base class of all errors. `str()` returns the published line, such as `E1002 PromptTooLong: ...`."""
 
     code: ClassVar[str]
 
     def __init__(self, message: str) -> None:
         self.message = " ".join(message.split())
-        """Without code and name."""
+        """The message without the code and the name of the error."""
         super().__init__(f"{self.code} {type(self).__name__}: {self.message}")
 
 
 class UserError(LlamaError):
-    """The request cannot be served as it was sent; sending it again will not help."""
+    """The request is invalid, and retrying it without a change fails again."""
 
 
 class InvalidInput(UserError):
-    """An input has the wrong type or is out of its bounds."""
+    """An input has the wrong type or is out of range."""
 
     code = "E1000"
 
 
 class PromptRequired(UserError):
-    """Neither a prompt nor messages, or a last user turn without words."""
+    """The request has neither a prompt nor messages, or its last user turn is empty."""
 
     code = "E1001"
 
 
 class PromptTooLong(UserError):
-    """The formatted prompt leaves no room in the context for one new token."""
+    """The formatted prompt fills the context, so that not even one new token fits."""
 
     code = "E1002"
 
 
 class BadPromptTemplate(UserError):
-    """`prompt_template` has no place for the prompt."""
+    """`prompt_template` has no placeholder for the prompt."""
 
     code = "E1003"
 
 
 class BadMessages(UserError):
-    """`messages` is not a dialogue: wrong roles, order or contents."""
+    """`messages` is not a valid dialogue: roles, order or contents are wrong."""
 
     code = "E1005"
 
@@ -87,58 +87,57 @@ class UnsupportedWeights(UserError):
 
 
 class MinimumAboveMaximum(UserError):
-    """More tokens are demanded than are allowed."""
+    """The minimum number of new tokens is larger than the maximum."""
 
     code = "E1101"
 
 
 class NotSupported(UserError):
-    """The engine that serves here has no such thing; another one has."""
+    """The running engine does not support the value of an input, but another engine does."""
 
     code = "E1103"
 
 
 class EngineError(LlamaError):
-    """The engine failed; the same request may succeed later or elsewhere."""
+    """The engine failed. The same request may succeed later or on another server."""
 
 
 class GenerationFailed(EngineError):
-    """A step of the engine failed with every running and waiting request, or reading one request's prompt
-    failed."""
+    """Generating the answer failed, or a step failed, which ends all running and waiting requests."""
 
     code = "E2001"
 
 
 class EngineStopped(EngineError):
-    """The engine is not running any more and takes no requests."""
+    """The engine has stopped and accepts no requests."""
 
     code = "E2002"
 
 
 class WeightsError(LlamaError):
-    """The model cannot be served with these weights and settings; setup stops here."""
+    """The model cannot be served with these weights and settings, so setup fails."""
 
 
 class BadSettings(WeightsError):
-    """A `LLAMA_*` variable has a value that cannot be used."""
+    """A `LLAMA_*` variable has an invalid value."""
 
     code = "E3000"
 
 
 class WeightsNotFound(WeightsError):
-    """No folder of weights where one was asked for."""
+    """The weights folder does not exist."""
 
     code = "E3001"
 
 
 class BadConfig(WeightsError):
-    """`config.json` is missing, unreadable, or describes another architecture."""
+    """`config.json` is missing, unreadable or invalid, or describes another architecture."""
 
     code = "E3002"
 
 
 class BadCheckpoint(WeightsError):
-    """A weights file is missing, damaged, or does not fit `config.json`."""
+    """A weights file is missing or damaged, or does not match `config.json`."""
 
     code = "E3003"
 
@@ -150,36 +149,36 @@ class BadTokenizer(WeightsError):
 
 
 class DoesNotFit(WeightsError):
-    """The memory does not hold the model and a cache for one request."""
+    """The model and a cache for one request do not fit into memory."""
 
     code = "E3005"
 
 
 class BadManifest(WeightsError):
-    """The manifest of weights has a line that cannot be used, or is not to be read or written."""
+    """The weights manifest has an invalid line, or cannot be read or written."""
 
     code = "E3006"
 
 
 class DownloadFailed(WeightsError):
-    """A file of weights could not be downloaded or moved into place."""
+    """A weights file could not be downloaded or moved into place."""
 
     code = "E3007"
 
 
 class DiskFull(WeightsError):
-    """The disk does not hold the weights."""
+    """The disk has too little free space for the weights."""
 
     code = "E3008"
 
 
 class DamagedWeights(WeightsError):
-    """A file of weights is not the one that the manifest or the server says."""
+    """A weights file does not match the hash or size that the manifest or the server states."""
 
     code = "E3009"
 
 
 class EngineNotStarted(WeightsError):
-    """An engine did not start with these weights and settings."""
+    """The engine did not start with these weights and settings."""
 
     code = "E3010"

@@ -1,6 +1,6 @@
-"""From the settings to a running Llama: the folder, its tokenizer, an engine, and one step to warm up.
+"""Starts a Llama from the settings: finds the folder, loads the tokenizer, starts an engine and warms it up.
 
-Knows which part does what; knows nothing of tensors or of requests.
+Knows which module does what; knows nothing about tensors or requests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineStarter(Protocol):
-    """What each engine's `start_engine` is."""
+    """The type of each engine's `start_engine` function."""
 
     def __call__(
         self,
@@ -38,14 +38,16 @@ class EngineStarter(Protocol):
         vocabulary: int,
         eos_token_ids: Collection[int],
     ) -> Engine:
-        """Load `folder` as the settings say and start serving it. Ids below `vocabulary` are tokens. Raises a
-        WeightsError."""
+        """Load `folder` according to the settings and start an engine.
+
+        Token ids below `vocabulary` are valid. Raises a WeightsError.
+        """
 
 
 def load_llama(settings: Settings) -> Llama:
-    """Load what the settings name, logging what it is and how long each part took.
+    """Load the model that the settings name, and log its limits and how long each part of the setup took.
 
-    Raises a WeightsError that names the file or setting at fault.
+    Raises a WeightsError, which names the file or setting at fault.
     """
     times = SetupTimes()
     with times.part("imports"):
@@ -68,7 +70,7 @@ def load_llama(settings: Settings) -> Llama:
         except BaseException:
             engine.close()
             raise
-    logger.info("context %d tokens, %d requests at once", engine.context_length, engine.max_requests)
+    logger.info("context %d tokens, %d concurrent requests", engine.context_length, engine.max_requests)
     logger.info("ready after %s", times)
     return Llama(tokenizer, engine, settings.max_concurrency)
 
@@ -83,34 +85,34 @@ def _engine_starter(settings: Settings) -> EngineStarter:
         from llama.vllm_engine.start import start_engine as start_vllm_engine
     except ImportError as error:
         raise BadSettings(
-            f"LLAMA_ENGINE is vllm, which cannot be imported ({error}); "
-            "`pip install -r requirements-vllm.txt`, or unset it"
+            f"LLAMA_ENGINE is vllm, but vLLM cannot be imported ({error}); "
+            "run `pip install -r requirements-vllm.txt`, or unset LLAMA_ENGINE"
         ) from error
     return start_vllm_engine
 
 
 def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end an answer."""
+    """The token ids that end an answer. Raises BadTokenizer if the vocabulary has none."""
     from llama.model.config import eos_token_ids
 
     named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
     if not (ends := {i for i in named if i < tokenizer.size}):
         raise BadTokenizer(
-            f"none of the tokens that end an answer in {folder} ({sorted(named)}) is below the "
-            f"vocab_size of config.json, {config.vocab_size}; copy the model's own tokenizer files"
+            f"every token id that ends an answer in {folder} ({sorted(named)}) is outside the vocab_size of "
+            f"config.json, {config.vocab_size}; copy the model's own tokenizer files"
         )
     return ends
 
 
 def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
-    """Prefill and decode once, so that the first caller does not pay for first-time work, nor meet
-    weights that cannot be computed with. It is part of no prediction."""
+    """Run one prefill and one decode step, so that one-time work does not slow the first request and unusable
+    weights are found at setup. The metrics of predictions do not include it. Raises BadCheckpoint."""
     params = SamplingParams(temperature=0.0, max_new_tokens=2, min_new_tokens=2)
     try:
         for _ in engine.submit([token_id], params):
             pass
     except EngineError as error:
         raise BadCheckpoint(
-            f"the first step of the model in {folder} failed ({error}); copy the weights again, or try "
+            f"the first step of the model in {folder} failed ({error}); copy the weights again, or set "
             "another LLAMA_DTYPE"
         ) from error

@@ -1,6 +1,6 @@
-"""The `LLAMA_*` environment variables, read here and nowhere else.
+"""Reads the `LLAMA_*` environment variables. No other module reads them.
 
-Knows names, types and defaults; knows nothing of what a value means to a model or a device.
+Knows names, types and defaults; knows nothing about what a value means for a model or a device.
 """
 
 from __future__ import annotations
@@ -19,69 +19,79 @@ from llama.errors import BadSettings
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The repository, where `predict.py` is."""
+"""The root of the repository, which contains `predict.py`."""
 
 DEFAULT_CONCURRENCY = 32
-"""Requests that the server takes at once. `predict.py` and `cog build` have the same number."""
+"""The maximum number of concurrent requests. `predict.py` and `cog build` use the same number."""
 
 EngineName = Literal["torch", "vllm"]
 
 _PREFIX = "LLAMA_"
 _OTHERS = ("LLAMA_GATEWAY_",)
-"""Prefixes of variables that are not for this server, and of which it does not warn."""
+"""Prefixes of variables that belong to other programs, so no warning is logged about them."""
 
 
 class Settings(BaseSettings):
-    """One field a variable; the README's table has the same names."""
+    """One field per variable, with the names of the README's table."""
 
     model_config = SettingsConfigDict(env_prefix="LLAMA_", env_ignore_empty=True, frozen=True)
 
     weights: Path | None = None
-    """Folder in Hugging Face format; None means the embedded model."""
+    """A folder in Hugging Face format; None means the embedded model."""
     engine: EngineName = "torch"
-    """Our own, for one device, or vLLM for several GPUs and machines."""
+    """`torch` is this project's own engine, for one device; `vllm` is for several GPUs or machines."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["auto", "none", "fp8", "int8", "nf4"] = "auto"
     device: str = "auto"
-    """A torch device such as `cuda:0` or `cpu`; `auto` takes the first GPU, else the CPU."""
+    """A torch device: `cpu` or a GPU such as `cuda:0`. `auto` means the first GPU, or the CPU without one."""
     max_context: Annotated[int, Field(ge=64)] | None = None
-    """Tokens of prompt and answer together; None means all that the model and the cache allow."""
+    """The maximum number of tokens of prompt and answer together; None means as many as the model and the
+    cache allow."""
     cache_memory: Annotated[ByteSize, Field(gt=0)] | None = None
-    """Memory for keys and values, such as `8GB`; None means what a GPU has free, or half a CPU's memory."""
+    """Memory for keys and values, such as `8GB`; None means all free memory on a GPU, and half of the
+    available memory on a CPU."""
     threads: PositiveInt | None = None
-    """CPU threads of the torch engine; None lets it use fewer than all while other programs need a core."""
+    """The number of CPU threads of the torch engine; None means all cores, but fewer while other programs use
+    some of them."""
     prefix_reuse: bool = True
-    """Let a prompt begin with the keys and values of an earlier one; 0 where timing must tell nothing."""
+    """Reuse the keys and values of an earlier prompt that begins with the same tokens. Set it to 0 if
+    response times must not reveal what earlier prompts contained."""
     cuda_graphs: bool = True
-    """Replay decode steps on a GPU from CUDA graphs; 0 where one cannot be captured, which is slower."""
+    """Replay decode steps from CUDA graphs on a GPU. Set it to 0 if a graph cannot be captured; decoding is
+    slower then."""
     tensor_parallel: PositiveInt | None = None
-    """GPUs that share every layer; None means all of this machine that divide the heads evenly."""
+    """The number of GPUs that share every layer; None means as many of this machine's GPUs as divide the
+    heads evenly."""
     pipeline_parallel: PositiveInt | None = None
-    """Stages of layers, each on GPUs of its own; None means what `tensor_parallel` leaves over."""
+    """The number of stages that the layers are divided into, each on its own GPUs; None means as many as the
+    GPUs allow with `tensor_parallel`."""
     distributed: Literal["auto", "mp", "ray"] = "auto"
-    """How vLLM's workers are started: processes of this machine, or Ray over several."""
+    """How vLLM starts its workers: `mp` as processes on this machine, `ray` on several machines."""
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Of each GPU's memory that vLLM takes for weights, cache and all else."""
+    """The fraction of each GPU's memory that vLLM uses for weights, cache and everything else."""
     cache_dir: Path = Path("~/.cache/llama-cog")
-    """Where the embedded model is kept once it has been converted."""
+    """The folder that stores the converted embedded model."""
     pull: bool = False
-    """At setup, download the files of the manifest that are missing in `weights`."""
+    """Download the manifest's files that are missing in `weights` at setup."""
     weights_manifest: Path = ROOT / "weights.txt"
-    """What `weights pull`, `verify` and `lock` go by."""
+    """The manifest that `weights pull`, `verify` and `lock` use."""
     weights_base_url: str | None = None
-    """Where a copy of the manifest's files lies, each under its destination."""
+    """The URL of a mirror of the manifest's files, where each file's path is its destination."""
     hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
-    """The hub's own variable: sent to the hosts that the manifest names, over HTTPS, and to no other."""
+    """The Hugging Face hub's own variable. It is sent over HTTPS to the hosts in the manifest only."""
     max_concurrency: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=DEFAULT_CONCURRENCY, validation_alias="COG_MAX_CONCURRENCY"
     )
-    """Requests in one batch. Cog's own variable: its server lets no more in than this."""
+    """The maximum number of requests in one batch. It is Cog's own variable: Cog's server accepts no more
+    requests than this at a time."""
 
     @classmethod
     def from_environment(cls) -> Settings:
-        """Read the environment. Raises BadSettings naming the first variable that cannot be used; a variable
-        that looks like one of ours and is not gets a warning."""
-        cls._warn_of_unknown()
+        """Read the environment, and log a warning for every unknown variable that starts with `LLAMA_`.
+
+        Raises BadSettings, which names the first invalid variable.
+        """
+        cls._warn_about_unknown()
         try:
             settings = cls()
         except ValidationError as error:
@@ -93,12 +103,12 @@ class Settings(BaseSettings):
             ) from error
         if settings.pull and settings.weights is None:
             raise BadSettings(
-                "LLAMA_PULL is 1 and LLAMA_WEIGHTS is not set; set it to the folder that is to be filled"
+                "LLAMA_PULL is 1, but LLAMA_WEIGHTS is not set; set it to the folder to download weights to"
             )
         return settings
 
     @classmethod
-    def _warn_of_unknown(cls) -> None:
+    def _warn_about_unknown(cls) -> None:
         known = [name.upper() for name in cls.model_fields]
         for variable in os.environ:
             name = variable.removeprefix(_PREFIX)
@@ -106,15 +116,17 @@ class Settings(BaseSettings):
                 continue
             near = get_close_matches(name, known, n=1)
             logger.warning(
-                "%s is no setting%s", variable, f"; did you mean {_PREFIX}{near[0]}?" if near else ""
+                "%s is not a known setting and is ignored%s",
+                variable,
+                f"; did you mean {_PREFIX}{near[0]}?" if near else "",
             )
 
 
 def expanded(path: Path, variable: str) -> Path:
-    """A path with its `~` replaced. Raises BadSettings for a user who has no home."""
+    """Replace a leading `~` of a path. Raises BadSettings if that user's home directory is unknown."""
     try:
         return path.expanduser()
     except RuntimeError as error:
         raise BadSettings(
-            f"{variable} is {path}, and this user has no home directory; set it to a full path"
+            f"{variable} is {path}, but the home directory is unknown; set it to an absolute path"
         ) from error

@@ -1,4 +1,4 @@
-"""Measures how long each part of the start takes."""
+"""Measures how long each part of the setup takes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 class SetupTimes:
-    """Seconds of each part of a start, in order."""
+    """The seconds that each part of the setup took, in order."""
 
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count a block as `name`, less the parts within it."""
+        """Measure a `with` block as `name`, without the parts that are measured inside it."""
         started, before = time.perf_counter(), self._total
         yield
         self._parts[name] = time.perf_counter() - started - (self._total - before)

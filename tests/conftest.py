@@ -1,7 +1,7 @@
 """Fixtures that all tests share.
 
-`llama_folder` is a random Llama with Llama 2's dialogue format. `embedded_folder` is the real small chat model, if it
-is installed.
+`llama_folder` is a random Llama with Llama 2's dialogue format. `embedded_folder` is the real embedded chat
+model, which must be installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small models that are made here, real in everything but size and sense."""
+"""Creates small models for the tests: real files in the real formats, with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from llama import ROOT
 
 CORPUS = Path(__file__).with_name("corpus.txt")
-"""What the vocabulary of the tests is trained on. It never changes, so that no fixture does."""
+"""The text that the vocabulary of the tests is trained on. It must not change, because expected token ids in
+the tests depend on it."""
 
 SHARED = ROOT.parent / "shared" / "data"
 LLAMA_2_TOKENIZER = SHARED / "llama-2-70b-chat"
@@ -29,7 +30,7 @@ CONTEXT = 2048
 
 
 def train_sentencepiece() -> bytes:
-    """A BPE model with Llama's settings: byte fallback, dummy prefix, control ids 1 and 2."""
+    """Train a BPE model with Llama's settings: byte fallback, a dummy prefix, control ids 1 and 2."""
     from sentencepiece import SentencePieceTrainer
 
     lines = iter(CORPUS.read_text("utf-8").splitlines())
@@ -54,7 +55,8 @@ def train_sentencepiece() -> bytes:
 
 
 def write_model(folder: Path, **overrides: object) -> None:
-    """A random LlamaForCausalLM in Hugging Face format, with grouped heads and untied embeddings."""
+    """Write a random LlamaForCausalLM in Hugging Face format, with grouped-query attention and untied
+    embeddings."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +68,7 @@ def write_model(folder: Path, **overrides: object) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,  # the narrowest that vLLM has on a CPU
+        "head_dim": 32,  # the smallest one that vLLM supports on a CPU
         "max_position_embeddings": CONTEXT,
         "initializer_range": 0.3,
         "bos_token_id": 1,
@@ -77,7 +79,7 @@ def write_model(folder: Path, **overrides: object) -> None:
 
 
 def copied(source: Path, folder: Path, **files: str) -> Path:
-    """A copy of a folder with more files; `__` in a name stands for a dot."""
+    """Copy a folder and write more files into the copy; `__` in an argument's name stands for a dot."""
     shutil.copytree(source, folder)
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")

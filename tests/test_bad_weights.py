@@ -1,6 +1,6 @@
-"""Weights and settings that cannot be served: setup says what is wrong, where, and what to do.
+"""Weights and settings that cannot be served. The error says what is wrong, where, and what to do.
 
-Cog shows an operator one line, the exception's text, and nothing that was printed before it.
+Cog shows an operator only the text of the exception, on one line, and nothing that was printed before it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from llama.settings import Settings
 from predict import Predictor
 
 Change = Callable[[Path], object]
-"""Does harm to a folder of weights."""
+"""Damages a folder of weights."""
 
 CHECKPOINT, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.model"
 
 
 @pytest.fixture
 def folder(llama_folder: Path, tmp_path: Path) -> Path:
-    """A copy of good weights, to be harmed."""
+    """A copy of valid weights, which a test damages."""
     copy = tmp_path / "weights"
     shutil.copytree(llama_folder, copy)
     return copy
@@ -42,7 +42,7 @@ def removed(name: str) -> Change:
 
 
 def written(name: str, content: Any) -> Change:
-    """A file with other content: bytes as they are, all else as JSON."""
+    """Overwrite a file: with bytes as they are, and with anything else as JSON."""
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     return lambda folder: (folder / name).write_bytes(data)
 
@@ -74,8 +74,13 @@ def truncated_norm(content: dict[str, Any]) -> None:
     content["model.norm.weight"] = content["model.norm.weight"][:3].clone()
 
 
+def truncated_linear(content: dict[str, Any]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    content[name] = content[name][:3].clone()
+
+
 def without_a_shard(folder: Path) -> None:
-    """The same checkpoint in several files, the last of them not there."""
+    """Split the checkpoint into several files and remove the last one."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder)
@@ -103,17 +108,17 @@ BAD_ROPE_VALUES: list[Any] = [
     "linear",
 ]
 
-HARM: dict[str, tuple[Change, str, str]] = {
-    "a folder that is not there": (shutil.rmtree, "E3001 WeightsNotFound: ", "weights"),
-    "no config.json": (removed("config.json"), "E3002 BadConfig: ", "config.json"),
-    "a config.json that is no JSON": (written("config.json", b"{"), "E3002 BadConfig: ", "config.json"),
+DAMAGE: dict[str, tuple[Change, str, str]] = {
+    "a missing folder": (shutil.rmtree, "E3001 WeightsNotFound: ", "weights"),
+    "a missing config.json": (removed("config.json"), "E3002 BadConfig: ", "config.json"),
+    "a config.json that is not JSON": (written("config.json", b"{"), "E3002 BadConfig: ", "config.json"),
     "a config.json that is a list": (written("config.json", []), "E3002 BadConfig: ", "config.json"),
-    "a config.json that is nested without end": (
+    "a config.json that is nested too deeply": (
         written("config.json", b"[" * 200_000),
         "E3002 BadConfig: ",
         "config.json",
     ),
-    "more positions than memory has tables for": (
+    "position tables that are larger than the memory": (
         edited("config.json", max_position_embeddings=10**12),
         "E3005 DoesNotFit: ",
         "LLAMA_MAX_CONTEXT",
@@ -128,7 +133,7 @@ HARM: dict[str, tuple[Change, str, str]] = {
         "E3002 BadConfig: ",
         "config.json",
     ),
-    "architectures that are no list": (
+    "architectures that are not a list": (
         edited("config.json", architectures=5),
         "E3002 BadConfig: ",
         "config.json",
@@ -143,7 +148,7 @@ HARM: dict[str, tuple[Change, str, str]] = {
         "E3002 BadConfig: ",
         "config.json",
     ),
-    "weights of a quantization that cannot be read here": (
+    "a quantization that the engine cannot read": (
         edited("config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
         "E3002 BadConfig: ",
         "config.json",
@@ -153,22 +158,22 @@ HARM: dict[str, tuple[Change, str, str]] = {
         "E3002 BadConfig: ",
         "generation_config.json",
     ),
-    "a negative end of text": (
+    "a negative eos_token_id": (
         edited("generation_config.json", eos_token_id=[2, -1]),
         "E3002 BadConfig: ",
         "generation_config.json",
     ),
-    "an end of text that is true": (
+    "an eos_token_id that is true": (
         edited("generation_config.json", eos_token_id=True),
         "E3002 BadConfig: ",
         "generation_config.json",
     ),
-    "an end of text that is no number": (
+    "an eos_token_id that is not a number": (
         edited("generation_config.json", eos_token_id="</s>"),
         "E3002 BadConfig: ",
         "generation_config.json",
     ),
-    "a rope scaling that nobody knows": (
+    "an unknown rope scaling": (
         edited("config.json", rope_parameters={"rope_type": "nonsense", "rope_theta": 1e4, "factor": 2.0}),
         "E3002 BadConfig: ",
         "config.json",
@@ -209,32 +214,32 @@ HARM: dict[str, tuple[Change, str, str]] = {
             ("quantization_config", {"quant_method": ["fp8"]}),
         )
     },
-    "an activation that nobody knows": (
+    "an unknown activation": (
         edited("config.json", hidden_act="nonsense"),
         "E3002 BadConfig: ",
         "config.json",
     ),
-    "weights that are no numbers": (
+    "weights that are NaN": (
         tensors(lambda content: content["model.norm.weight"].fill_(float("nan"))),
         "E3003 BadCheckpoint: ",
         "not finite",
     ),
-    "an index of no names": (
+    "an index without file names": (
         written(INDEX, {"weight_map": {"a": [1]}}),
         "E3003 BadCheckpoint: ",
         INDEX,
     ),
-    "no safetensors": (removed(CHECKPOINT), "E3003 BadCheckpoint: ", CHECKPOINT),
-    "safetensors cut short": (cut(CHECKPOINT, 50_000), "E3003 BadCheckpoint: ", CHECKPOINT),
-    "safetensors cut inside their header": (cut(CHECKPOINT, 100), "E3003 BadCheckpoint: ", CHECKPOINT),
+    "missing safetensors": (removed(CHECKPOINT), "E3003 BadCheckpoint: ", CHECKPOINT),
+    "truncated safetensors": (cut(CHECKPOINT, 50_000), "E3003 BadCheckpoint: ", CHECKPOINT),
+    "safetensors truncated inside the header": (cut(CHECKPOINT, 100), "E3003 BadCheckpoint: ", CHECKPOINT),
     "empty safetensors": (cut(CHECKPOINT, 0), "E3003 BadCheckpoint: ", CHECKPOINT),
-    "a page in place of safetensors": (
+    "an HTML page instead of safetensors": (
         written(CHECKPOINT, b"<html>404</html>" * 99),
         "E3003 BadCheckpoint: ",
         CHECKPOINT,
     ),
-    "a shard that is not there": (without_a_shard, "E3003 BadCheckpoint: ", "weights/model-0000"),
-    "an index that is no JSON": (written(INDEX, b"{"), "E3003 BadCheckpoint: ", INDEX),
+    "a missing shard": (without_a_shard, "E3003 BadCheckpoint: ", "weights/model-0000"),
+    "an index that is not JSON": (written(INDEX, b"{"), "E3003 BadCheckpoint: ", INDEX),
     "an index that is a list": (written(INDEX, []), "E3003 BadCheckpoint: ", INDEX),
     "a missing tensor": (
         tensors(lambda content: content.pop("model.layers.1.mlp.up_proj.weight")),
@@ -246,21 +251,30 @@ HARM: dict[str, tuple[Change, str, str]] = {
         "E3003 BadCheckpoint: ",
         "lm_head.weight",
     ),
-    "a tensor of another shape": (tensors(truncated_norm), "E3003 BadCheckpoint: ", "model.norm.weight"),
-    "a layer more than config.json has": (
+    "a linear layer of the wrong shape": (
+        tensors(truncated_linear),
+        "E3003 BadCheckpoint: ",
+        "mlp.up_proj.weight (the checkpoint has [3, 64], config.json requires [128, 64])",
+    ),
+    "a tensor of the wrong shape": (
+        tensors(truncated_norm),
+        "E3003 BadCheckpoint: ",
+        "model.norm.weight (the checkpoint has [3], config.json requires [64])",
+    ),
+    "one layer more than config.json has": (
         edited("config.json", num_hidden_layers=1),
         "E3003 BadCheckpoint: ",
         "model.layers.1.",
     ),
-    "a tokenizer of another size": (
+    "a tokenizer of the wrong size": (
         lambda folder: write_model(folder, vocab_size=650),
         "E3004 BadTokenizer: ",
         "weights has 700 tokens",
     ),
-    "no tokenizer": (removed(TOKENIZER), "E3004 BadTokenizer: ", TOKENIZER),
-    "a tokenizer cut short": (cut(TOKENIZER, 3000), "E3004 BadTokenizer: ", TOKENIZER),
+    "a missing tokenizer": (removed(TOKENIZER), "E3004 BadTokenizer: ", TOKENIZER),
+    "a truncated tokenizer": (cut(TOKENIZER, 3000), "E3004 BadTokenizer: ", TOKENIZER),
     "an empty tokenizer": (cut(TOKENIZER, 0), "E3004 BadTokenizer: ", TOKENIZER),
-    "a tokenizer_config.json that is no JSON": (
+    "a tokenizer_config.json that is not JSON": (
         written("tokenizer_config.json", b"{"),
         "E3004 BadTokenizer: ",
         "tokenizer_config.json",
@@ -268,9 +282,9 @@ HARM: dict[str, tuple[Change, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_weights_that_cannot_be_served_are_named_with_what_to_do(folder: Path, harm: str) -> None:
-    change, code, name = HARM[harm]
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_error_of_damaged_weights_names_the_file_and_what_to_do(folder: Path, damage: str) -> None:
+    change, code, name = DAMAGE[damage]
     change(folder)
 
     with pytest.raises(WeightsError) as raised:
@@ -299,7 +313,7 @@ def test_weights_that_cannot_be_served_are_named_with_what_to_do(folder: Path, h
         ("COG_MAX_CONCURRENCY", "0"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_named_with_what_to_do(
+def test_the_error_of_an_invalid_setting_names_it_and_what_to_do(
     folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv("LLAMA_WEIGHTS", str(folder))
@@ -321,17 +335,19 @@ def test_every_published_dtype_loads(folder: Path, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "environment"),
+    ("damage", "environment"),
     [
-        ("a folder that is not there", {}),
-        ("safetensors cut short", {}),
+        ("a missing folder", {}),
+        ("truncated safetensors", {}),
         (None, {"LLAMA_DTYPE": "float8"}),
     ],
 )
-def test_a_server_whose_setup_failed_says_why_and_takes_no_predictions(
-    folder: Path, harm: str | None, environment: dict[str, str]
+def test_a_server_whose_setup_failed_reports_why_and_refuses_predictions(
+    folder: Path, damage: str | None, environment: dict[str, str]
 ) -> None:
-    change, code, name = HARM[harm] if harm else (lambda folder: None, "E3000 BadSettings: ", "LLAMA_DTYPE")
+    change, code, name = (
+        DAMAGE[damage] if damage else (lambda folder: None, "E3000 BadSettings: ", "LLAMA_DTYPE")
+    )
     change(folder)
     write_schema(Predictor.run, ROOT)
 
@@ -344,5 +360,5 @@ def test_a_server_whose_setup_failed_says_why_and_takes_no_predictions(
         (line,) = (line for line in health["setup"]["logs"].splitlines() if code in line)
         assert name in line
         assert server.client.post("/predictions", json={"input": {"prompt": "hi"}}).status_code == 503
-        # It stays up, so that an operator can read the reason.
+        # The server keeps running, so that an operator can read the reason.
         assert server.process.poll() is None

@@ -1,4 +1,4 @@
-"""Folders as they are found in the wild: what transformers and vLLM serve is served here, with their tokens."""
+"""Model folders with the variations that published models have, compared with transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def served(folder: Path, **settings: Any) -> Iterator[Llama]:
 
 
 def tokens(llama: Llama, prompt: list[int], count: int, **params: Any) -> list[int]:
-    """Token ids of an answer, without an end."""
+    """The `count` token ids of an answer that no end token ends."""
     sampling = SamplingParams(
         **{"temperature": 0.0, "max_new_tokens": count, "min_new_tokens": count, **params}
     )
@@ -109,7 +109,7 @@ def test_a_tokenizer_json_alone_gives_the_ids_of_sentencepiece(
 
 
 @needs_llama_2_tokenizer
-def test_what_transformers_saves_of_llama_2s_tokenizer_gives_the_golden_ids(tmp_path: Path) -> None:
+def test_llama_2s_tokenizer_saved_by_transformers_gives_the_same_ids(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("tokenizer.model", "tokenizer_config.json"):
@@ -126,7 +126,9 @@ def test_what_transformers_saves_of_llama_2s_tokenizer_gives_the_golden_ids(tmp_
         assert ours.encode(dialog) == reference.encode(dialog), text
 
 
-def test_old_files_write_a_merge_as_one_string(processor: SentencePieceProcessor, tmp_path: Path) -> None:
+def test_merges_may_be_written_as_one_string_as_in_old_files(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
     write_tokenizer(tmp_path, processor)
     raw = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
@@ -151,13 +153,13 @@ def test_old_files_write_a_merge_as_one_string(processor: SentencePieceProcessor
         "[" * 200_000,
     ],
 )
-def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
+def test_an_invalid_tokenizer_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(BadTokenizer, match=rf"^E3004 BadTokenizer: {tmp_path}"):
         load_tokenizer(tmp_path)
 
 
-def test_a_piece_that_no_merge_makes_is_not_merged_first(
+def test_a_piece_that_no_merge_produces_does_not_change_the_ids(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     write_tokenizer(tmp_path, processor)
@@ -168,11 +170,12 @@ def test_a_piece_that_no_merge_makes_is_not_merged_first(
     assert load_tokenizer(tmp_path).encode(FormattedPrompt((text,))) == [1, *processor.encode(text)]
 
 
-# --- an output layer that is stored beside embeddings that it should be tied to
+# --- an output layer that config.json ties to the embeddings but the checkpoint stores
 
 
 def tied(source: Path, folder: Path, *, head: str) -> Path:
-    """Tied in config.json; of head and embeddings are stored two that differ, the same twice, or one."""
+    """Tie the output layer to the embeddings in config.json. `head` says what the checkpoint stores: an output
+    layer that differs ("other"), an equal one ("same"), none ("absent"), or one without embeddings ("only")."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
@@ -194,14 +197,14 @@ def test_a_stored_output_layer_is_used_as_transformers_uses_it(
     folder = tied(llama_folder, tmp_path / "tied", head=head)
     with served(folder) as llama:
         assert tokens(llama, PROMPT, 12) == by_transformers(folder, PROMPT, 12)
-    assert any("stores another one" in line for line in caplog.messages) == (head == "other")
+    assert any("stores a different output layer" in line for line in caplog.messages) == (head == "other")
 
 
-# --- vocabularies and tables of different sizes
+# --- vocabularies and embedding tables of different sizes
 
 
 @pytest.mark.parametrize("rows", [VOCABULARY, VOCABULARY + 3, VOCABULARY + 600])
-def test_a_padded_table_is_served_and_its_padding_is_never_sampled(
+def test_the_padding_of_an_embedding_table_is_never_sampled(
     llama_folder: Path, tmp_path: Path, rows: int
 ) -> None:
     folder = tmp_path / "padded"
@@ -214,7 +217,7 @@ def test_a_padded_table_is_served_and_its_padding_is_never_sampled(
             tokens(llama, [1, VOCABULARY], 1)
 
 
-def test_a_pad_token_outside_of_the_table_is_served_and_cannot_be_sent(
+def test_a_pad_token_outside_the_table_is_refused_only_in_a_prompt(
     processor: SentencePieceProcessor, llama_folder: Path, tmp_path: Path
 ) -> None:
     writes_pad = (
@@ -233,7 +236,7 @@ def test_a_pad_token_outside_of_the_table_is_served_and_cannot_be_sent(
             llama.prepare(inputs | {"prompt": "pad"})
 
 
-def test_a_pad_token_may_be_the_vocabularys_last_and_named_in_config_json(
+def test_a_pad_token_outside_the_table_may_be_named_in_config_json(
     processor: SentencePieceProcessor, llama_folder: Path, tmp_path: Path
 ) -> None:
     folder = copied(llama_folder, tmp_path / "pad")
@@ -249,7 +252,7 @@ def test_a_pad_token_may_be_the_vocabularys_last_and_named_in_config_json(
         assert tokens(llama, PROMPT, 3)
 
 
-def test_an_end_of_text_outside_of_the_table_is_served_if_another_is_inside(
+def test_an_end_token_outside_the_table_is_ignored_if_another_one_is_inside(
     processor: SentencePieceProcessor, llama_folder: Path, tmp_path: Path
 ) -> None:
     folder = copied(llama_folder, tmp_path / "end")
@@ -260,12 +263,12 @@ def test_an_end_of_text_outside_of_the_table_is_served_if_another_is_inside(
         assert llama._engine._batch._eos == {2}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": VOCABULARY}))
     with pytest.raises(
-        BadTokenizer, match=r"none of the tokens that end an answer in .* \(\[700\]\) is below"
+        BadTokenizer, match=r"every token id that ends an answer in .* \(\[700\]\) is outside"
     ):
         load_llama(Settings(weights=folder))
 
 
-def test_an_added_word_outside_of_the_table_is_refused_when_it_is_sent(
+def test_an_added_token_outside_the_table_is_refused_only_in_a_prompt(
     processor: SentencePieceProcessor, llama_folder: Path, tmp_path: Path
 ) -> None:
     folder = copied(llama_folder, tmp_path / "added")
@@ -279,7 +282,7 @@ def test_an_added_word_outside_of_the_table_is_refused_when_it_is_sent(
         assert llama.prepare({"prompt": "a word"}).token_ids
 
 
-def test_ends_of_a_text_outside_of_the_table_are_left_out(llama_folder: Path, tmp_path: Path) -> None:
+def test_end_token_ids_outside_the_table_are_ignored(llama_folder: Path, tmp_path: Path) -> None:
     generation = json.dumps({"eos_token_id": [2, 7, VOCABULARY, 99_999]})
     folder = copied(llama_folder, tmp_path / "ends", generation_config__json=generation)
     with served(folder) as llama:
@@ -315,7 +318,9 @@ def test_ends_of_a_text_outside_of_the_table_are_left_out(llama_folder: Path, tm
     ],
     ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
 )
-def test_the_context_equals_vllms(tmp_path: Path, scaling: dict[str, Any], context: int) -> None:
+def test_the_longest_context_equals_that_of_vllm(
+    tmp_path: Path, scaling: dict[str, Any], context: int
+) -> None:
     write_model(tmp_path, max_position_embeddings=256, rope_parameters=scaling)
     config = load_config(tmp_path)
     assert longest_context(config) == context_length(config, None) == context
@@ -332,7 +337,7 @@ def test_the_old_rope_scaling_key_is_read(llama_folder: Path, tmp_path: Path) ->
     assert longest_context(load_config(folder)) == 2048
 
 
-def test_a_linearly_scaled_model_answers_beyond_its_trained_positions(
+def test_a_model_with_linear_scaling_answers_beyond_its_trained_positions(
     llama_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "stretched"
@@ -355,7 +360,7 @@ def dynamic_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("context", [None, 128, 300])
-def test_a_short_request_to_a_dynamically_scaled_model_is_answered_as_by_transformers(
+def test_with_dynamic_scaling_a_short_request_gets_the_answer_of_transformers(
     dynamic_folder: Path, context: int | None
 ) -> None:
     with served(dynamic_folder, max_context=context) as llama:
@@ -363,8 +368,10 @@ def test_a_short_request_to_a_dynamically_scaled_model_is_answered_as_by_transfo
         assert tokens(llama, PROMPT, 20) == by_transformers(dynamic_folder, PROMPT, 20)
 
 
-def test_a_long_request_to_a_dynamically_scaled_model_is_stretched_by_itself(dynamic_folder: Path) -> None:
-    """Whatever runs beside it or was there before, which begins alike."""
+def test_with_dynamic_scaling_the_positions_of_a_long_request_do_not_change_others(
+    dynamic_folder: Path,
+) -> None:
+    """The answers are the same alone, in a batch, and after requests that begin with the same tokens."""
     long = [*PROMPT, *(3 + i % 600 for i in range(300))]
     with served(dynamic_folder) as llama:
         alone = tokens(llama, long, 20)
@@ -378,7 +385,7 @@ def test_a_long_request_to_a_dynamically_scaled_model_is_stretched_by_itself(dyn
         assert tokens(llama, long, 20) == alone
 
 
-def test_the_stretched_positions_are_those_of_transformers_for_that_length(dynamic_folder: Path) -> None:
+def test_dynamically_scaled_positions_equal_those_of_transformers(dynamic_folder: Path) -> None:
     config = load_config(dynamic_folder)
     model = LlamaForCausalLM.from_pretrained(dynamic_folder, dtype=torch.float32)
     cos, _ = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(512)[None])
@@ -391,7 +398,7 @@ def test_the_stretched_positions_are_those_of_transformers_for_that_length(dynam
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
-def test_a_byte_order_mark_at_the_start_of_a_file_is_skipped(
+def test_a_byte_order_mark_at_the_start_of_a_file_is_ignored(
     llama_folder: Path, tmp_path: Path, name: str
 ) -> None:
     folder = copied(llama_folder, tmp_path / "marked", tokenizer_config__json="{}")
@@ -400,7 +407,7 @@ def test_a_byte_order_mark_at_the_start_of_a_file_is_skipped(
         assert tokens(llama, PROMPT, 3)
 
 
-def test_only_the_files_of_a_tokenizer_are_copied_without_their_marks(tmp_path: Path) -> None:
+def test_only_the_files_of_the_tokenizer_are_copied_without_byte_order_marks(tmp_path: Path) -> None:
     for name in ("tokenizer_config.json", "model.safetensors", "pytorch_model.bin", "consolidated.00.pth"):
         (tmp_path / name).write_bytes(codecs.BOM_UTF8 + b"{}")
     with without_byte_order_marks(tmp_path) as clean:
@@ -408,14 +415,14 @@ def test_only_the_files_of_a_tokenizer_are_copied_without_their_marks(tmp_path: 
     assert not clean.exists()
 
 
-def test_a_byte_order_mark_at_the_start_of_a_manifests_line_is_skipped(tmp_path: Path) -> None:
+def test_a_byte_order_mark_at_the_start_of_a_line_of_the_manifest_is_ignored(tmp_path: Path) -> None:
     lines = "\ufeffhttps://h.example/a.json a.json\n\ufeffhttps://h.example/b.json b.json\n"
     (tmp_path / "weights.txt").write_text(lines, "utf-8")
     assert [entry.destination for entry in read_manifest(tmp_path / "weights.txt")] == ["a.json", "b.json"]
     assert all(entry.url.startswith("https:") for entry in read_manifest(tmp_path / "weights.txt"))
 
 
-def test_a_tokenizer_of_many_more_tokens_than_the_table_is_refused(
+def test_a_tokenizer_with_many_more_tokens_than_the_table_is_refused(
     llama_folder: Path, tmp_path: Path
 ) -> None:
     write_model(tmp_path, vocab_size=500)
@@ -424,7 +431,9 @@ def test_a_tokenizer_of_many_more_tokens_than_the_table_is_refused(
         load_llama(Settings(weights=tmp_path))
 
 
-def test_limits_know_which_tokens_a_model_has(processor: SentencePieceProcessor, tmp_path: Path) -> None:
+def test_a_prompt_with_a_token_outside_the_table_is_refused(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
     write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS)
     tokenizer = load_tokenizer(tmp_path)
     limits = PromptLimits(context=100, longest_piece=16)
@@ -434,5 +443,5 @@ def test_limits_know_which_tokens_a_model_has(processor: SentencePieceProcessor,
         encode_within(limits, Dialog("", ("Hi",)), tokenizer)
 
 
-def test_the_default_position_table_is_that_of_the_configuration() -> None:
+def test_without_scaling_the_context_is_max_position_embeddings() -> None:
     assert longest_context(LlamaConfig(max_position_embeddings=4096)) == 4096

@@ -8,7 +8,7 @@ from llama.errors import BadSettings
 from llama.settings import Settings
 
 
-def test_a_variable_left_empty_is_a_variable_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_WEIGHTS", "")
     monkeypatch.setenv("LLAMA_MAX_CONTEXT", "")
     settings = Settings.from_environment()
@@ -27,7 +27,7 @@ def test_a_variable_left_empty_is_a_variable_left_out(monkeypatch: pytest.Monkey
         ("COG_MAX_CONCURRENCY", "4", "max_concurrency", 4),
     ],
 )
-def test_a_variable_is_read_with_its_unit(
+def test_a_variable_is_converted_to_the_type_of_its_setting(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str, field: str, value: object
 ) -> None:
     monkeypatch.setenv(variable, text)
@@ -45,7 +45,7 @@ def test_a_variable_is_read_with_its_unit(
         ("COG_MAX_CONCURRENCY", "many"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_named_with_its_variable(
+def test_an_invalid_value_is_reported_with_its_variable(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str
 ) -> None:
     monkeypatch.setenv(variable, text)

@@ -17,13 +17,19 @@ import numpy as np
 from benchmarks.protocol import Clock, Request, Times, serve
 
 
+def _usable_cores() -> int:
+    """The same as `machine.usable_cores`; that module imports psutil, which this environment may not have."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LlamaCpp:
     def __init__(self, model: str) -> None:
         self.versions = {"llama-cpp-python": version("llama-cpp-python")}
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         # Its own AMX kernels, which take q4_0, end with a protection fault (0.3.36).
-        params.use_extra_bufts = "amx_int8" not in Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo")  # only Linux has this file
+        params.use_extra_bufts = not flags.is_file() or "amx_int8" not in flags.read_text()
         self._model = lib.llama_model_load_from_file(model.encode(), params)
         self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
 
@@ -50,7 +56,7 @@ class LlamaCpp:
         params.n_ctx = -(-sequences * length // 256) * 256
         params.n_batch, params.n_ubatch = sequences * length, 512
         params.n_seq_max, params.kv_unified = sequences, True
-        params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+        params.n_threads = params.n_threads_batch = _usable_cores()
         return lib.llama_init_from_model(self._model, params)
 
     def _step(self, context: Any, batch: Any, chunks: list[list[int]], position: int) -> list[int]:

@@ -1,1 +1,1 @@
-"""From a folder to a model in memory: configuration, precision, tensors and layers."""
+"""Loads a checkpoint folder as a model: configuration, precision, tensors and layers."""

@@ -1,6 +1,7 @@
-"""Puts the tensors of a checkpoint into the modules of a model, and finds out which are missing or wrong.
+"""Puts the tensors of a checkpoint into the modules of a model, and reports missing or wrong tensors.
 
-The modules have no memory at first. Knows modules, tensors and how a layer is stored; knows nothing of files.
+The modules start without memory, on the meta device. Knows modules, tensors and how a layer is stored; knows
+nothing about files.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from llama.model.quantized_layers import (
     stored_shape,
 )
 
-# Rotary tables of old checkpoints, and the layout of int8 weights, of which there is one.
-_SAYS_NOTHING = (".rotary_emb.inv_freq", ".weight_format")
+# Old checkpoints store rotary tables, which are recomputed. `weight_format` names the layout of int8 weights,
+# and only one layout exists.
+_IGNORED = (".rotary_emb.inv_freq", ".weight_format")
 
 
 class ModelAssembler:
@@ -36,7 +38,7 @@ class ModelAssembler:
         self._model, self._names = model, names
         self._placement = placement
         self._comes_quantized = any(name.endswith(tuple(STORED_SCALE.values())) for name in names)
-        # Every module that has parameters of its own.
+        # Modules that own parameters directly, not only through their children.
         self._missing = {
             name: module for name, module in model.named_modules() if module._parameters and name != "lm_head"
         }
@@ -45,41 +47,46 @@ class ModelAssembler:
         self._known = frozenset(self._missing)
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._unexpected = list[str]()
-        self._of_another_shape = list[str]()
+        self._wrong_shapes = dict[str, str]()
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor. A module is filled as soon as all of its tensors have been added."""
         owner, part = self._split(name)
         wanted = self._wanted(owner) if owner in self._missing else frozenset[str]()
         if part not in wanted:
             tied = name == "lm_head.weight" and "lm_head" not in self._known  # a copy of the embeddings
-            if not name.endswith(_SAYS_NOTHING) and not tied:
+            if not name.endswith(_IGNORED) and not tied:
                 self._unexpected.append(name)
             return
         parts = self._parts.setdefault(owner, {})
-        # What is quantized becomes memory of its own; all else is copied out of the file's.
+        # A tensor lives in the file's mapping, so it is copied, unless quantizing it makes a copy anyway.
         parts[part] = tensor.to(self._placement.device, copy=not self._is_quantized_here(owner))
         if wanted <= parts.keys():
             self._place(owner, self._missing.pop(owner), self._parts.pop(owner))
 
     def check_complete(self, folder: Path) -> None:
+        """Raises BadCheckpoint if tensors were missing, unexpected, or had the wrong shape."""
         missing = [
             f"{owner}.{part}"
             for owner in self._missing
             for part in self._wanted(owner) - self._parts.get(owner, {}).keys()
         ]
-        for problem, names in (
-            ("lacks {} tensors that config.json implies", missing),
-            ("has {} tensors of another shape than config.json implies", self._of_another_shape),
-            ("has {} tensors that config.json does not imply", self._unexpected),
+        wrong_shapes = [f"{name} ({shapes})" for name, shapes in self._wrong_shapes.items()]
+        for problem, examples in (
+            ("lacks {} that config.json requires", missing),
+            ("has {} of the wrong shape", wrong_shapes),
+            ("has {} that config.json does not describe", self._unexpected),
         ):
-            if names:
+            if examples:
+                several = len(examples) > 1
+                count = f"{len(examples)} tensors" if several else "1 tensor"
                 raise BadCheckpoint(
-                    f"the checkpoint in {folder} {problem.format(len(names))}, {min(names)} among them; "
-                    "copy the files that belong together"
+                    f"the checkpoint in {folder} {problem.format(count)}{', such as' if several else ':'} "
+                    f"{min(examples)}; copy config.json and the weights of the same model"
                 )
 
     def _split(self, name: str) -> tuple[str, str]:
-        """The module that a tensor belongs to, and its name there, in which there may be dots."""
+        """The module that a tensor belongs to, and the tensor's name in it, which may contain dots."""
         owner, _, part = name.rpartition(".")
         while owner and owner not in self._known:
             owner, _, more = owner.rpartition(".")
@@ -87,13 +94,14 @@ class ModelAssembler:
         return owner, part
 
     def _stored(self, owner: str) -> Quantization:
-        """What a layer is stored in: every checkpoint leaves some in 16 bits."""
+        """The precision that a layer is stored in. Quantized checkpoints leave some layers in 16 bits."""
         for quantization, scale in STORED_SCALE.items():
             if f"{owner}.{scale}" in self._names:
                 return quantization
         return "none"
 
     def _wanted(self, owner: str) -> frozenset[str]:
+        """The names of the tensors that a module needs, without the module's own name."""
         return stored_names(
             self._stored(owner),
             bias=getattr(self._missing[owner], "bias", None) is not None,
@@ -104,17 +112,22 @@ class ModelAssembler:
         assert isinstance(module.weight, Tensor)
         expected = tuple(module.weight.shape)
         if not isinstance(module, nn.Linear):
-            if parts["weight"].shape != expected:
-                self._of_another_shape.append(f"{owner}.weight")
-            else:
+            if self._has_shape(f"{owner}.weight", tuple(parts["weight"].shape), expected):
                 module.weight = nn.Parameter(parts["weight"].to(self._placement.dtype), requires_grad=False)
             return
         layer = self._layer(owner, parts)
-        bias = parts.get("bias")
-        if stored_shape(layer) != expected or (bias is not None and bias.shape != expected[:1]):
-            self._of_another_shape.append(f"{owner}.weight")
-        else:
+        if not self._has_shape(f"{owner}.weight", stored_shape(layer), expected):
+            return
+        if "bias" not in parts or self._has_shape(f"{owner}.bias", tuple(parts["bias"].shape), expected[:1]):
             self._model.set_submodule(owner, layer)
+
+    def _has_shape(self, name: str, stored: tuple[int, ...], required: tuple[int, ...]) -> bool:
+        """Whether the two shapes are the same. A difference is recorded for `check_complete`."""
+        if stored != required:
+            self._wrong_shapes[name] = (
+                f"the checkpoint has {list(stored)}, config.json requires {list(required)}"
+            )
+        return stored == required
 
     def _layer(self, owner: str, parts: dict[str, Tensor]) -> nn.Module:
         if "bias" in parts:
@@ -128,6 +141,7 @@ class ModelAssembler:
         return linear(parts["weight"].to(self._placement.dtype), parts.get("bias"))
 
     def _is_quantized_here(self, owner: str) -> bool:
-        """Linear layers of the decoder, unless the checkpoint comes quantized: it knows what to leave."""
+        """Whether this layer is quantized at load: linear layers of the decoder are, unless the checkpoint is
+        quantized already. Then the layers that it leaves in 16 bits stay so."""
         layer = owner.startswith("model.layers.") and isinstance(self._model.get_submodule(owner), nn.Linear)
         return layer and self._placement.quantization != "none" and not self._comes_quantized

@@ -1,7 +1,7 @@
-"""The tensors of a folder in Hugging Face format, one file after the other.
+"""Reads the tensors of a folder in Hugging Face format, one file after another.
 
-Safetensors only. One file is mapped at a time, so that a process never holds more of a checkpoint than
-the largest file. Knows files, headers and names; knows nothing of models or devices.
+Only safetensors files are read. One file is mapped at a time, so a process never maps more of a checkpoint
+than the largest file. Knows files, headers and tensor names; knows nothing about models or devices.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Checkpoint:
-    """The safetensors files of a folder, all there and whole."""
+    """The safetensors files of a folder, all of which exist and are complete."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads headers only. Raises BadCheckpoint naming the file at fault."""
+        """Read the headers only. Raises BadCheckpoint, which names the file that is missing or damaged."""
         self.files = [folder / name for name in file_names(folder)]
         self.names: frozenset[str] = frozenset().union(*map(_tensor_names, self.files))
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(path.stat().st_size for path in self.files)
 
     @cached_property
     def has_head_of_its_own(self) -> bool:
-        """Whether an output layer is stored that differs from the embeddings. transformers then uses it, even
-        if config.json says that the two are tied; so does every engine here."""
+        """Whether the checkpoint stores an output layer that differs from the embeddings. transformers then
+        uses it even if config.json ties it to the embeddings, and so does every engine of this project."""
         if not {HEAD, EMBEDDINGS} <= self.names:
             return False
         head, embeddings = (
@@ -47,14 +47,14 @@ class Checkpoint:
 
     @property
     def has_only_the_head(self) -> bool:
-        """Whether an output layer is stored and no embeddings."""
+        """Whether the checkpoint stores an output layer but no embeddings."""
         return HEAD in self.names and EMBEDDINGS not in self.names
 
     def tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of one of the files. A tensor's memory is the file's own: it is to be copied."""
+        """Yield the names and tensors of one file. The tensors are views of the mapped file: copy them."""
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
+                for name in file.keys():  # noqa: SIM118 - `file` is not a mapping
                     yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise BadCheckpoint(f"{path} cannot be read ({error}); copy it again") from error
@@ -63,11 +63,11 @@ class Checkpoint:
 def _tensor_names(path: Path) -> list[str]:
     if not path.is_file():
         raise BadCheckpoint(
-            f"{path} is not there; copy the model's safetensors files (no other kind is read)"
+            f"{path} does not exist; copy the model's safetensors files (other formats are not read)"
         )
     try:
-        # The header says how long the file must be.
+        # Opening the file compares its length with the one that its header states.
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise BadCheckpoint(f"{path} is damaged or cut short ({error}); copy it again") from error
+        raise BadCheckpoint(f"{path} is damaged or truncated ({error}); copy it again") from error

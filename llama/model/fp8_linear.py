@@ -1,6 +1,7 @@
-"""A linear layer in FP8 over torch's scaled product.
+"""A linear layer in FP8, computed with torch's scaled matrix product.
 
-transformers' own layer fetches a kernel from a hub at run time, which a sealed container cannot.
+transformers has such a layer too, but it downloads its kernel from a hub at run time, which is impossible in
+a container without network access.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-AT_A_TIME = {"cpu": 2**18, "cuda": 2**24}
-"""Weights quantized at a time, by device: what is computed on the way is then small beside a layer."""
+BLOCK_SIZE = {"cpu": 2**18, "cuda": 2**24}
+"""The number of weights that are quantized at a time, by device. It keeps temporary tensors small compared
+with a layer."""
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = torch.finfo(_E4M3).max
-_TINIEST = 1e-12  # a row of zeros has some scale
+_SMALLEST = 1e-12  # keeps the scale of a row of zeros above zero
 
 
 class Fp8Linear(nn.Module):
-    """Weights in e4m3 with one scale an output; each input row is rounded to e4m3 with a scale of its own."""
+    """Weights in e4m3 with one scale per output. Each input row is rounded to e4m3 with its own scale."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -35,7 +37,7 @@ class Fp8Linear(nn.Module):
 
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """From weights [out, in] of any floating type."""
+        """Quantize weights [out, in] of any floating-point type."""
         rounded, scale = torch.empty_like(weight, dtype=_E4M3), weight.new_empty(len(weight), 1).float()
         for rows in row_blocks(weight):
             rounded[rows], scale[rows] = _rounded(weight[rows])
@@ -43,7 +45,7 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rounded, scale = _rounded(x.reshape(-1, self.in_features))
-        # With a scale a row the kernel gives bfloat16 only.
+        # With one scale per row, the CUDA kernel supports only bfloat16 output.
         product = torch._scaled_mm(
             rounded, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), out_dtype=torch.bfloat16
         ).to(x.dtype)
@@ -53,16 +55,17 @@ class Fp8Linear(nn.Module):
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [N, K] in e4m3 and the scale of each [N, 1]: what is read back is their product."""
-    # Few kernels: it runs before every product of a step. The norm is the largest, found in one.
+    """Round rows [N, K] to e4m3 [N, K] with scales [N, 1]. The product of the two restores the rows."""
+    # This runs before every matrix product of a step, so it should launch few kernels. The infinity norm
+    # finds the largest absolute value with one kernel.
     largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    scale = largest.clamp(min=_TINIEST) / _E4M3_MAX
-    # The largest quotient may be rounded to just above the largest e4m3, to which it then rounds back.
+    scale = largest.clamp(min=_SMALLEST) / _E4M3_MAX
+    # The division may give a value just above the largest e4m3 number; the conversion rounds it down again.
     return (rows / scale).to(_E4M3), scale
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight, some at a time."""
-    step = max(AT_A_TIME[weight.device.type] // weight.shape[1], 1)
+    """Yield slices that divide the rows of a weight into blocks of about BLOCK_SIZE weights."""
+    step = max(BLOCK_SIZE[weight.device.type] // weight.shape[1], 1)
     for start in range(0, len(weight), step):
         yield slice(start, start + step)

@@ -1,7 +1,8 @@
-"""From a folder of weights to a model in memory, layer by layer.
+"""Loads a folder of weights as a model in memory, layer by layer.
 
-Knows files and modules; knows nothing of settings or requests. No code from a checkpoint is ever run.
-transformers' own loader maps all files at once, and cannot make FP8 layers without a hub.
+It replaces transformers' own loader, which maps all files at once and cannot create FP8 layers without
+downloading a kernel. It never runs code from a checkpoint. Knows files and modules; knows nothing about
+settings or requests.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def empty_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
-    """The modules of a model, their parameters without memory; what is computed from `config` alone is
-    there, on `device`."""
+    """Create a model whose parameters have no memory. Only the rotary embedding, which is computed from
+    `config` alone, exists on `device`."""
     plain = copy.copy(config)
-    plain.pad_token_id = None  # nothing is padded here, and it may lie outside of the table
+    plain.pad_token_id = None  # the engine does not pad, and the id may exceed the embedding table
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with torch.device("meta"):
@@ -38,26 +39,26 @@ def empty_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
 
 
 def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> LlamaForCausalLM:
-    """The model on its device, read layer by layer, so that no weight is in memory twice.
+    """Load the model onto its device layer by layer, without ever holding the whole checkpoint twice.
 
-    Raises BadCheckpoint naming the file or tensor at fault, BadConfig, DoesNotFit.
+    Raises BadCheckpoint (which names the file or tensor at fault), BadConfig or DoesNotFit.
     """
     checkpoint = Checkpoint(folder)
-    # Tied, and stored under the other name.
+    # The two are tied, and the checkpoint stores them under the name of the output layer only.
     renamed = {HEAD: EMBEDDINGS} if config.tie_word_embeddings and checkpoint.has_only_the_head else {}
     if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
         logger.warning(
-            "config.json ties the output layer to the embeddings, but the checkpoint stores another one, "
-            "which is used"
+            "config.json ties the output layer to the embeddings, but the checkpoint stores a different "
+            "output layer; using the stored one"
         )
         config = copy.copy(config)
         config.tie_word_embeddings = False
     try:
         model = empty_model(config, placement.device)
-    except Exception as error:  # fields that only transformers knows, such as a kind of attention
+    except Exception as error:  # fields that only transformers checks, such as `attn_implementation`
         raise BadConfig(
-            f"config.json in {folder} describes no model that transformers can make ({type(error).__name__}: "
-            f"{error}); copy it again"
+            f"transformers cannot create the model that config.json in {folder} describes "
+            f"({type(error).__name__}: {error}); copy config.json again"
         ) from error
     assembler = ModelAssembler(model, checkpoint.names, placement)
     name, done, progress = "", 0, LogProgress(checkpoint.size, 0)
@@ -69,13 +70,13 @@ def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> Llama
                 progress.show(done)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
-            f"{folder} does not fit {placement.device} in {placement.quantization} ({error}); "
-            "`python -m llama plan` shows what would"
+            f"the model in {folder} does not fit on {placement.device} with quantization "
+            f"{placement.quantization} ({error}); run `python -m llama plan` to see what fits"
         ) from error
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # bitsandbytes' own checks
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # checks of torch and bitsandbytes
         raise BadCheckpoint(
-            f"{name} in {folder} cannot be used ({error}); if the file is sound, this device cannot do it: "
-            "try other values of LLAMA_QUANTIZATION and LLAMA_DEVICE"
+            f"the tensor {name} in {folder} cannot be loaded ({error}); copy the file again, or set another "
+            "LLAMA_QUANTIZATION or LLAMA_DEVICE if this device does not support the operation"
         ) from error
     assembler.check_complete(folder)
     model.tie_weights()

@@ -1,6 +1,7 @@
-"""How much memory this process may still take: the machine's, or less if a container limits it.
+"""How much more memory this process can use: what the machine has available, or less in a container.
 
-Source of the files: the kernel's documentation of control groups, versions 1 and 2.
+A container's limits are read from the files of Linux control groups, which the kernel's documentation of
+cgroup v1 and v2 describes. Other systems, such as macOS, do not have these files, and so no limits.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_memory(groups: Path = _GROUPS, membership: Path = _MEMBERSHIP) -> int:
-    """Bytes that can be had without swapping and without being ended for them."""
+    """Bytes that this process can allocate without swapping and without exceeding a container's limit."""
     return min([int(psutil.virtual_memory().available), *_left_in_groups(groups, membership)])
 
 
 def _left_in_groups(groups: Path, membership: Path) -> Iterator[int]:
-    """What is left of each limit that this process is under."""
+    """Yield the bytes that remain under each limit that applies to this process."""
     with suppress(OSError, ValueError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -33,11 +34,11 @@ def _left_in_groups(groups: Path, membership: Path) -> Iterator[int]:
 
 
 def _left(root: Path, path: str, limit: str, usage: str, cached: str) -> Iterator[int]:
-    """For a group and those above it. In a container the path may be the host's, of which only the root is
-    there."""
+    """Yield the bytes that remain in a group and in each of its parents. In a container, the path may be the
+    one on the host, of which only the root exists."""
     folder = root / path.strip("/")
     for group in (folder, *folder.parents):
-        with suppress(OSError, ValueError):  # no such file where there is no limit, or the word `max`
+        with suppress(OSError, ValueError):  # without a limit, the file is missing or contains `max`
             free = int((group / limit).read_text()) - int((group / usage).read_text())
             yield max(free + _cached(group / "memory.stat", cached), 0)
         if group == root:
@@ -45,7 +46,7 @@ def _left(root: Path, path: str, limit: str, usage: str, cached: str) -> Iterato
 
 
 def _cached(path: Path, name: str) -> int:
-    """Bytes of files that the kernel gives back when memory is asked for."""
+    """Bytes of cached files, which the kernel frees when memory runs short."""
     with suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
             if line.startswith(f"{name} "):

@@ -1,7 +1,7 @@
-"""Quantize a checkpoint once, so that later starts read a half or a quarter of it.
+"""Quantizes a checkpoint once, so that later starts read only a half or a quarter of the bytes.
 
-What is written is in the form that transformers reads too, and vLLM in FP8. One file of the source is in
-memory at a time. Knows checkpoints and layers; knows nothing of serving.
+The packed checkpoint is in the format of transformers; vLLM also reads it if it is in FP8. One file of the
+source is in memory at a time. Knows checkpoints and layers; knows nothing about serving.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up
 
 
 def pack(source: Path, target: Path, quantization: Quantization, device: torch.device) -> None:
-    """Write the model of `source` in `quantization` to a new folder, complete or not at all.
+    """Write the model of `source`, quantized to `quantization`, to the new folder `target`.
 
-    Raises BadSettings when `target` is there already, DiskFull, and what reading `source` raises.
+    `target` appears only when it is complete. Raises BadSettings if `target` exists or `source` is quantized,
+    DiskFull, DoesNotFit, and the errors of reading `source`.
     """
     _check_new(target)
     if getattr(load_config(source), "quantization_config", None):
-        raise BadSettings(f"{source} is quantized already; set LLAMA_WEIGHTS to plain weights")
+        raise BadSettings(f"{source} is already quantized; set LLAMA_WEIGHTS to unquantized weights")
     checkpoint = Checkpoint(source)
     part = target.with_name(f"{target.name}.part")
     with folder_lock(part), disk_errors(part):
-        _check_new(target)  # another process may have written it while this one waited
+        _check_new(target)  # another process may have created it while this one waited for the lock
         for left in part.iterdir():
             if left.name != LOCK:
                 left.unlink()
@@ -53,32 +54,32 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
             _write(checkpoint, source, part, quantization, device)
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(
-                f"{device} has no room for one layer ({error}); set LLAMA_DEVICE to cpu"
+                f"one layer does not fit in the free memory of {device} ({error}); set LLAMA_DEVICE to cpu"
             ) from error
         mode = (part / "config.json").stat().st_mode
         for path in part.glob("*.safetensors"):
-            path.chmod(mode)  # safetensors lets nobody else read what it writes
+            path.chmod(mode)  # safetensors creates files that only their owner can read
         for path in [*part.iterdir(), part]:
-            _to_disk(path)  # before it has its name: a power cut leaves a whole folder or none
+            _sync(path)  # before the rename, so that a power failure leaves a complete folder or none
         part.rename(target)
         (target / LOCK).unlink()
 
 
 def _check_new(target: Path) -> None:
     if target.exists():
-        raise BadSettings(f"{target} is there already; set another folder to pack into")
+        raise BadSettings(f"{target} already exists; use another folder for the packed weights")
 
 
 def _check_disk(source: Path, part: Path, quantization: Quantization) -> None:
     wanted, free = bytes_of_weights(load_config(source), quantization), shutil.disk_usage(part).free
     if wanted > free:
         raise DiskFull(
-            f"{wanted / 1e9:.1f} GB are to be written and the disk of {part} has {free / 1e9:.1f} GB free; "
-            f"free {(wanted - free) / 1e9:.1f} GB more or pack to another disk"
+            f"the packed weights need {wanted / 1e9:.1f} GB, but the disk of {part} has only "
+            f"{free / 1e9:.1f} GB free; free {(wanted - free) / 1e9:.1f} GB or pack to another disk"
         )
 
 
-def _to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,17 +97,17 @@ def _write(
         _save(tensors, part / path.name)
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        logger.info("packed %s, %d of %d", path.name, number, len(checkpoint.files))
+        logger.info("packed %s (%d of %d files)", path.name, number, len(checkpoint.files))
     if [path.name for path in checkpoint.files] != [SINGLE]:
         _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _copy_the_rest(source, part, quantization)
+    _copy_other_files(source, part, quantization)
 
 
 @torch.inference_mode()
 def _packed(
     checkpoint: Checkpoint, path: Path, quantization: Quantization, device: torch.device
 ) -> dict[str, Tensor]:
-    """The tensors of a file, its linear layers quantized, on the CPU."""
+    """The tensors of one file on the CPU, with the decoder's linear layers quantized."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors(path):
         if not _LINEAR.fullmatch(name):
@@ -121,15 +122,16 @@ def _packed(
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:  # which tells a full disk by its text alone
-        raise DiskFull(f"{path} cannot be written ({error}); free some room and pack again") from error
+    except SafetensorError as error:  # safetensors has no error type of its own for a full disk
+        raise DiskFull(f"{path} cannot be written ({error}); free disk space and pack again") from error
 
 
-def _copy_the_rest(source: Path, target: Path, quantization: Quantization) -> None:
-    """Tokenizer, licence and configurations; the weights, and what they were stored as, stay behind."""
+def _copy_other_files(source: Path, target: Path, quantization: Quantization) -> None:
+    """Copy the tokenizer, the licence and the configuration files, and write `config.json` for the new
+    precision."""
     for path in source.iterdir():
-        ours = path.suffix == ".safetensors" or path.name in (INDEX, "config.json")
-        if path.is_file() and is_read(path.name) and not ours:
+        is_replaced = path.suffix == ".safetensors" or path.name in (INDEX, "config.json")
+        if path.is_file() and is_read(path.name) and not is_replaced:
             (target / path.name).write_bytes(_read(path))
     config = read_object(source / "config.json")
     config |= {"quantization_config": to_config(quantization), PACKED: quantization}
@@ -137,12 +139,13 @@ def _copy_the_rest(source: Path, target: Path, quantization: Quantization) -> No
 
 
 def _read(path: Path) -> bytes:
-    """A small file of the source. Its faults are the source's, and not the target's."""
+    """Read a small file of the source. Raises BadCheckpoint, so that the error names the source and not the
+    target."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise BadCheckpoint(
-            f"{path} cannot be read ({error.strerror}); let this user read it, or copy it again"
+            f"{path} cannot be read ({error.strerror}); give this user read permission or copy the file again"
         ) from error
 
 

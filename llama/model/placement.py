@@ -1,7 +1,7 @@
-"""Where the torch engine holds a model and in what precision: decided once, from settings and config.json.
+"""Decides the device and the precision of the torch engine's model once, from settings and config.json.
 
-`precision_plan.py` picks the quantization; `vllm_engine/start.py` has vLLM's exceptions. Knows settings,
-devices and types of numbers; knows nothing of files or of how a layer computes.
+`precision_plan.py` chooses the quantization; `vllm_engine/start.py` handles the exceptions for vLLM. Knows
+settings, devices and dtypes; knows nothing about files or how a layer computes.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from llama.settings import EngineName, Settings
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How the torch engine holds a model."""
+    """Where and in what precision the torch engine runs a model."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of every weight that is not quantized."""
+    """The dtype of all weights that are not quantized."""
     quantization: Quantization
-    """Of the decoder's linear layers."""
+    """The quantization of the decoder's linear layers."""
     context: int
-    """Tokens of prompt and answer together that one request may have."""
+    """The maximum number of tokens of one request, prompt and answer together."""
 
     @property
     def arithmetic(self) -> torch.dtype:
-        """What is computed in: `dtype` on a GPU, and float32 on a CPU unless its bfloat16 is not slower."""
+        """The dtype of computation: `dtype` on a GPU; float32 on a CPU, unless the weights are in bfloat16
+        and the CPU computes faster in it."""
         if self.device.type != "cpu" or (self.dtype is torch.bfloat16 and has_fast_bfloat16()):
             return self.dtype
         return torch.float32
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """What keys and values are held in, and attention is computed in.
+        """The dtype of keys and values, in which attention is also computed.
 
-        Milliseconds of attention in one layer of the benchmark model, 32 requests of 192 tokens:
+        Attention of one layer of the benchmark model, for 32 requests of 192 tokens, in ms:
 
-            CPU               fused, bfloat16   two products, bfloat16   two products, float32
-            Xeon with AMX     1.3               2.9
-            EPYC without      5.0                                        2.2
+            CPU                fused, bfloat16   two products, bfloat16   two products, float32
+            Xeon with AMX      1.3               2.9                      -
+            EPYC without AMX   5.0               -                        2.2
         """
         wide = self.device.type == "cpu" and not has_matrix_units()
         return torch.float32 if wide else self.arithmetic
@@ -57,7 +58,7 @@ class Placement:
 
 
 def place(settings: Settings, config: LlamaConfig) -> Placement:
-    """Decide it for this machine. Raises BadSettings, BadConfig or DoesNotFit."""
+    """Decide the placement on this machine. Raises BadSettings, BadConfig or DoesNotFit."""
     device = pick_device(settings)
     gpus = [gpu_of(device)] if device.type == "cuda" else []
     planner = planner_for(settings, config, gpus, "torch")
@@ -65,7 +66,7 @@ def place(settings: Settings, config: LlamaConfig) -> Placement:
 
 
 def planner_for(settings: Settings, config: LlamaConfig, gpus: Sequence[Gpu], engine: EngineName) -> Planner:
-    """What the settings and a model's configuration say, for these GPUs. No GPUs: the CPU."""
+    """Create a planner from the settings and a model's configuration. Without `gpus` it plans for the CPU."""
     return Planner(
         config=config,
         gpus=tuple(gpus),
@@ -77,23 +78,32 @@ def planner_for(settings: Settings, config: LlamaConfig, gpus: Sequence[Gpu], en
 
 
 def pick_device(settings: Settings) -> torch.device:
-    """Raises BadSettings for a device that is not there."""
+    """The device that the settings name; `auto` means the first CUDA GPU, or the CPU if there is none.
+
+    Raises BadSettings if torch cannot use the device, or if it is neither the CPU nor a CUDA GPU: `mps` is
+    not supported.
+    """
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise RuntimeError(f"{name} is no GPU that is served")
-        return torch.empty(0, device=name).device
+        if torch.device(name).type in ("cpu", "cuda"):
+            return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadSettings(
-            f"LLAMA_DEVICE is {name!r} and torch cannot use it; set it to cpu, cuda:0 or auto"
+            f"LLAMA_DEVICE is {name!r}, which torch cannot use on this machine; set it to cpu, cuda:0 or auto"
         ) from error
+    raise BadSettings(
+        f"LLAMA_DEVICE is {name!r}, but only CPUs and CUDA GPUs are supported; set it to cpu, cuda:0 or auto"
+    )
 
 
 def _dtype(settings: Settings, config: LlamaConfig, capability: tuple[int, int] | None) -> torch.dtype:
-    """What weights are held in. `auto`: bfloat16 on GPUs that compute in it, float16 on older ones. On a CPU,
-    which has no `capability`, 16 bits if the checkpoint has no more (`Placement.arithmetic` may be wider)."""
+    """The dtype of weights. `capability` is None on a CPU.
+
+    `auto` means bfloat16 on GPUs that compute in it, and float16 on older ones. On a CPU it means the
+    checkpoint's dtype if that has 16 bits, otherwise float32 (`Placement.arithmetic` may be wider).
+    """
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
         assert isinstance(dtype, torch.dtype)
@@ -104,30 +114,37 @@ def _dtype(settings: Settings, config: LlamaConfig, capability: tuple[int, int] 
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The card and what is free on it."""
+    """Describe a GPU and its free memory."""
     free, _ = torch.cuda.mem_get_info(device)
     major, minor = torch.cuda.get_device_capability(device)
     return Gpu(torch.cuda.get_device_name(device), free, (major, minor))
 
 
 def local_gpus() -> list[Gpu]:
-    """All cards of this machine. Raises BadSettings when torch can use none."""
+    """All GPUs of this machine. Raises BadSettings if torch cannot use any."""
     if not torch.cuda.is_available():
         raise BadSettings(
-            "there is no GPU here that torch can use; name some with --gpus, such as --gpus 80,80"
+            "torch cannot use a GPU on this machine; describe the GPUs with --gpus, for example --gpus 80,80"
         )
     return [gpu_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices faster than others: with matrix units, or with
-    AVX512-BF16 on AMD's. One layer of the benchmark at 32 rows takes, in ms, oneDNN in bfloat16 and FBGEMM:
-    0.4 and 1.4 on a Xeon with AMX, 2.1 and 1.4 there without it, 1.1 and 2.2 on an EPYC."""
-    can = torch.cpu.get_capabilities()
-    amd = str(can.get("cpu_name")).startswith("AMD")
-    return bool(torch._C._has_mkldnn and (has_matrix_units() or (amd and can.get("avx512_bf16"))))
+    """Whether oneDNN's bfloat16 matrix product is the fastest one on this CPU: with AMX, and with AVX512-BF16
+    on AMD's CPUs. False if torch was built without oneDNN, as on macOS.
+
+    One linear layer of the benchmark model with 32 rows, in ms:
+
+        CPU                         oneDNN, bfloat16   FBGEMM, float16 weights
+        Xeon with AMX               0.4                1.4
+        the same Xeon without AMX   2.1                1.4
+        EPYC with AVX512-BF16       1.1                2.2
+    """
+    capabilities = torch.cpu.get_capabilities()
+    amd = str(capabilities.get("cpu_name")).startswith("AMD")
+    return bool(torch._C._has_mkldnn and (has_matrix_units() or (amd and capabilities.get("avx512_bf16"))))
 
 
 def has_matrix_units() -> bool:
-    """AMX, for bfloat16."""
+    """Whether the CPU has AMX matrix units for bfloat16."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))

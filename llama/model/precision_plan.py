@@ -1,14 +1,17 @@
-"""Which precision fits which GPUs: computed, without loading anything.
+"""Calculates which precision fits which GPUs, without loading anything.
 
-Knows arithmetic on a model's configuration; knows nothing of files or of how a layer computes.
+Knows arithmetic on a model's configuration; knows nothing about files or how a layer computes.
 
-Bytes of weights, for the 70B (80 layers of 855,638,016 weights in linear layers; 524,288,000 and 1,318,912
-in embeddings and norms, which are not quantized), with 16 bits for what is not quantized:
-    none    2 a weight                              136.90 + 1.05 = 137.95 GB
-    fp8     1 a weight, 4 an output                  68.48 + 1.05 =  69.53 GB
-    int8    the same                                 68.48 + 1.05 =  69.53 GB
-    nf4     1/2 a weight, 4 for 64 weights           38.50 + 1.05 =  39.55 GB
-Bytes of cache a token: 2 x 80 layers x 8 KV heads x 128 x 2 = 327,680; 1.34 GB for 4,096 tokens.
+Each of the 70B's 80 layers has 855,638,016 weights in linear layers. The embeddings and the output layer have
+524,288,000 weights and the norms 1,318,912. These are not quantized: in 16 bits they take 1.05 GB.
+
+    precision   bytes in linear layers              linear layers   all weights
+    none        2 per weight                        136.90 GB       137.95 GB
+    fp8, int8   1 per weight, 4 per output           68.48 GB        69.53 GB
+    nf4         1/2 per weight, 4 per 64 weights     38.50 GB        39.55 GB
+
+The cache takes 2 x 80 layers x 8 KV heads x 128 x 2 bytes = 327,680 bytes per token, which is 1.34 GB for
+4,096 tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from llama.model.quantized_layers import Quantization, bytes_of_weight
 from llama.settings import EngineName
 
 ENOUGH_REQUESTS = 8
-"""At full context: what a precision must leave room for, for `auto` to take it over a narrower one."""
+"""`auto` prefers a wider precision to a narrower one if it leaves memory for this many requests of full
+context."""
 
 RESERVE: dict[EngineName, int] = {"torch": 3 * 2**30, "vllm": 2 * 2**30}
-"""Bytes of a GPU that neither weights nor cache may have, by engine: activations, graphs, workspaces.
-Guesses until `make bench-gpu` has run; vLLM leaves a tenth of each card free besides."""
+"""Bytes of each GPU that are reserved for activations, graphs and workspaces, by engine. These are estimates
+until `make bench-gpu` has been run. vLLM also leaves a tenth of each GPU's memory free."""
 
 LLAMA_2_70B = LlamaConfig(
     vocab_size=32000,
@@ -45,7 +49,7 @@ LLAMA_2_70B = LlamaConfig(
     tie_word_embeddings=False,
     dtype="bfloat16",
 )
-"""What the 70B's own config.json says, to plan for before there are weights."""
+"""The same as the 70B's own config.json, to plan with before its weights have been downloaded."""
 
 _ORDER: tuple[Quantization, ...] = ("none", "fp8", "int8", "nf4")
 _CAPABILITY: dict[Quantization, tuple[int, int]] = {
@@ -58,33 +62,33 @@ _CAPABILITY: dict[Quantization, tuple[int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One card."""
+    """One GPU."""
 
     name: str
     free: int
-    """Bytes."""
+    """Free memory in bytes."""
     capability: tuple[int, int]
-    """CUDA's compute capability."""
+    """CUDA compute capability."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrecisionOption:
-    """One row of the table."""
+    """A precision, the memory that it takes, and whether it fits: one row of the table that `plan` prints."""
 
     quantization: Quantization
     weights: int
-    """Bytes, over all GPUs."""
+    """Bytes of weights on all GPUs together."""
     cache: int
-    """Bytes left for keys and values, over all GPUs."""
+    """Bytes that remain for keys and values on all GPUs together."""
     requests: int
-    """How many of full context the cache holds at once; the server may be set to take fewer."""
+    """The number of concurrent requests of full context that fit; the server's own limit may be lower."""
     refusal: str
-    """Why these GPUs cannot; "" when they can."""
+    """Why the GPUs cannot serve this precision, or "" if they can."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What fits, and what LLAMA_QUANTIZATION=auto takes; None if nothing fits."""
+    """All precisions, and the one that LLAMA_QUANTIZATION=auto chooses; None if none of them fits."""
 
     choices: tuple[PrecisionOption, ...]
     chosen: PrecisionOption | None
@@ -92,22 +96,25 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planner:
-    """Works out what fits a set of GPUs together, for requests of `context` tokens on `engine`."""
+    """Calculates what fits on a set of GPUs together, for requests of `context` tokens on `engine`."""
 
     config: LlamaConfig
     gpus: tuple[Gpu, ...]
-    """Empty: the CPU, on which everything is taken to fit. `plan` needs at least one."""
+    """Empty for the CPU, where every precision is assumed to fit. `plan` requires at least one GPU."""
     context: int
     engine: EngineName
     dtype: torch.dtype = torch.bfloat16
-    """Of everything that is not quantized, the cache included."""
+    """The dtype of everything that is not quantized, including the cache."""
     stored: Quantization | None = "none"
-    """What the checkpoint's linear layers are stored in, and so stay in. None: in a way that only vLLM
-    reads."""
+    """The precision in which the checkpoint stores its linear layers, which is kept. None for a format that
+    only vLLM can read."""
 
     def plan(self) -> Plan:
-        """All precisions. The chosen one is the first of 16 bits, FP8, int8 and NF4 that leaves room for
-        ENOUGH_REQUESTS; otherwise the one with the most room, if it has room for one. Raises BadConfig."""
+        """Calculate all precisions and choose one.
+
+        The chosen one is the first of 16 bits, FP8, int8 and NF4 that leaves memory for ENOUGH_REQUESTS.
+        If there is none, it is the one that leaves memory for the most requests. Raises BadConfig.
+        """
         stored = self._readable()
         choices = tuple(map(self._choice, _ORDER if stored == "none" else (stored,)))
         fitting = [choice for choice in choices if not choice.refusal]
@@ -116,11 +123,12 @@ class Planner:
         return Plan(choices, chosen)
 
     def pick(self, requested: Quantization | Literal["auto"]) -> Quantization:
-        """What to serve in. Raises BadConfig, BadSettings, or DoesNotFit, saying what would fit."""
+        """Return the precision to serve in. Raises BadConfig, BadSettings, or DoesNotFit, whose message names
+        precisions or GPUs that would fit."""
         stored = self._readable()
         if stored != "none" and requested not in ("auto", stored):
             raise BadSettings(
-                f"LLAMA_QUANTIZATION is {requested} and the checkpoint is stored in {stored}; unset it"
+                f"LLAMA_QUANTIZATION is {requested}, but the checkpoint is stored in {stored}; unset it"
             )
         if not self.gpus:
             return stored if requested == "auto" else requested
@@ -128,22 +136,27 @@ class Planner:
         cards = " and ".join(sorted({gpu.name for gpu in self.gpus}))
         if requested == "auto":
             if found.chosen is None:
-                listed = ", ".join(f"{c.quantization} {c.refusal}" for c in found.choices)
-                raise DoesNotFit(f"nothing fits: {listed} on {cards}; {self._advice()}")
+                listed = ", ".join(f"{c.quantization!r} {c.refusal}" for c in found.choices)
+                raise DoesNotFit(f"no precision fits on {cards}: {listed}; {self._advice()}")
             return found.chosen.quantization
         (choice,) = (choice for choice in found.choices if choice.quantization == requested)
         if choice.refusal:
             fitting = [c.quantization for c in found.choices if not c.refusal]
             advice = f"set LLAMA_QUANTIZATION to {' or '.join(fitting)}" if fitting else self._advice()
-            raise DoesNotFit(f"{requested} on {cards}: {choice.refusal}; {advice}")
+            raise DoesNotFit(
+                f"LLAMA_QUANTIZATION is {requested}, which cannot be served on {cards}: it {choice.refusal}; "
+                f"{advice}"
+            )
         return requested
 
     def _readable(self) -> Quantization:
+        """The stored precision. Raises BadConfig if only vLLM can read it."""
         if self.stored is None:
             raise BadConfig(
-                "config.json says that the weights are quantized in a way that only vLLM may read (AWQ, GPTQ "
-                "and others; `plan` cannot tell what they take); set LLAMA_ENGINE to vllm, or use plain "
-                "weights, bitsandbytes' int8 or NF4, or FP8 by rows (fbgemm_fp8)"
+                "config.json describes a quantization, such as AWQ or GPTQ, that the torch engine cannot "
+                "read and whose memory `plan` cannot calculate; set LLAMA_ENGINE to vllm, which may support "
+                "it, or use weights that are unquantized, in bitsandbytes' int8 or NF4, or in FP8 with one "
+                "scale per row (fbgemm_fp8)"
             )
         return self.stored
 
@@ -156,7 +169,8 @@ class Planner:
 
     @property
     def _room(self) -> int:
-        """Bytes for weights and cache. Layers are divided evenly: the smallest card bounds them all."""
+        """Bytes for weights and cache on all GPUs together. Layers are divided evenly, so every GPU counts as
+        much as the one with the least free memory."""
         return len(self.gpus) * max(min(gpu.free for gpu in self.gpus) - RESERVE[self.engine], 0)
 
     @property
@@ -165,18 +179,18 @@ class Planner:
 
     def _refusals(self, quantization: Quantization, weights: int, requests: int) -> Iterator[str]:
         if weights > self._room:
-            yield f"needs {weights / 1e9:.1f} GB for weights and has {self._room / 1e9:.1f}"
+            yield f"needs {weights / 1e9:.1f} GB for weights ({self._room / 1e9:.1f} GB available)"
         elif requests < 1:
             yield (
-                f"has no room for one request of {self.context} tokens beside {weights / 1e9:.1f} GB "
-                "of weights"
+                f"leaves no memory for one request of {self.context} tokens (the weights take "
+                f"{weights / 1e9:.1f} GB)"
             )
         oldest = min(gpu.capability for gpu in self.gpus)
         if oldest < _CAPABILITY[quantization]:
             needed = ".".join(map(str, _CAPABILITY[quantization]))
-            yield f"needs compute capability {needed} and has {oldest[0]}.{oldest[1]}"
+            yield f"needs compute capability {needed} (the GPU has {oldest[0]}.{oldest[1]})"
         if quantization in ("int8", "nf4") and self.engine == "vllm":
-            yield "is not for vLLM, which has no bitsandbytes any more"
+            yield "is not supported by vLLM (it no longer includes bitsandbytes)"
 
     def _advice(self) -> str:
         stored = self._readable()
@@ -184,16 +198,19 @@ class Planner:
         weights = bytes_of_weights(self.config, narrowest, self.dtype)
         needed = weights + self._bytes_per_request + RESERVE["torch"]
         return (
-            f"take a GPU with {needed / 1e9:.0f} GB free ({narrowest}, one request of {self.context} "
-            "tokens), set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"
+            f"use a GPU with {needed / 1e9:.0f} GB free (for {narrowest!r} and one request of "
+            f"{self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"
         )
 
 
 def parallel_sizes(
     config: LlamaConfig, gpus: int, *, tensor: int | None, pipeline: int | None
 ) -> tuple[int, int]:
-    """Pipeline stages and GPUs in each, for vLLM. None: all of a machine's `gpus`, tensor parallelism first,
-    as long as the heads divide evenly. Raises BadSettings."""
+    """The number of pipeline stages, and of GPUs in each stage, for vLLM.
+
+    Sizes that are None are chosen to use all of the machine's `gpus`: tensor parallelism is as large as the
+    heads and the MLP divide evenly, and the pipeline uses the remaining GPUs. Raises BadSettings.
+    """
     heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
 
     def divides(size: int) -> bool:
@@ -204,21 +221,22 @@ def parallel_sizes(
         tensor = max(size for size in range(1, left + 1) if left % size == 0 and divides(size))
     elif not divides(tensor):
         raise BadSettings(
-            f"LLAMA_TENSOR_PARALLEL is {tensor} and the model has {heads} heads over {kv_heads} key/value "
-            f"heads, {mlp} wide in its MLP; set it to a number that divides them"
+            f"LLAMA_TENSOR_PARALLEL is {tensor}, but the model has {heads} heads, {kv_heads} key/value heads "
+            f"and an MLP width of {mlp}; set it to a number that divides the heads and the MLP width, and "
+            "that divides the key/value heads or is a multiple of them"
         )
     return pipeline or max(gpus // tensor, 1), tensor
 
 
 def assume_identical(gpus: Sequence[Gpu], workers: int) -> tuple[Gpu, ...]:
-    """The cards of all workers: those of other machines are assumed to be like the smallest one here."""
+    """The GPUs of all workers. Every one is assumed to be like the smallest GPU of this machine."""
     return (min(gpus, key=lambda gpu: gpu.free),) * workers if gpus else ()
 
 
 def bytes_of_weights(
     config: LlamaConfig, quantization: Quantization, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """As in this module's docstring. Everything that is not a linear layer is held in `dtype`."""
+    """Bytes of a model's weights; see this module's docstring. `dtype` is the type of unquantized weights."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     attention = [(heads, hidden), (kv_heads, hidden), (kv_heads, hidden), (hidden, heads)]
@@ -230,6 +248,6 @@ def bytes_of_weights(
 
 
 def bytes_per_token(config: LlamaConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers: 2 x layers x KV heads x head_dim x element size."""
+    """Bytes of keys and values per token: 2 x layers x KV heads x head_dim x element size."""
     heads = config.num_key_value_heads * config.head_dim
     return int(2 * config.num_hidden_layers * heads * dtype.itemsize)

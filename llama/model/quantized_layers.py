@@ -1,7 +1,7 @@
-"""Linear layers in fewer bits, made from plain weights or from what a checkpoint stores of them.
+"""Creates quantized linear layers, from unquantized weights or from the tensors of a quantized checkpoint.
 
-NF4 and int8 are layers of bitsandbytes, FP8 is ours (`fp8_linear.py`). Each is stored as transformers
-stores it. Knows one layer at a time; knows nothing of models or files.
+NF4 and int8 layers are bitsandbytes' own; the FP8 layer is in `fp8_linear.py`. All are stored in the format
+of transformers. Knows one layer at a time; knows nothing about models or files.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llama.model.fp8_linear import AT_A_TIME, Fp8Linear, row_blocks
+from llama.model.fp8_linear import BLOCK_SIZE, Fp8Linear, row_blocks
 
 Quantization = Literal["none", "fp8", "int8", "nf4"]
 
 STORED_SCALE: Mapping[Quantization, str] = {"fp8": "weight_scale", "int8": "SCB", "nf4": "weight.absmax"}
-"""The tensor by which a stored layer is known."""
+"""The name of the tensor that identifies a stored layer's precision."""
 
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 _NF4_BLOCK = 64
 
 
 def bytes_of_weight(outputs: int, inputs: int, quantization: Quantization, dtype: torch.dtype) -> int:
-    """Of one layer, scales included; `none` is held in `dtype`."""
+    """Bytes of one layer's weights, including scales. Unquantized weights are in `dtype`."""
     match quantization:
-        case "nf4":  # half a byte, and a float32 for each block
+        case "nf4":  # half a byte per weight, and a float32 scale per block
             return outputs * inputs // 2 + 4 * (outputs * inputs // _NF4_BLOCK)
-        case "int8" | "fp8":  # a byte, and a float32 for each output
+        case "int8" | "fp8":  # one byte per weight, and a float32 scale per output
             return outputs * inputs + 4 * outputs
         case "none":
             return dtype.itemsize * outputs * inputs
@@ -38,7 +38,10 @@ def bytes_of_weight(outputs: int, inputs: int, quantization: Quantization, dtype
 def quantize(
     weight: Tensor, bias: Tensor | None, quantization: Quantization, arithmetic: torch.dtype
 ) -> nn.Module:
-    """A layer from weights [out, in] of any floating type, on their device, for inputs of `arithmetic`."""
+    """Create a layer from weights [out, in] of any floating-point type.
+
+    The layer is on the device of the weights, and expects inputs of the dtype `arithmetic`.
+    """
     match quantization:
         case "none":
             return linear(weight, bias)
@@ -56,10 +59,10 @@ def quantize(
 
 
 def _rounded_to_nf4(weight: Tensor) -> Tensor:
-    """A bitsandbytes parameter."""
+    """Quantize a weight [out, in] to a parameter of bitsandbytes, one block at a time."""
     import bitsandbytes as bnb
 
-    count, step = weight.numel(), AT_A_TIME[weight.device.type]
+    count, step = weight.numel(), BLOCK_SIZE[weight.device.type]
     packed = weight.new_empty(-(-count // 2), 1, dtype=torch.uint8)
     absmax = weight.new_empty(-(-count // _NF4_BLOCK), dtype=torch.float32)
     for index, part in enumerate(torch.split(weight.contiguous().view(-1), step)):
@@ -76,7 +79,8 @@ def _rounded_to_nf4(weight: Tensor) -> Tensor:
 
 
 def stored_names(quantization: Quantization, *, bias: bool, nested: bool) -> frozenset[str]:
-    """What a checkpoint must hold of a layer. `nested`: NF4 whose scales are quantized themselves."""
+    """The names of the tensors that a checkpoint stores for a layer. With `nested`, NF4's scales are
+    quantized as well."""
     names = {"weight", *(["bias"] if bias else [])}
     if quantization != "none":
         names.add(STORED_SCALE[quantization])
@@ -89,7 +93,7 @@ def stored_names(quantization: Quantization, *, bias: bool, nested: bool) -> fro
 def from_stored(
     tensors: Mapping[str, Tensor], quantization: Quantization, arithmetic: torch.dtype
 ) -> nn.Module:
-    """A layer from its stored tensors, on their device, for inputs of `arithmetic`."""
+    """Create a layer from its stored tensors, on their device. It expects inputs of dtype `arithmetic`."""
     weight, bias = tensors["weight"], tensors.get("bias")
     match quantization:
         case "none":
@@ -111,12 +115,12 @@ def from_stored(
 
 
 def to_stored(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a quantized layer, by the names under which a checkpoint has them."""
+    """The tensors of a quantized layer, by their names in a checkpoint."""
     return {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
 
 
 def stored_shape(layer: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of what a layer really holds."""
+    """The shape [out, in] of the weights that a layer stores, before packing into bytes."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     outputs, inputs = weight.shape if state is None else state.shape
@@ -124,14 +128,14 @@ def stored_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def to_config(quantization: Quantization) -> dict[str, object]:
-    """`quantization_config` of a `config.json`, for transformers to read, and vLLM in FP8."""
+    """The `quantization_config` of a `config.json`. transformers reads all of them, vLLM only FP8."""
     match quantization:
         case "none":
             return {}
         case "fp8":
             return {
                 "quant_method": "fbgemm_fp8",
-                "activation_scale_ub": 1200.0,  # transformers' default, which vLLM wants to be told
+                "activation_scale_ub": 1200.0,  # transformers' default; vLLM requires the field
                 "modules_to_not_convert": ["lm_head"],
             }
         case "int8":
@@ -141,7 +145,8 @@ def to_config(quantization: Quantization) -> dict[str, object]:
 
 
 def from_config(config: Mapping[str, object]) -> Quantization | None:
-    """Which of them a `quantization_config` describes: `none` if it is empty, None if it is another."""
+    """The precision that a `quantization_config` describes: "none" if it is empty, None if this module cannot
+    read it."""
     if not config:
         return "none"
     method = config.get("quant_method")
@@ -155,7 +160,7 @@ def from_config(config: Mapping[str, object]) -> Quantization | None:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain layer around tensors that are there."""
+    """Create an unquantized layer that uses the given tensors without copying them."""
     with torch.device("meta"):
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     module.weight = nn.Parameter(weight, requires_grad=False)
@@ -167,10 +172,10 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _int8(weight: Tensor, scale: Tensor, bias: Tensor | None) -> nn.Module:
     import bitsandbytes as bnb
 
-    # It says in every layer of every step that inputs are rounded by way of float16.
+    # Otherwise every layer of every step logs a warning that inputs are converted to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with torch.device("meta"):
-        # A threshold above 0 asks the host in every layer, which no captured graph can.
+        # With a threshold above 0, every layer synchronizes with the host, which a CUDA graph cannot capture.
         module = bnb.nn.Linear8bitLt(
             weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=0.0
         )
@@ -185,7 +190,7 @@ def _nf4(parameter: Tensor, bias: Tensor | None, arithmetic: torch.dtype) -> nn.
     outputs, inputs = state.shape
     with torch.device("meta"):
         module = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=arithmetic, quant_type="nf4")
-    # The layout that bitsandbytes turns to on CPUs with AVX512-BF16 has outputs by 32 and whole blocks.
+    # bitsandbytes' layout for CPUs with AVX512-BF16 requires a multiple of 32 outputs and complete blocks.
     module.support_avx512bf16_for_cpu &= outputs % 32 == 0 and inputs % _NF4_BLOCK == 0
     module.weight, module.quant_state = parameter, state
     parameter.module = module  # type: ignore[attr-defined]

@@ -115,7 +115,7 @@ def test_an_answer_with_a_line_separator_comes_whole_through_the_server(scripted
     assert first == "starting the server and loading the model ..."
     assert loaded == f"loaded {scripted_folder.name}: float32 on cpu"
     assert (context, ready[:11], last[:11]) == (
-        "context 2048 tokens, 2 requests at once",
+        "context 2048 tokens, 2 concurrent requests",
         "ready after",
         "first token",
     )
@@ -318,7 +318,7 @@ def test_what_cannot_be_is_known_before_a_model_is_loaded(
         ),
         (
             {"LLAMA_WEIGHTS": "", "LLAMA_PULL": "1"},
-            b"E3000 BadSettings: LLAMA_PULL is 1 and LLAMA_WEIGHTS is not set",
+            b"E3000 BadSettings: LLAMA_PULL is 1, but LLAMA_WEIGHTS is not set",
         ),
         ({"LLAMA_WEIGHTS": "~/model", "HOME": ""}, b"E3001 WeightsNotFound: "),
     ],
@@ -337,8 +337,8 @@ def test_an_unknown_setting_is_warned_of_with_the_nearest_name(llama_folder: Pat
     more: dict[str, Any] = {"LLAMA_QUANTISATION": "nf4", "LLAMA_GATEWAY_KEY": "x", "LLAMA_ZZZ": "1"}
     result = run("tokenize", weights=llama_folder, **more)
     assert result.stderr.decode().splitlines() == [
-        "LLAMA_QUANTISATION is no setting; did you mean LLAMA_QUANTIZATION?",
-        "LLAMA_ZZZ is no setting",
+        "LLAMA_QUANTISATION is not a known setting and is ignored; did you mean LLAMA_QUANTIZATION?",
+        "LLAMA_ZZZ is not a known setting and is ignored",
     ]
 
 
@@ -507,7 +507,7 @@ def test_a_user_without_a_home_is_told_what_to_set() -> None:
         settings: dict[str, Any] = {"weights": "", name: value}
         result = run("complete", "x", **settings)
         assert result.returncode == 1, result.stderr
-        line = f"E3000 BadSettings: {name} is {value}, and this user has no home directory"
+        line = f"E3000 BadSettings: {name} is {value}, but the home directory is unknown"
         assert result.stderr.decode().startswith(line)
 
 

@@ -1,6 +1,6 @@
-"""Loading: every precision against transformers with the same weights, stored plain or packed.
+"""Loading and packing in every precision, compared with transformers and the same weights.
 
-The model has the 70B's shape ratios, eight query heads for a key/value head.
+The model has the 70B's proportions, such as eight query heads per key/value head.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ QUANTIZATIONS: list[Quantization] = ["fp8", "int8", "nf4"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
-    """A sharded checkpoint."""
+    """A checkpoint in several files."""
     folder = tmp_path_factory.mktemp("weights") / "like-the-70b"
     write_model(folder, **LIKE_THE_70B)
     shard(folder, "1MB")
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[Quantization, Path]:
-    """The same, quantized once, by precision."""
+    """The same checkpoint, packed in each precision."""
     folders = {name: tmp_path_factory.mktemp("packed") / name for name in QUANTIZATIONS}
     for name, target in folders.items():
         pack(folder, target, name, CPU)
@@ -97,21 +97,21 @@ def tokens() -> Tensor:
 
 @torch.inference_mode()
 def logits(model: LlamaForCausalLM) -> Tensor:
-    """By transformers' own forward."""
+    """The logits of transformers' own forward."""
     logits: Tensor = model(tokens()[None]).logits[0]
     return logits
 
 
 @torch.inference_mode()
 def logits_of_a_step(model: LlamaForCausalLM) -> Tensor:
-    """By ours, of the last token."""
+    """The logits of the last token, from a step of the torch engine."""
     parts = take_apart(model, Placement(CPU, model.dtype, "none", 128))
     runner = Runner(parts, Rows(KVCache(model.config, CacheShape(2, 128), torch.float32, CPU)))
     return runner.prefill([Chunk(0, 0, tokens())])[0]
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
-def test_a_model_is_the_one_that_transformers_loads(folder: Path, quantization: Quantization) -> None:
+def test_a_loaded_model_gives_the_logits_of_transformers(folder: Path, quantization: Quantization) -> None:
     reference = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=BY_TRANSFORMERS[quantization], device_map={"": "cpu"}
     )
@@ -119,7 +119,9 @@ def test_a_model_is_the_one_that_transformers_loads(folder: Path, quantization: 
 
 
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
-def test_a_step_over_quantized_layers_is_transformers_own(folder: Path, quantization: Quantization) -> None:
+def test_a_step_of_the_engine_gives_the_logits_of_transformers(
+    folder: Path, quantization: Quantization
+) -> None:
     wanted = logits(loaded(folder, quantization))[-1]
     torch.testing.assert_close(
         logits_of_a_step(loaded(folder, quantization)), wanted, rtol=0, atol=0.02 * float(wanted.abs().max())
@@ -127,7 +129,7 @@ def test_a_step_over_quantized_layers_is_transformers_own(folder: Path, quantiza
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_a_packed_checkpoint_is_the_one_quantized_at_load(
+def test_a_packed_checkpoint_equals_one_that_is_quantized_at_load(
     folder: Path, packed: dict[Quantization, Path], quantization: Quantization
 ) -> None:
     assert torch.equal(
@@ -143,7 +145,7 @@ def test_transformers_reads_a_packed_checkpoint(
         packed[quantization], dtype=torch.float32, device_map={"": "cpu"}
     )
     got, wanted = logits(loaded(packed[quantization], quantization)), logits(reference)
-    # transformers computes NF4 in the precision that its own configuration names, or float32
+    # transformers computes NF4 in the dtype of its own configuration, or in float32.
     torch.testing.assert_close(got, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
 
@@ -159,14 +161,15 @@ def test_a_checkpoint_that_transformers_quantized_and_saved_is_read(
         quantization_config=BitsAndBytesConfig(llm_int8_threshold=0.0, **options),
         device_map={"": "cpu"},
     )
-    # Before a step: bitsandbytes cannot undo the layout that NF4 then takes on CPUs with AVX512-BF16.
+    # Save before the first step: on CPUs with AVX512-BF16, bitsandbytes then changes NF4's layout and cannot
+    # change it back.
     reference.save_pretrained(tmp_path, max_shard_size="500KB")
     wanted = logits(reference)
     torch.testing.assert_close(logits(loaded(tmp_path, "none")), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_what_a_quantized_checkpoint_leaves_in_16_bits_stays_so(
+def test_layers_that_a_quantized_checkpoint_leaves_in_16_bits_stay_so(
     folder: Path, tmp_path: Path, bits: str
 ) -> None:
     options: dict[str, Any] = {bits: True, "bnb_4bit_quant_type": "nf4", "llm_int8_threshold": 0.0}
@@ -194,16 +197,18 @@ def test_a_tied_output_layer_may_be_stored_beside_the_embeddings(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.norm.bias"])
-def test_a_tensor_that_config_json_does_not_imply_is_named(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_tensor_that_config_json_does_not_describe_is_named(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     shutil.copytree(folder, tmp_path / "more")
     path = sorted((tmp_path / "more").glob("model-*.safetensors"))[0]
     save_file({**load_file(path), name: torch.zeros(256)}, path, metadata={"format": "pt"})
-    with pytest.raises(BadCheckpoint, match=f"has 1 tensors that config.json does not imply, {name}"):
+    with pytest.raises(BadCheckpoint, match=f"has 1 tensor that config.json does not describe: {name}; copy"):
         loaded(tmp_path / "more", "none")
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_packing_leaves_a_folder_that_is_smaller_and_whole(
+def test_a_packed_folder_is_smaller_and_complete(
     folder: Path, packed: dict[Quantization, Path], quantization: Quantization
 ) -> None:
     def size(of: Path) -> int:
@@ -219,9 +224,7 @@ def test_packing_leaves_a_folder_that_is_smaller_and_whole(
     assert read_object(packed[quantization] / "config.json")[PACKED] == quantization
 
 
-def test_a_packed_folder_has_all_that_belongs_to_the_model_and_nothing_else(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_packed_folder_has_all_files_of_the_model_and_no_others(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(folder, source)
     kept = ("chat_template.jinja", "LICENSE.txt", "tokenizer_config.json", "generation_config.json")
@@ -233,16 +236,16 @@ def test_a_packed_folder_has_all_that_belongs_to_the_model_and_nothing_else(
     assert len({path.stat().st_mode for path in (tmp_path / "packed").iterdir()}) == 1
 
 
-def test_packing_does_not_write_over_what_is_there_nor_twice(
+def test_packing_refuses_an_existing_target_and_a_packed_source(
     folder: Path, packed: dict[Quantization, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(BadSettings, match="is there already; set another folder"):
+    with pytest.raises(BadSettings, match="already exists; use another folder"):
         pack(folder, packed["nf4"], "nf4", CPU)
-    with pytest.raises(BadSettings, match="quantized already; set LLAMA_WEIGHTS to plain weights"):
+    with pytest.raises(BadSettings, match="is already quantized; set LLAMA_WEIGHTS to unquantized weights"):
         pack(packed["nf4"], tmp_path / "again", "int8", CPU)
 
 
-def test_packing_that_breaks_off_leaves_no_folder_and_can_be_done_again(folder: Path, tmp_path: Path) -> None:
+def test_packing_that_fails_leaves_no_folder_and_can_be_repeated(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     last = sorted(broken.glob("model-*.safetensors"))[-1]
@@ -258,15 +261,13 @@ def test_packing_that_breaks_off_leaves_no_folder_and_can_be_done_again(folder: 
 
 def test_a_precision_other_than_the_stored_one_is_refused(packed: dict[Quantization, Path]) -> None:
     with pytest.raises(
-        BadSettings, match="LLAMA_QUANTIZATION is int8 and the checkpoint is stored in nf4; unset"
+        BadSettings, match="LLAMA_QUANTIZATION is int8, but the checkpoint is stored in nf4; unset"
     ):
         load_llama(Settings(weights=packed["nf4"], quantization="int8"))
 
 
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
-def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(
-    folder: Path, quantization: Quantization
-) -> None:
+def test_a_context_of_4096_tokens_works_in_every_precision(folder: Path, quantization: Quantization) -> None:
     llama = load_llama(Settings(weights=folder, quantization=quantization, cache_memory="200MB"))
     try:
         assert llama._engine.context_length == 4096
@@ -280,7 +281,7 @@ def test_the_70b_s_shape_works_at_4096_tokens_in_every_precision(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_the_server_answers_as_transformers_does_with_the_same_quantization(
+def test_the_server_gives_the_answer_of_transformers_with_the_same_quantization(
     folder: Path, packed: dict[Quantization, Path], quantization: Quantization
 ) -> None:
     reference = LlamaForCausalLM.from_pretrained(
@@ -322,9 +323,9 @@ def resident(name):
     line = next(l for l in open("/proc/self/status") if l.startswith(name))
     return int(line.split()[1]) * 1024
 config = load_config(folder)
-for _ in range(2):  # what libraries take at their first use is not the weights'
+for _ in range(2):  # memory that libraries allocate when they are first used is not counted
     quantize(torch.randn(64, 64), None, sys.argv[2], torch.float32)(torch.randn(1, 64))
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 before = resident("VmRSS")
 model = load_model(folder, config, Placement(torch.device("cpu"), torch.bfloat16, sys.argv[2], 128))
 stays = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
@@ -334,7 +335,7 @@ print(resident("VmHWM") - before, stays)
 
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file a layer, in which one matrix is a quarter, as in the 70B's files it is a twentieth."""
+    """One file per layer. One matrix is a quarter of a file; in the 70B's files it is a twentieth."""
     folder = tmp_path_factory.mktemp("large")
     config = {
         "hidden_size": 2048,
@@ -361,11 +362,9 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").is_file(), reason="the system does not count peak memory here"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux reports peak memory in /proc")
 @pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
-def test_loading_peaks_under_two_files_plus_what_stays(
+def test_the_peak_of_loading_is_below_two_files_and_the_model(
     large_folder: Path, quantization: Quantization
 ) -> None:
     largest = max(path.stat().st_size for path in large_folder.glob("*.safetensors"))
@@ -379,5 +378,5 @@ def test_loading_peaks_under_two_files_plus_what_stays(
     )
 
     peak, stays = map(int, done.stdout.split())
-    assert stays > largest  # so that a second copy of it would be seen
+    assert stays > largest  # otherwise a second copy of the model could go unnoticed
     assert peak < 2 * largest + stays

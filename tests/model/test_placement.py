@@ -1,4 +1,4 @@
-"""Starting: precision, memory planning, the embedded model."""
+"""Device, dtype and cache size of a placement, the log of a setup, and the embedded model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TOKEN_70B = 2 * 80 * 8 * 128 * 2  # keys and values, layers, KV heads, head_dim,
 
 
 @needs_llama_2_tokenizer
-def test_the_shape_used_here_is_that_of_the_70b() -> None:
+def test_the_built_in_configuration_has_the_cache_size_of_the_real_70b() -> None:
     config = LlamaConfig.from_pretrained(LLAMA_2_TOKENIZER)
     assert bytes_per_token(config, torch.bfloat16) == bytes_per_token(LLAMA_2_70B, torch.bfloat16)
 
 
-def test_a_token_of_the_70b_takes_327680_bytes() -> None:
+def test_a_token_of_the_70b_takes_327680_bytes_of_cache() -> None:
     assert bytes_per_token(LLAMA_2_70B, torch.bfloat16) == TOKEN_70B == 327_680
 
 
@@ -45,7 +45,7 @@ def test_a_token_of_the_70b_takes_327680_bytes() -> None:
         (16, 16, 32, CacheShape(rows=1, length=16)),
     ],
 )
-def test_a_budget_becomes_rows_and_a_shorter_context_only_when_not_one_fits(
+def test_the_context_is_shortened_only_if_not_even_one_row_fits(
     tokens: int, context: int, rows: int, plan: CacheShape
 ) -> None:
     budget = tokens * TOKEN_70B
@@ -53,13 +53,13 @@ def test_a_budget_becomes_rows_and_a_shorter_context_only_when_not_one_fits(
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63])
-def test_a_budget_too_small_for_use_is_refused(tokens: int) -> None:
+def test_a_budget_of_less_than_64_tokens_is_refused(tokens: int) -> None:
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*LLAMA_CACHE_MEMORY"):
         fit_cache(LLAMA_2_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, rows=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_takes_the_bytes_that_were_planned_and_begins_with_zeros(dtype: torch.dtype) -> None:
+def test_the_cache_takes_the_planned_bytes_and_starts_with_zeros(dtype: torch.dtype) -> None:
     config = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
     cache = KVCache(config, CacheShape(rows=5, length=70), dtype, CPU)
     assert sum(t.numel() * t.itemsize for t in cache.layers) == 5 * 70 * bytes_per_token(config, dtype)
@@ -71,25 +71,25 @@ def dtype_of(settings: Settings, config: LlamaConfig, capability: tuple[int, int
     return planner_for(settings, config, gpus, "torch").dtype
 
 
-def test_a_cpu_holds_weights_in_float32_unless_told_otherwise() -> None:
+def test_weights_on_a_cpu_are_in_float32_unless_a_dtype_is_set() -> None:
     assert dtype_of(Settings(), LlamaConfig(), None) is torch.float32
     assert dtype_of(Settings(dtype="bfloat16"), LlamaConfig(), None) is torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_a_cpu_keeps_the_weights_of_a_16_bit_checkpoint_in_16_bits(name: str) -> None:
+def test_weights_of_a_16_bit_checkpoint_stay_in_16_bits_on_a_cpu(name: str) -> None:
     dtype = getattr(torch, name)
     assert dtype_of(Settings(), LlamaConfig(dtype=dtype), None) is dtype
     assert dtype_of(Settings(dtype="float32"), LlamaConfig(dtype=dtype), None) is torch.float32
 
 
-def test_a_gpu_computes_in_bfloat16_where_it_can() -> None:
+def test_weights_on_a_gpu_are_in_bfloat16_if_it_supports_that() -> None:
     assert dtype_of(Settings(), LlamaConfig(), (8, 0)) is torch.bfloat16
     assert dtype_of(Settings(), LlamaConfig(dtype="bfloat16"), (7, 5)) is torch.float16
     assert dtype_of(Settings(dtype="float16"), LlamaConfig(), (9, 0)) is torch.float16
 
 
-def test_everything_about_a_placement_is_decided_at_once() -> None:
+def test_a_placement_has_the_device_dtype_quantization_and_context() -> None:
     placed = place(Settings(device="cpu", max_context=100), LlamaConfig(dtype=torch.float16))
     assert placed == Placement(CPU, torch.float16, "none", 100)
     assert (placed.arithmetic, str(placed)) == (torch.float32, "float16 on cpu")
@@ -98,10 +98,23 @@ def test_everything_about_a_placement_is_decided_at_once() -> None:
     assert str(on_a_gpu) == "nf4 on cuda:0"
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:99", "mps", "meta"])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
-    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_DEVICE "):
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_torch_cannot_use_is_refused(device: str) -> None:
+    message = f"^E3000 BadSettings: LLAMA_DEVICE is '{device}', which torch cannot use on this machine; set it to cpu"
+    with pytest.raises(BadSettings, match=message):
         pick_device(Settings(device=device))
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0", "meta"])
+def test_a_device_that_is_neither_a_cpu_nor_a_cuda_gpu_is_refused(device: str) -> None:
+    message = f"^E3000 BadSettings: LLAMA_DEVICE is '{device}', but only CPUs and CUDA GPUs are supported; set it to cpu"
+    with pytest.raises(BadSettings, match=message):
+        pick_device(Settings(device=device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_without_a_cuda_gpu_the_automatic_device_is_the_cpu() -> None:
+    assert pick_device(Settings()) == CPU
 
 
 @pytest.mark.parametrize(("eos", "expected"), [(2, {2}), ([2, 7], {2, 7})])
@@ -110,14 +123,14 @@ def test_all_ids_that_end_an_answer_are_read(tmp_path: Path, eos: object, expect
     assert eos_token_ids(tmp_path, LLAMA_2_70B) == expected
 
 
-def test_setup_says_what_is_served_and_how_long_each_part_took(
+def test_setup_logs_the_precision_the_limits_and_the_time_of_each_part(
     llama_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="llama")
     load_llama(Settings(weights=llama_folder, max_context=100, cache_memory="1MB")).close()
     lines = [record.getMessage() for record in caplog.records]
     assert any(": float32 on cpu" in line for line in lines)
-    assert any("context 100 tokens" in line and "requests at once" in line for line in lines)
+    assert any("context 100 tokens" in line and "concurrent requests" in line for line in lines)
     (ready,) = (line for line in lines if line.startswith("ready after "))
     assert all(part in ready for part in ("imports", "tokenizer", "weights", "engine", "warm-up"))
 

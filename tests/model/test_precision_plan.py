@@ -1,4 +1,4 @@
-"""Which precision fits which GPUs, against figures worked out by hand."""
+"""Which precision fits which GPUs, compared with figures calculated by hand."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def gpus(*gigabytes: int, capability: tuple[int, int] = HOPPER) -> list[Gpu]:
 @pytest.mark.parametrize(
     ("quantization", "gigabytes"), [("none", 137.95), ("fp8", 69.53), ("int8", 69.53), ("nf4", 39.55)]
 )
-def test_the_70b_takes_the_bytes_that_the_docstring_works_out(
+def test_the_70b_takes_the_bytes_that_the_docstring_states(
     quantization: Quantization, gigabytes: float
 ) -> None:
     assert bytes_of_weights(LLAMA_2_70B, quantization) / 1e9 == pytest.approx(gigabytes, abs=0.005)
 
 
-def test_a_request_of_4096_tokens_takes_1_34_gigabytes() -> None:
+def test_a_request_of_4096_tokens_takes_1_34_gigabytes_of_cache() -> None:
     assert CONTEXT * bytes_per_token(LLAMA_2_70B, torch.bfloat16) == 1_342_177_280
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "fp8", "int8", "nf4"])
-def test_planned_bytes_are_those_that_a_model_has(quantization: Quantization, tied: bool) -> None:
+def test_the_planned_bytes_equal_the_bytes_of_a_real_model(quantization: Quantization, tied: bool) -> None:
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
@@ -71,7 +71,7 @@ def test_planned_bytes_are_those_that_a_model_has(quantization: Quantization, ti
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             weight = torch.randn(module.weight.shape).bfloat16()
             stored = to_stored(quantize(weight, None, quantization, torch.float32))
-            # NF4's table and what describes a layer have one size for all layers, which is next to nothing.
+            # NF4's table and the description of a layer have a small constant size, which is not planned.
             total += sum(
                 t.nbytes for n, t in stored.items() if not re.search("quant_map|quant_state|format", n)
             )
@@ -83,7 +83,7 @@ def test_planned_bytes_are_those_that_a_model_has(quantization: Quantization, ti
 @pytest.mark.parametrize(
     ("cards", "requests", "auto"),
     [
-        # requests at once in 16 bits, FP8, int8 and NF4; None: does not fit
+        # Concurrent requests in 16 bits, FP8, int8 and NF4. None: the weights do not fit.
         (gpus(24), (None, None, None, None), None),
         (gpus(40), (None, None, None, None), None),
         (gpus(48), (None, None, None, 3), "nf4"),
@@ -97,14 +97,14 @@ def test_planned_bytes_are_those_that_a_model_has(quantization: Quantization, ti
         (gpus(80, 80), (13, 64, None, None), "none"),
         (gpus(80, 80, capability=AMPERE), (13, None, None, None), "none"),
         (gpus(24, 24, 24, 24), (None, 13, None, None), "fp8"),
-        # The smaller card bounds both.
+        # The smaller GPU limits both.
         (gpus(80, 48), (None, 16, None, None), "fp8"),
         (gpus(*[141] * 8), (724, 775, None, None), "none"),
         (gpus(80, capability=PASCAL), (None, None, None, None), None),
         (gpus(48, capability=TURING), (None, None, None, 3), "nf4"),
     ],
 )
-def test_the_70b_on_every_kind_of_machine(
+def test_the_plan_of_the_70b_on_many_machines(
     cards: list[Gpu], requests: tuple[int | None, ...], auto: str | None
 ) -> None:
     table = planner(cards).plan()
@@ -113,17 +113,17 @@ def test_the_70b_on_every_kind_of_machine(
     assert (table.chosen and table.chosen.quantization) == auto
 
 
-def test_weights_cache_and_reserve_are_what_the_card_has() -> None:
+def test_weights_cache_and_reserve_add_up_to_the_free_memory() -> None:
     (*_, nf4) = planner(gpus(80)).plan().choices
     assert nf4.weights + nf4.cache + RESERVE["torch"] == 80 * 10**9
 
 
-def test_a_shorter_context_leaves_room_for_more_requests() -> None:
+def test_more_requests_of_a_shorter_context_fit() -> None:
     (*_, nf4) = planner(gpus(48), context=1024).plan().choices
     assert nf4.requests == 15
 
 
-def test_a_checkpoint_stays_as_it_is_stored() -> None:
+def test_a_quantized_checkpoint_is_planned_only_in_its_stored_precision() -> None:
     table = planner(gpus(192), stored="nf4").plan()
     assert [choice.quantization for choice in table.choices] == ["nf4"]
     assert table.chosen is not None
@@ -133,14 +133,20 @@ def test_a_checkpoint_stays_as_it_is_stored() -> None:
 @pytest.mark.parametrize(
     ("card", "wanted", "stored", "words"),
     [
-        (gpus(24), "auto", "none", "nothing fits: .*take a GPU with 44 GB free .nf4"),
-        (gpus(48), "int8", "none", "int8 on a GPU of 48 GB: needs 69.5 GB .*; set LLAMA_QUANTIZATION to nf4"),
-        (gpus(80, capability=AMPERE), "fp8", "none", "needs compute capability 8.9 and has 8.0"),
+        (gpus(24), "auto", "none", "no precision fits on .*use a GPU with 44 GB free .for 'nf4'"),
+        (
+            gpus(48),
+            "int8",
+            "none",
+            "LLAMA_QUANTIZATION is int8, which cannot be served on a GPU of 48 GB: it needs 69.5 GB .*; "
+            "set LLAMA_QUANTIZATION to nf4",
+        ),
+        (gpus(80, capability=AMPERE), "fp8", "none", "needs compute capability 8.9 .the GPU has 8.0."),
         (gpus(80), "none", "none", "set LLAMA_QUANTIZATION to fp8 or int8 or nf4"),
-        (gpus(48), "auto", "int8", "take a GPU with 74 GB free .int8"),
+        (gpus(48), "auto", "int8", "use a GPU with 74 GB free .for 'int8'"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(
+def test_the_refusal_of_a_precision_names_what_would_fit(
     card: list[Gpu], wanted: Quantization | Literal["auto"], stored: Quantization, words: str
 ) -> None:
     with pytest.raises(DoesNotFit, match=f"^E3005 DoesNotFit: .*{words}"):
@@ -148,23 +154,23 @@ def test_what_does_not_fit_is_refused_with_what_would(
 
 
 @pytest.mark.parametrize(("wanted", "taken"), [("auto", "nf4"), ("int8", "int8"), ("fp8", "fp8")])
-def test_what_fits_is_taken(wanted: Quantization | Literal["auto"], taken: Quantization) -> None:
+def test_a_precision_that_fits_is_picked(wanted: Quantization | Literal["auto"], taken: Quantization) -> None:
     assert planner(gpus(80)).pick(wanted) == taken
 
 
-def test_vllm_on_one_gpu_is_not_given_what_it_cannot_read() -> None:
+def test_int8_and_nf4_are_not_picked_for_vllm() -> None:
     card = gpus(85)
     assert planner(card, engine="vllm").pick("auto") == "fp8"
     with pytest.raises(
-        DoesNotFit, match="int8 on a GPU of 85 GB: is not for vLLM.*; set LLAMA_QUANTIZATION to fp8"
+        DoesNotFit, match="on a GPU of 85 GB: it is not supported by vLLM.*; set LLAMA_QUANTIZATION to fp8"
     ):
         planner(card, engine="vllm").pick("int8")
-    with pytest.raises(DoesNotFit, match="nothing fits"):
+    with pytest.raises(DoesNotFit, match="no precision fits"):
         planner(gpus(48), engine="vllm").pick("auto")
 
 
 @pytest.mark.skipif(not LLAMA_2_TOKENIZER.is_dir(), reason="the 70B's configuration is not in this checkout")
-def test_the_built_in_configuration_is_the_70b_s() -> None:
+def test_the_built_in_configuration_equals_the_published_one() -> None:
     published = load_config(LLAMA_2_TOKENIZER)
     for name in LLAMA_2_70B.to_diff_dict():
         if name not in ("dtype", "transformers_version", "architectures"):
@@ -185,14 +191,14 @@ def test_the_built_in_configuration_is_the_70b_s() -> None:
         (8, {"tensor": 8, "pipeline": 2}, (2, 8)),  # two machines
     ],
 )
-def test_all_gpus_of_a_machine_are_used_tensor_first(
+def test_all_gpus_are_used_by_tensor_parallelism_first(
     gpus: int, asked: dict[str, int], sizes: tuple[int, int]
 ) -> None:
     assert parallel_sizes(LLAMA_2_70B, gpus, **{"tensor": None, "pipeline": None, **asked}) == sizes
 
 
 def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
-    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_TENSOR_PARALLEL is 3 and .* 64 heads"):
+    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_TENSOR_PARALLEL is 3, but .* 64 heads"):
         parallel_sizes(LLAMA_2_70B, 3, tensor=3, pipeline=None)
 
 
@@ -206,7 +212,7 @@ LLAMA_2_7B = LlamaConfig(
 )
 
 
-def test_a_7b_in_float32_takes_twice_the_bytes_and_its_cache_too() -> None:
+def test_weights_and_cache_of_a_7b_in_float32_take_twice_the_bytes() -> None:
     assert bytes_of_weights(LLAMA_2_7B, "none") == 2 * 6_738_415_616
     assert bytes_of_weights(LLAMA_2_7B, "none", torch.float32) == 4 * 6_738_415_616
     wide, narrow = (
@@ -217,20 +223,20 @@ def test_a_7b_in_float32_takes_twice_the_bytes_and_its_cache_too() -> None:
     assert (wide.requests, narrow.requests) == (4, 14)
 
 
-def test_what_is_not_quantized_is_counted_in_its_width() -> None:
+def test_unquantized_weights_are_counted_in_their_dtype() -> None:
     tables = 2 * LLAMA_2_7B.vocab_size * LLAMA_2_7B.hidden_size + 65 * LLAMA_2_7B.hidden_size
     wide, narrow = (bytes_of_weights(LLAMA_2_7B, "nf4", d) for d in (torch.float32, torch.bfloat16))
     assert wide - narrow == 2 * tables
 
 
-def test_a_gpu_of_the_torch_engine_is_planned_in_the_width_that_is_set() -> None:
+def test_the_torch_engine_is_planned_in_the_dtype_that_is_set() -> None:
     card = gpus(24)
     assert planner(card, LLAMA_2_7B).pick("none") == "none"
     with pytest.raises(DoesNotFit, match="needs 27.0 GB for weights"):
         planner(card, LLAMA_2_7B, dtype=torch.float32).pick("none")
 
 
-def test_more_requests_than_the_server_takes_are_said_to_fit() -> None:
+def test_the_table_shows_how_many_requests_fit_beyond_the_servers_limit() -> None:
     large = planner(gpus(149))
     assert "  32 (56 fit)  " in table(large.plan(), large, 32).splitlines()[2]
     assert "  56  " in table(large.plan(), large, 56).splitlines()[2]
@@ -243,7 +249,7 @@ def rows_of(document: str, columns: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("document", "sizes"), [("deploy.md", 1), ("scale.md", 0)])
-def test_the_tables_of_the_documents_are_what_plan_says(document: str, sizes: int) -> None:
+def test_the_tables_of_the_documents_agree_with_plan(document: str, sizes: int) -> None:
     rows = [row for row in rows_of(document, 5) if re.fullmatch(r"[\d,]+( GB)?", row[sizes])]
     assert len(rows) >= 7
     for row in rows:
@@ -261,8 +267,8 @@ def test_the_tables_of_the_documents_are_what_plan_says(document: str, sizes: in
             assert (result.exit_code, cells[0], cells[3]) == (0, precision, requests), row
 
 
-def test_the_table_has_a_row_a_choice() -> None:
+def test_the_table_has_one_row_per_precision() -> None:
     lines = table(planner(gpus(80)).plan(), planner(gpus(80)), 32).splitlines()
     assert [line.split()[0] for line in lines] == ["precision", "16", "fp8", "int8", "nf4"]
-    assert "needs 138.0 GB for weights and has 76.8" in lines[1]
+    assert "needs 138.0 GB for weights (76.8 GB available)" in lines[1]
     assert lines[4].endswith("torch   chosen")

@@ -1,4 +1,4 @@
-"""Linear layers in fewer bits, against the plain product with what the bits stand for."""
+"""Quantized linear layers, compared with the matrix product of the original or the dequantized weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(("quantization", "most"), [("fp8", 0.05), ("int8", 0.02), ("nf4", 0.12)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 3)])
-def test_a_layer_in_fewer_bits_is_near_the_layer(
+def test_a_quantized_layer_gives_nearly_the_same_output(
     quantization: Quantization, most: float, bias: bool, shape: tuple[int, ...]
 ) -> None:
     plain = linear(bias=bias)
@@ -44,29 +44,29 @@ def test_a_layer_in_fewer_bits_is_near_the_layer(
     assert 0 < relative_error(layer(x), plain(x)) < most
 
 
-def test_none_leaves_a_layer_as_it_is() -> None:
+def test_without_a_quantization_a_layer_is_unchanged() -> None:
     plain = linear()
     assert torch.equal(quantized(plain, "none")(inputs(2)), plain(inputs(2)))
 
 
-def test_fp8_is_the_product_of_what_its_numbers_stand_for() -> None:
+def test_an_fp8_layer_multiplies_by_its_dequantized_weights() -> None:
     layer = quantized(linear(bias=True), "fp8")
     assert isinstance(layer, Fp8Linear)
-    # Inputs that e4m3 holds: then only the sum is rounded, to bfloat16.
+    # e4m3 represents these inputs exactly, so only the result is rounded, to bfloat16.
     x = inputs(5).mul(8).round().clamp(-14, 14)
-    x[:, 0] = 14.0  # a power of two between it and 448, so that the scale rounds nothing
+    x[:, 0] = 14.0  # the scale is then 14 / 448, a power of two, which does not round the inputs
     weight = layer.weight.float() * layer.weight_scale
     assert layer.bias is not None
     assert relative_error(layer(x), x @ weight.t() + layer.bias) < 0.004
 
 
-def test_fp8_keeps_every_row_s_own_scale() -> None:
+def test_fp8_has_one_scale_per_output_and_per_input_row() -> None:
     plain = linear()
     plain.weight[3] *= 1000
     x = inputs(4)
     x[2] *= 1e-4
     error = (quantized(plain, "fp8")(x) - plain(x)).norm(dim=0) / plain(x).norm(dim=0)
-    assert error.max() < 0.3  # with one scale for all, most would be lost
+    assert error.max() < 0.3  # one scale for all outputs would lose most of the small ones
     rows = (quantized(plain, "fp8")(x) - plain(x)).norm(dim=1) / plain(x).norm(dim=1)
     assert rows.max() < 0.1
 
@@ -81,23 +81,25 @@ def test_fp8_of_zeros_is_zero() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("quantization", ["fp8", "int8", "nf4"])
-def test_joined_layers_give_what_each_gives(quantization: Quantization, bias: bool) -> None:
+def test_joined_layers_give_the_outputs_of_the_separate_layers(
+    quantization: Quantization, bias: bool
+) -> None:
     layers = [quantized(linear(n, bias=bias, seed=n), quantization) for n in (OUTPUTS, 16, 16)]
     x = inputs(5)
     together = joined(layers)(x)
     assert torch.equal(together, torch.cat([layer(x) for layer in layers], dim=-1))
 
 
-def test_joined_fp8_layers_are_one_layer_and_are_left_so_when_packed() -> None:
+def test_joined_fp8_layers_are_one_layer_which_packing_does_not_change() -> None:
     layer = joined([quantized(linear(seed=n), "fp8") for n in range(2)])
     assert isinstance(layer, Fp8Linear)
     assert packed(layer, torch.float32) is layer
 
 
-def test_nf4_is_what_bitsandbytes_makes_of_a_whole_module() -> None:
+def test_nf4_gives_the_outputs_of_bitsandbytes_own_conversion() -> None:
     import bitsandbytes as bnb
 
-    outputs = 64  # bitsandbytes itself refuses others on some CPUs
+    outputs = 64  # bitsandbytes itself fails with 48 outputs on some CPUs
     plain = linear(outputs)
     reference = bnb.nn.Linear4bit(
         INPUTS, outputs, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False
@@ -109,7 +111,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_a_whole_module() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "fp8", "int8", "nf4"])
-def test_a_stored_layer_comes_back_as_it_was(quantization: Quantization, bias: bool) -> None:
+def test_a_stored_layer_is_restored_unchanged(quantization: Quantization, bias: bool) -> None:
     layer = quantized(linear(bias=bias), quantization)
     tensors = to_stored(layer)
     assert stored_names(quantization, bias=bias, nested=False) <= tensors.keys()

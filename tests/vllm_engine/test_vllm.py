@@ -128,10 +128,11 @@ def test_more_workers_than_the_machine_has_gpus_are_rays(tmp_path: Path) -> None
 
 
 def test_what_the_gpus_cannot_hold_is_refused_with_what_would(tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: nothing fits"):
+    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: no precision fits on"):
         arguments_for(tmp_path, LLAMA_2_70B, Settings(), [SMALL])
     with pytest.raises(
-        DoesNotFit, match="int8 on H100: is not for vLLM.*; set LLAMA_QUANTIZATION to none or fp8"
+        DoesNotFit,
+        match="int8, which .* on H100: it is not supported by vLLM.*; set LLAMA_QUANTIZATION to none or fp8",
     ):
         arguments_for(tmp_path, LLAMA_2_70B, Settings(quantization="int8"), [HOPPER] * 2)
 
