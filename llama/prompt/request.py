@@ -45,7 +45,7 @@ class Request:
             params = params.with_seed()
             notes.append(f"seed: {params.seed} (chosen at random; send it to get this answer again)")
         if isinstance(prompt, Dialog) and prompt.begun_answer:
-            notes.append("the prompt ends with the beginning of an answer, which is continued")
+            notes.append("the dialogue ends with the beginning of an answer, which is continued")
         return cls(
             prompt,
             params,
@@ -71,7 +71,7 @@ def _read_prompt(
     if messages := _messages(inputs):
         if prompt.strip() or custom:
             raise BadMessages(
-                "messages is set together with prompt or prompt_template; send only messages, or leave it out"
+                "messages is set together with prompt or prompt_template; send either messages or a prompt"
             )
         limits.check_at_least(len(messages))
         return _within(read_messages(messages, system_prompt), limits), []

@@ -66,9 +66,9 @@ def openapi_schema(run: Callable[..., object]) -> dict[str, Any]:
 
 
 def write_schema(run: Callable[..., object], root: Path) -> Path:
-    """Write the document to `root/.cog/openapi_schema.json`, where Cog's server reads it, and return its path.
+    """Write the document to `root/.cog/openapi_schema.json`, where Cog's server reads it.
 
-    An identical file is left as it is. Raises BadSettings if the file cannot be written.
+    Returns the path. An identical file is left as it is. Raises BadSettings if the file cannot be written.
     """
     path = root / ".cog" / "openapi_schema.json"
     text = json.dumps(openapi_schema(run), indent=2) + "\n"
