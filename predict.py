@@ -50,7 +50,7 @@ class Predictor(BaseRunner):
         max_new_tokens: Optional[int] = Input(
             default=None,
             ge=1,
-            description="Maximum number of tokens to generate. A token is about three quarters of an English word. If unset, the maximum is 512, or the minimum if that is larger. A value that does not fit in the context is lowered.",
+            description="Maximum number of tokens to generate. A token is about three quarters of an English word. If unset, the maximum is 512, or the minimum if that is larger. It is lowered if the context has less room left.",
         ),
         max_tokens: Optional[int] = Input(
             default=None,
@@ -61,12 +61,12 @@ class Predictor(BaseRunner):
             default=None,
             ge=1,
             deprecated=True,
-            description="Old name for `max_new_tokens`. It does not count the prompt. Ignored if `max_new_tokens` or `max_tokens` is set.",
+            description="Old name for `max_new_tokens`. The prompt does not count towards it. Ignored if `max_new_tokens` or `max_tokens` is set.",
         ),
         min_new_tokens: Optional[int] = Input(
             default=None,
             ge=-1,
-            description="Minimum number of tokens to generate. The answer cannot end before then, and stop sequences have no effect. Must not exceed the maximum. Set to 0 or -1 to disable.",
+            description="Minimum number of tokens to generate. Until then, the answer cannot end and stop sequences have no effect. Must not exceed the maximum. Set to 0 or -1 to disable.",
         ),
         min_tokens: Optional[int] = Input(
             default=None,
@@ -116,7 +116,7 @@ class Predictor(BaseRunner):
         ),
         stop_sequences: Optional[str] = Input(
             default=None,
-            description="Comma-separated list of texts that end the answer. For example, `<end>,<stop>` ends it just before the first `<end>` or `<stop>`. Each text is matched exactly, including spaces. To match a newline, type a backslash followed by n; to match a comma or a backslash, type a backslash in front of it. At most 64 texts of up to 256 characters each.",
+            description="Comma-separated list of texts that end the answer. For example, `<end>,<stop>` ends the answer just before the first `<end>` or `<stop>`. Each text is matched exactly, including spaces. To match a newline, type a backslash followed by n; to match a comma or a backslash, type a backslash in front of it. At most 64 texts of up to 256 characters each.",
         ),
         seed: Optional[int] = Input(
             default=None,

@@ -114,7 +114,9 @@ class Llama:
         metrics = prediction.metrics
         scope = GuardedScope(scope)
         # This message omits the line, which may contain a prompt.
-        log = guarded(log, "a prediction's log could not be written; this prediction logs no more lines")
+        log = guarded(
+            log, "a prediction's log could not be written; no more lines are logged for this prediction"
+        )
         for note in self._notes(prediction):
             log(note)
         try:

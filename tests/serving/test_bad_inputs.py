@@ -250,9 +250,9 @@ def test_a_huge_prompt_is_refused_quickly_and_does_not_delay_other_streams(
 ) -> None:
     measured = []
     for _ in range(3):  # on a busy machine, any program may pause for a second
-        beside = BackgroundStream(server, COUNTING).wait_for("output")
+        other = BackgroundStream(server, COUNTING).wait_for("output")
         seconds, body = post_raw(server, inputs)
-        pause = longest_pause(beside)
+        pause = longest_pause(other)
         assert "E1002 PromptTooLong" in body["error"]
         measured.append((seconds, pause - own_pause))
         if seconds < 2 and pause < own_pause + 1:

@@ -53,5 +53,5 @@ def test_a_callback_registered_after_the_cancel_is_called_at_once() -> None:
     assert called.is_set()
 
 
-def test_a_task_without_a_future_gets_a_cancellation_that_is_never_set() -> None:
+def test_a_task_without_a_future_still_gets_a_cancellation() -> None:
     assert isinstance(asyncio.run(run()), Cancellation)

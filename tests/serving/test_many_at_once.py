@@ -91,10 +91,10 @@ def test_a_cancelled_stream_ends_with_the_text_so_far(server: CogServer) -> None
     result = stream.result()
     assert result["status"] == "canceled"
     assert result["metrics"]["finish_reason"] == "cancelled"
-    made = result["metrics"]["output_token_count"]
-    assert 0 < made < 1900
+    generated = result["metrics"]["output_token_count"]
+    assert 0 < generated < 1900
     # All generated tokens are billed, but the text of the last one may have been held back.
-    assert text(server, exactly(made + 1, prompt="Count")).startswith("".join(result["output"]))
+    assert text(server, exactly(generated + 1, prompt="Count")).startswith("".join(result["output"]))
 
 
 def test_cancelling_a_waiting_prediction_does_not_affect_the_running_one(narrow_server: CogServer) -> None:

@@ -164,13 +164,13 @@ def test_a_seeded_answer_does_not_depend_on_what_else_is_running(server: CogServ
 
 def test_a_random_seed_is_logged_and_reproduces_the_answer(server: CogServer) -> None:
     inputs = exactly(40, prompt="Surprise me", temperature=1)
-    drawn = answer(server, inputs)
-    match = re.search(r"^seed: (\d+)", drawn["logs"], re.MULTILINE)
+    first = answer(server, inputs)
+    match = re.search(r"^seed: (\d+)", first["logs"], re.MULTILINE)
     assert match
 
     again = answer(server, inputs | {"seed": int(match[1])})
 
-    assert "".join(again["output"]) == "".join(drawn["output"])
+    assert "".join(again["output"]) == "".join(first["output"])
     assert "seed" not in again["logs"]
 
 
