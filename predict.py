@@ -1,11 +1,12 @@
-"""Llama 2 70B Chat on Cog: the inputs of `meta/llama-2-70b-chat`, streamed answers.
+"""The Cog predictor for Llama 2 70B Chat: takes the inputs of `meta/llama-2-70b-chat` and streams the answer.
 
-Cog reads this file without running it, so every default and bound below is a plain literal. An input whose default is
-None gets its value later: the default of 512 new tokens is in `llama/sampling_params.py`.
+Cog parses this file without running it, so every default and bound below is a plain literal. An input whose
+default is None gets its value later: the default of 512 new tokens is in `llama/sampling_params.py`.
 
-A new input is declared here and read in `llama/sampling_params.py` (numbers and stop sequences) or
-`llama/prompt/request.py` (everything else). If it changes sampling, both engines need the rule
-(`llama/torch_engine/sampler.py`, `llama/vllm_engine/engine.py`). The schema and the command line follow by themselves.
+To add an input, declare it here and read it in `llama/sampling_params.py` (numbers and stop sequences) or
+`llama/prompt/request.py` (everything else). If it changes sampling, implement it in both engines
+(`llama/torch_engine/sampler.py` and `llama/vllm_engine/engine.py`). The schema and the command line pick it
+up automatically.
 """
 
 import contextvars
@@ -36,106 +37,114 @@ class Predictor(BaseRunner):
         self,
         prompt: str = Input(
             default="",
-            description="The message to answer, or a whole dialogue in [INST] tags, which may end with the beginning of an answer to be continued.",
+            description="The user message to answer, or a whole dialogue in [INST] and [/INST] tags. If the dialogue ends with the beginning of an answer, the model continues it. Required unless `messages` is set.",
         ),
         system_prompt: str = Input(
             default="You are a helpful, respectful and honest assistant.",
-            description="How the model should behave. Leave it blank for no system prompt.",
+            description="Instructions for how the model should behave, such as its role, tone or output format. Leave blank for no system prompt. A system message in `messages` or a <<SYS>> block in `prompt` takes precedence.",
         ),
         messages: Optional[list[dict]] = Input(
             default=None,
-            description="A dialogue in place of prompt: objects with a role (system, user or assistant) and a content. An optional system message first, then user and assistant in turn; a last assistant message is continued.",
+            description="A dialogue to answer, as a list of objects with a `role` (system, user or assistant) and a `content` string. Start with an optional system message, then alternate user and assistant messages. If the last message is from the assistant, the model continues it. Cannot be combined with `prompt` or `prompt_template`.",
         ),
         max_new_tokens: Optional[int] = Input(
             default=None,
             ge=1,
-            description="Most tokens to generate, a token being about three quarters of a word. 512 when unset; never more than the context has room for.",
+            description="Maximum number of tokens to generate. A token is about three quarters of an English word. If unset, the maximum is 512, or the minimum if that is larger. It is lowered if the context has less room left.",
         ),
         max_tokens: Optional[int] = Input(
-            default=None, ge=1, description="Another name for max_new_tokens, which wins over it."
+            default=None,
+            ge=1,
+            description="Another name for `max_new_tokens`. Ignored if `max_new_tokens` is set.",
         ),
         max_length: Optional[int] = Input(
             default=None,
             ge=1,
             deprecated=True,
-            description="The oldest name for max_new_tokens; both newer names win over it.",
+            description="Old name for `max_new_tokens`. The prompt does not count towards it. Ignored if `max_new_tokens` or `max_tokens` is set.",
         ),
         min_new_tokens: Optional[int] = Input(
             default=None,
             ge=-1,
-            description="Fewest tokens to generate: the answer does not end before. 0 and -1 are off.",
+            description="Minimum number of tokens to generate. Until then, the answer cannot end and stop sequences have no effect. Must not exceed the maximum. Set to 0 or -1 to disable.",
         ),
         min_tokens: Optional[int] = Input(
-            default=None, ge=-1, description="Another name for min_new_tokens, which wins over it."
+            default=None,
+            ge=-1,
+            description="Another name for `min_new_tokens`. Ignored if `min_new_tokens` is set.",
         ),
         temperature: float = Input(
             default=0.7,
             ge=0,
             le=5,
-            description="How freely to choose among the likely tokens: 0 always takes the best one, above 1 becomes wild.",
+            description="Randomness of the answer. 0 always picks the most likely token. Lower values make the answer more predictable, and values above 1 make it increasingly random.",
         ),
         top_p: float = Input(
             default=0.95,
             ge=0,
             le=1,
-            description="Choose among the most likely tokens that together hold this much probability. 1 is off; 0 takes the best one.",
+            description="Sample from the smallest set of most likely tokens whose probabilities add up to this value. Lower values ignore less likely tokens. Set to 1 to disable; 0 always picks the most likely token.",
         ),
         top_k: int = Input(
-            default=0, ge=-1, description="Choose among this many most likely tokens. 0 and -1 are off."
+            default=0,
+            ge=-1,
+            description="Sample from only this many of the most likely tokens. Set to 0 or -1 to disable.",
         ),
         repetition_penalty: float = Input(
             default=1.0,
             ge=0,
-            description="Above 1 makes tokens of the prompt and the answer less likely to come again; below 1, more. 1 and 0 are off.",
+            description="Penalty for tokens that already appear in the prompt or the answer. Values above 1 discourage repetition, and values below 1 encourage it. Set to 1 or 0 to disable.",
         ),
         presence_penalty: float = Input(
             default=0.0,
             ge=-2,
             le=2,
-            description="Subtracted once from the score of every token that is in the answer already.",
+            description="Amount to subtract from the score of every token that already appears in the answer, however often. Positive values discourage repetition, and negative values encourage it.",
         ),
         frequency_penalty: float = Input(
             default=0.0,
             ge=-2,
             le=2,
-            description="Subtracted from a token's score for each time that it is in the answer already.",
+            description="Amount to subtract from the score of a token for each time that it already appears in the answer. Positive values discourage repetition, and negative values encourage it.",
         ),
         length_penalty: float = Input(
             default=1.0,
             ge=0,
             le=5,
             deprecated=True,
-            description="Acts on beam search only, so it has no effect here.",
+            description="Has no effect. It applies to beam search, which this model does not use.",
         ),
         stop_sequences: Optional[str] = Input(
             default=None,
-            description="Texts that end the answer, separated by commas and taken literally; they do not appear in it. At most 64, of at most 256 characters each. A typed backslash-n is a newline, a backslash before a comma makes the comma part of the text, and two backslashes are one.",
+            description="Comma-separated list of texts that end the answer. For example, `<end>,<stop>` ends the answer just before the first `<end>` or `<stop>`. Each text is matched exactly, including spaces. To match a newline, type a backslash followed by n; to match a comma or a backslash, type a backslash in front of it. At most 64 texts of up to 256 characters each.",
         ),
         seed: Optional[int] = Input(
             default=None,
-            description="The same seed with the same inputs gives the same answer. Drawn at random when unset; the log says which.",
+            description="Random seed. The same seed with the same inputs gives the same answer. If unset, a seed is chosen at random and written to the log.",
         ),
         prompt_template: Optional[str] = Input(
             default=None,
-            description="A format of your own around {prompt} and {system_prompt}. The template {prompt} alone passes the prompt to the model as it is.",
+            description="Custom format for the prompt. It must contain `{prompt}` and may contain `{system_prompt}`. Leave blank to use the model's own format. To send the prompt to the model without any formatting, set it to just `{prompt}`.",
         ),
         debug: bool = Input(
-            default=False, description="Write the formatted prompt, settings and timings to the log."
+            default=False,
+            description="Write the formatted prompt, the sampling settings and the timings to the log.",
         ),
         log_performance_metrics: bool = Input(
             default=False,
-            description="Write token counts, tokens per second and time to first token to the log.",
+            description="Write the token counts, the tokens per second and the time to first token to the log.",
         ),
         replicate_weights: Optional[str] = Input(
-            default=None, description="Fine-tuned weights are not served: leave this out."
+            default=None,
+            description="Not supported: this model cannot load fine-tuned weights. Leave it unset.",
         ),
     ) -> ConcatenateIterator[str]:
-        """Answer a prompt, as a stream of text."""
+        """Answer a prompt with a stream of text."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
-        # Cog names the scope of whichever prediction entered last, so it is taken before anything is awaited.
+        # After an await, `current_scope()` may return the scope of a prediction that started later.
         scope, cancellation = current_scope(), cancellation_of_current_task()
-        # The generator runs in a thread of its own, outside this prediction's log.
+        # Cog runs the generator in another thread: the copied context sends its lines to this prediction's log.
         log = partial(contextvars.copy_context().run, partial(print, flush=True))
         prediction = await self.llama.prepare_in_thread(inputs)
-        # Cog streams a plain generator and runs many at once only when an async method returns it.
+        # Cog streams and runs predictions concurrently only if an async method returns a plain generator.
         return self.llama.stream(prediction, scope=scope, log=log, cancellation=cancellation)

@@ -1,6 +1,6 @@
-"""Llama: a request in, pieces of text and metrics out.
+"""The Llama class, which turns a request into pieces of text and metrics.
 
-Puts tokenizer, engine, detokenizer and stop filter together. Knows nothing of HTTP or of tensors.
+Combines the tokenizer, the engine, the detokenizer and the stop filter. Knows nothing about HTTP or tensors.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from llama.text.tokenizer import Tokenizer, encode_within
 logger = logging.getLogger(__name__)
 
 Log = Callable[[str], object]
-"""Takes one line of a caller's log."""
+"""Writes one line to a prediction's log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A request that has been checked and tokenized, and can be run."""
+    """A validated and tokenized request that is ready to run."""
 
     request: Request
     token_ids: list[int]
     params: SamplingParams
-    """The request's, clamped to the room left in the context."""
+    """The request's parameters, with the token limits clamped to the room left in the context."""
     metrics: Metrics
 
 
 class Llama:
-    """A model that answers. One object serves any number of threads."""
+    """A model that answers requests. It can be used from any number of threads."""
 
     def __init__(self, tokenizer: Tokenizer, engine: Engine, max_concurrency: int | None = None) -> None:
-        """`max_concurrency`: predictions that may come at once; None means a few."""
+        """`max_concurrency`: how many prompts can be tokenized at once; None for the executor's default."""
         self._tokenizer = tokenizer
         self._engine = engine
         self._limits = PromptLimits(engine.context_length, tokenizer.longest_piece)
-        # A thread for each prediction: a long prompt that is being tokenized does not hold up a short one.
+        # One thread per prediction, so that tokenizing a long prompt does not delay a short one.
         self._threads = ThreadPoolExecutor(max_concurrency, "llama-prepare")
 
     @property
@@ -58,19 +58,19 @@ class Llama:
         return self._engine.healthy
 
     def close(self) -> None:
-        """Stop the engine; running predictions end with an error."""
+        """Stop the engine. Running predictions fail with an error."""
         self._engine.close()
         self._threads.shutdown(wait=False)
 
     def prepare(self, inputs: Mapping[str, Any]) -> Prediction:
-        """Check a prediction's inputs, by the names of `Predictor.run`, and tokenize its prompt.
+        """Validate a prediction's inputs, named as in `Predictor.run`, and tokenize its prompt.
 
-        The prediction's clock starts here. Raises a UserError that says what is wrong.
+        The prediction's time is measured from this call. Raises a UserError if the inputs are invalid.
         """
         return self._prepare(inputs, Metrics())
 
     async def prepare_in_thread(self, inputs: Mapping[str, Any]) -> Prediction:
-        """`prepare` without blocking the event loop, which all predictions of the server share."""
+        """Run `prepare` in a thread, because all predictions of a server share one event loop."""
         try:
             prepared = self._threads.submit(self._prepare, inputs, Metrics())
         except RuntimeError as error:  # shut down
@@ -92,27 +92,31 @@ class Llama:
         return Prediction(request, token_ids, params, metrics)
 
     def answer(self, inputs: Mapping[str, Any], log: Log) -> Iterator[str]:
-        """Prepare and stream in one, for use outside Cog: nothing is recorded, and leaving the iterator is
-        the way to cancel."""
+        """Prepare a prediction and stream its answer, for use outside Cog.
+
+        Metrics are not recorded. Close the iterator to cancel.
+        """
         return self.stream_here(self.prepare(inputs), log)
 
     def stream_here(self, prediction: Prediction, log: Log) -> Iterator[str]:
-        """`stream` for use outside Cog, as `answer`."""
+        """Stream the answer of a prepared prediction, for use outside Cog like `answer`."""
         return self.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
 
     def stream(
         self, prediction: Prediction, *, scope: Scope, log: Log, cancellation: Cancellation
     ) -> Iterator[str]:
-        """The answer in pieces, each with all the text that is ready.
+        """Yield the answer in pieces, each with all the text that is ready.
 
-        The number of tokens is recorded before each piece, and all metrics at the end. Leaving the iterator
-        early, or `cancellation`, ends the work. Raises an EngineError. If `scope` or `log` fails, that goes
-        to the server's log and the answer goes on.
+        Records the token count before each piece, and all metrics at the end. Closing the iterator early or
+        setting `cancellation` stops the generation. If `scope` or `log` fails, the failure is written to the
+        server's log and the answer continues. Raises an EngineError if the engine fails.
         """
         metrics = prediction.metrics
         scope = GuardedScope(scope)
-        # Without the line, which may hold a prompt.
-        log = guarded(log, "the log of a prediction cannot be written; this prediction logs no more")
+        # This message omits the line, which may contain a prompt.
+        log = guarded(
+            log, "a prediction's log could not be written; no more lines are logged for this prediction"
+        )
         for note in self._notes(prediction):
             log(note)
         try:
@@ -163,7 +167,7 @@ class Llama:
         request, params = prediction.request, prediction.params
         yield from request.notes
         if (request.params.explicit_maximum or 0) > params.maximum:
-            yield f"the context leaves room for {params.maximum} new tokens"
+            yield f"the maximum was lowered to {params.maximum} new tokens, the room left in the context"
         if request.debug:
             yield f"formatted prompt: {self._tokenizer.render(request.prompt)!r}"
             yield f"settings: {json.dumps(params.model_dump(exclude_none=True), separators=(',', ':'))}"

@@ -1,7 +1,7 @@
 """Sampling parameters: every rule of the API about numbers and stop sequences.
 
-Knows names, bounds, precedence and what switches a rule off; knows nothing of a model, so clamping
-to the room left in a context is done where the context is known (`generation.py`).
+Knows their names and bounds, which of two names takes precedence, and the values that disable a rule. Knows
+nothing about the model: `generation.py` clamps the token limits to the room left in the context.
 """
 
 from __future__ import annotations
@@ -28,29 +28,31 @@ from llama.errors import InvalidInput, MinimumAboveMaximum
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 256
-# What every legal list fits into: each character of it may be escaped, and each stop has a comma.
+# The longest valid input: every character may be escaped, and a comma follows every stop sequence.
 _MAX_STOP_TEXT = MAX_STOPS * (2 * MAX_STOP_CHARACTERS + 1)
 _STOP_TOKEN = re.compile(r"\\[n,\\]|,|[^\\,]+|\\", re.DOTALL)
 _STOP_ESCAPES = {"\\n": "\n", "\\,": ",", "\\\\": "\\"}
-_EXACT_FLOAT = 2**53  # beyond this a float no longer names one whole number
+_EXACT_FLOAT = 2**53  # above this, a float may stand for several integers
 
 
 def _whole(value: object) -> object:
-    """JSON has one number type, so 500.0 and 1e20 arrive as floats where a whole number is meant."""
+    """Convert a float such as 500.0 or 1e20 to an integer, because JSON has only one number type."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _exact(value: object) -> object:
     if isinstance(value, float) and abs(value) > _EXACT_FLOAT:
-        raise ValueError("is too large to be exact; send a whole number between -2**53 and 2**53")
+        raise ValueError(
+            f"is {value!r}, a float that is too large to be exact; send a whole number from -2**53 to 2**53"
+        )
     return value
 
 
 def split_stops(text: str) -> tuple[str, ...]:
     r"""Split the input `stop_sequences` at its commas.
 
-    Sequences are literal and are not trimmed; empty and repeated ones are dropped. `\,` is a comma within a
-    sequence, `\\` a backslash and `\n` a newline; a backslash before anything else is itself.
+    Sequences are literal and are not trimmed. Empty and repeated sequences are dropped. Within a sequence,
+    `\,` is a comma, `\\` is a backslash and `\n` is a newline; any other backslash is literal.
     """
     stops, stop = list[str](), ""
     for token in _STOP_TOKEN.findall(text):
@@ -81,9 +83,9 @@ Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 
 
 class SamplingParams(BaseModel):
-    """The numbers of one request, as sent. A default here means that the rule is off.
+    """The numbers and stop sequences of one request, as sent. Every default disables its rule.
 
-    The published defaults (temperature 0.7 and so on) are those of `Predictor.run`.
+    The published defaults, such as the temperature of 0.7, are in `Predictor.run`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,9 +107,10 @@ class SamplingParams(BaseModel):
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> Self:
-        """Take this model's fields out of a prediction's inputs.
+        """Read these parameters from a prediction's inputs.
 
-        Raises InvalidInput for a wrong type or a broken bound, MinimumAboveMaximum.
+        Raises InvalidInput if a value has the wrong type or is out of bounds, and MinimumAboveMaximum if the
+        minimum number of tokens exceeds a maximum that the caller set.
         """
         try:
             params = cls(**{name: inputs[name] for name in cls.model_fields if name in inputs})
@@ -115,55 +118,54 @@ class SamplingParams(BaseModel):
             raise InvalidInput(_explain(error)) from error
         if params.explicit_maximum is not None and params.minimum > params.explicit_maximum:
             raise MinimumAboveMaximum(
-                f"at least {params.minimum} new tokens are asked for and at most {params.explicit_maximum} "
-                "are allowed; lower min_new_tokens or raise max_new_tokens"
+                f"the minimum of {params.minimum} new tokens is above the maximum of "
+                f"{params.explicit_maximum}; lower min_new_tokens or raise max_new_tokens"
             )
         return params
 
     @property
     def explicit_maximum(self) -> int | None:
-        """The maximum that the caller set, by its newest name that is there."""
+        """The maximum that the caller set, by the name that takes precedence, or None."""
         return next(
             (n for n in (self.max_new_tokens, self.max_tokens, self.max_length) if n is not None), None
         )
 
     @property
     def minimum(self) -> int:
-        """Tokens before which neither EOS nor a stop sequence has an effect."""
+        """The number of tokens before which EOS and stop sequences have no effect."""
         asked = self.min_new_tokens if self.min_new_tokens is not None else self.min_tokens
         return max(asked or 0, 0)
 
     @property
     def maximum(self) -> int:
-        """Tokens after which the answer ends, not yet clamped to the context."""
+        """The number of tokens after which the answer ends, before it is clamped to the context."""
         return self.explicit_maximum or max(DEFAULT_MAX_NEW_TOKENS, self.minimum)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop sequences, as `split_stops` reads them."""
+        """The stop sequences, split and unescaped."""
         return split_stops(self.stop_sequences or "")
 
     @property
     def repetition(self) -> float:
-        """The penalty as an engine applies it: 1 where it is off, and within what float32 holds."""
+        """The repetition penalty that the engine applies: 1 if it is off, and clamped for float32."""
         return min(max(self.repetition_penalty or 1.0, 1e-6), 1e6)
 
     @property
     def greedy(self) -> bool:
-        """Whether every step takes the single best token."""
+        """Whether every step picks the most likely token."""
         return self.temperature == 0 or self.top_p == 0 or self.top_k == 1
 
     def with_seed(self) -> Self:
-        """The same parameters with a seed: the caller's, or one drawn here."""
+        """The same parameters, with a random seed if the caller set none."""
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbits(31)})
 
 
 def _explain(error: ValidationError) -> str:
-    """The first fault as one sentence. Numbers are repeated, a caller's text never is."""
+    """Describe the first fault in one sentence. It may quote a number, but never a caller's text."""
     first = error.errors()[0]
     name, got = first["loc"][0], first["input"]
-    shown = f" is {got!r}" if isinstance(got, int | float) else f" is of type {type(got).__name__}"
-    if name == "stop_sequences" and first["type"] == "value_error":
+    if first["type"] == "value_error":  # raised in this module, with the value and the advice
         return f"{name} {first['msg'].removeprefix('Value error, ')}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{name}{shown}: it {message}; correct it or leave it out"
+    shown = f"is {got!r}" if isinstance(got, int | float) else f"is of type {type(got).__name__}"
+    return f"{name} {shown}, but it {first['msg'].removeprefix('Input ')}; correct it or leave it out"

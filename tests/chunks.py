@@ -1,17 +1,19 @@
-"""Cuts what is fed to streaming parts, to feed it in pieces."""
+"""Splits the input of streaming objects into chunks."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TypeVar
 
 T = TypeVar("T", list[int], str)
 
 
 def in_chunks(items: T, cuts: list[int]) -> list[T]:
-    """The items in pieces whose lengths are `cuts`, over and over."""
-    chunks, start, turn = list[T](), 0, 0
+    """Split the items into chunks whose lengths repeat those in `cuts`."""
+    chunks, start = list[T](), 0
+    lengths = itertools.cycle(cuts)
     while start < len(items):
-        end = start + cuts[turn % len(cuts)]
+        end = start + next(lengths)
         chunks.append(items[start:end])
-        start, turn = end, turn + 1
+        start = end
     return chunks

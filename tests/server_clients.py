@@ -1,6 +1,6 @@
-"""What the end-to-end tests share: asking a running server, reading its streams, hearing its webhooks.
+"""Shared by the end-to-end tests: clients of a running server, and a receiver of its webhooks.
 
-Everything here is real HTTP on loopback. Knows predictions and events; knows nothing of models.
+All requests are real HTTP on loopback. Knows predictions and events; knows nothing about models.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from llama.serving.server import CogServer, read_events
 
 Body = dict[str, Any]
 
-PATIENCE = 60.0  # seconds that a test waits for what should come soon, on a machine that others use too
+PATIENCE = 60.0  # seconds to wait for something that should happen soon, even on a busy machine
 
 
 def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
-    """Return as soon as `condition()` is true."""
+    """Wait until `condition()` is true. Fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"waited for {timeout:.0f} s in vain"
+        assert time.monotonic() < deadline, f"the condition was not met within {timeout:.0f} s"
         time.sleep(0.01)
 
 
@@ -40,14 +40,14 @@ def post(server: CogServer, inputs: Mapping[str, Any], **request: Any) -> httpx.
     deadline = time.monotonic() + PATIENCE
     while True:
         response = server.client.post("/predictions", json={"input": inputs, **request}, timeout=PATIENCE)
-        # A burst can meet a 409 while slots are free.
+        # In a burst of requests, Cog may answer 409 although slots are free.
         if response.status_code != 409 or time.monotonic() > deadline:
             return response
         time.sleep(0.05)
 
 
 def answer(server: CogServer, inputs: Mapping[str, Any]) -> Body:
-    """The body of a plain prediction that was let in, whatever became of it."""
+    """The body of the response to a plain prediction, whether it succeeded or failed."""
     response = post(server, inputs)
     assert response.status_code == 200, response.text
     body = response.json()
@@ -84,18 +84,18 @@ def events(
 
 
 def drop_after_output(stream: Generator[tuple[str, Body], None, None], outputs: int) -> None:
-    """Read so many pieces of a stream, then drop its connection."""
+    """Read `outputs` pieces of a stream, then drop its connection."""
     with closing(stream):
         for _ in range(outputs):
             assert any(name == "output" for name, _ in stream)
 
 
 class BackgroundStream:
-    """A stream that a thread of its own reads to the end."""
+    """A stream that is read to the end in a separate thread."""
 
     def __init__(self, server: CogServer, inputs: Mapping[str, Any], **request: Any) -> None:
         self.events = list[tuple[float, str, Body]]()
-        """Arrival, name and data."""
+        """The time of arrival, the name and the data of each event."""
         self._thread = threading.Thread(
             target=self._read, args=(events(server, inputs, **request),), daemon=True
         )
@@ -107,22 +107,22 @@ class BackgroundStream:
 
     @property
     def running(self) -> bool:
-        """Whether an output has come and the end has not."""
+        """Whether a piece of the answer has arrived and the stream has not ended."""
         names = {name for _, name, _ in self.events}
         return "output" in names and "completed" not in names
 
     def wait_for(self, name: str) -> Self:
-        """Until an event of that name has come."""
+        """Wait until an event with this name has arrived."""
         until(lambda: any(seen == name for _, seen, _ in self.events))
         return self
 
     def result(self) -> Body:
-        """The data of the last event, `completed`."""
+        """Wait for the end, and return the data of the last event, which must be `completed`."""
         self._thread.join(2 * PATIENCE)
-        assert not self._thread.is_alive(), "the stream does not end"
+        assert not self._thread.is_alive(), "the stream did not end"
         assert self.events, "the stream had no events"
         _, name, data = self.events[-1]
-        assert name == "completed", f"the stream broke off after {len(self.events)} events"
+        assert name == "completed", f"the stream ended without `completed` after {len(self.events)} events"
         return data
 
     @property
@@ -131,7 +131,7 @@ class BackgroundStream:
 
 
 class WebhookReceiver:
-    """A web server on loopback that keeps the bodies it is sent: a context manager."""
+    """A context manager that runs a web server on loopback and keeps the bodies of all requests."""
 
     def __enter__(self) -> Self:
         self._bodies = bodies = list[Body]()
@@ -149,7 +149,7 @@ class WebhookReceiver:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
-            request_queue_size = 128  # a webhook comes for every piece: none is to be turned away
+            request_queue_size = 128  # every piece sends a webhook, and none may be refused
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
@@ -163,7 +163,7 @@ class WebhookReceiver:
         self._server.server_close()
 
     def request(self, prediction_id: str) -> Body:
-        """The members of a prediction's body that have its end, and its first words, sent here."""
+        """Members of a request body that send the prediction's output and completion to this server."""
         return {
             "id": prediction_id,
             "webhook": self.url,
@@ -177,7 +177,7 @@ class WebhookReceiver:
         until(lambda: any(body.get("output") for body in self._of(prediction_id)))
 
     def wait_for_end(self, prediction_id: str) -> Body:
-        """What was sent when the prediction had ended. Webhooks may overtake one another."""
+        """Wait for the webhook of a finished prediction. Webhooks may arrive out of order."""
         ended = list[Body]()
 
         def has_ended() -> bool:
@@ -189,25 +189,24 @@ class WebhookReceiver:
 
 
 SYSTEM_PROMPT = "You are a helpful, respectful and honest assistant."
-# vLLM gives its cache out by blocks, so that nobody waits before it is full.
+# vLLM allocates its cache in blocks, so a request waits only if all blocks are in use.
 BY_BLOCKS = os.environ.get("LLAMA_ENGINE") == "vllm"
 BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 4  # keys and values, layers, KV heads, head size, float32
 
 
 def tiny_server(folder: Path, *, output: Any = DEVNULL, **environment: str) -> CogServer:
-    """A server of its own. One thread a step: for a model this small a second one costs three times
-    what it brings."""
+    """A server with the model in `folder`. It uses one CPU thread, because more slow down such a small model."""
     variables = {"LLAMA_WEIGHTS": str(folder), "OMP_NUM_THREADS": "1", **environment}
     return CogServer(variables, output=output)
 
 
 def exactly(tokens: int, **inputs: Any) -> dict[str, Any]:
-    """Inputs for an answer of so many tokens, whatever the model would like."""
+    """Greedy inputs whose answer has exactly this many tokens."""
     return {"temperature": 0, "max_new_tokens": tokens, "min_new_tokens": tokens, **inputs}
 
 
 def start(server: CogServer, inputs: dict[str, Any], request: dict[str, Any]) -> None:
-    """Start a prediction that nobody waits for."""
+    """Start a prediction and return without waiting for its answer."""
     response = server.client.put(
         f"/predictions/{request['id']}",
         json={"input": inputs, **request},

@@ -1,4 +1,4 @@
-"""Llama over a scripted engine: text, stops, limits, metrics, logs and how an answer ends."""
+"""Llama with a scripted engine: text, stop sequences, limits, metrics, logs and the end of an answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULTS = input_defaults(Predictor.run)
 
 @dataclass
 class ScriptedEngine:
-    """An `Engine` that answers every request with the same tokens, all ready at once."""
+    """An `Engine` that answers every request with the same tokens, all available immediately."""
 
     answer: list[int] = field(default_factory=list)
     ending: FinishReason | GenerationFailed | None = "stop"
@@ -42,7 +42,7 @@ class ScriptedEngine:
 
     def check(self, params: SamplingParams) -> None:
         if params.temperature == self.refused_temperature:
-            raise NotSupported("temperature is 5 and this engine takes less; send less")
+            raise NotSupported("temperature is 5, which this engine does not support; lower it")
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
         if not self.healthy:
@@ -64,7 +64,7 @@ class ScriptedEngine:
 
 @dataclass
 class Recorder:
-    """A metrics scope and a log that remember."""
+    """A metrics scope and a log that keep what they are given."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ def start(
     return pieces
 
 
-def test_what_is_ready_together_goes_out_as_one_piece(tokenizer: Tokenizer) -> None:
+def test_tokens_that_are_ready_together_are_sent_as_one_piece(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(ids_of(tokenizer, "the answer is a number")), Recorder()
     assert list(start(tokenizer, engine, recorder)) == ["the answer is a number"]
     assert recorder.metrics["output_token_count"] == len(engine.answer)
@@ -112,31 +112,31 @@ def test_what_is_ready_together_goes_out_as_one_piece(tokenizer: Tokenizer) -> N
     assert recorder.metrics["tokens_per_second"] > 0
 
 
-def test_what_the_engine_cannot_do_is_refused_before_the_answer_begins(tokenizer: Tokenizer) -> None:
+def test_unsupported_parameters_are_refused_before_the_answer_begins(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine(refused_temperature=5.0)
     with pytest.raises(NotSupported, match="^E1103 NotSupported: "):
         start(tokenizer, engine, Recorder(), temperature=5)
     assert engine.submitted == []
 
 
-def test_a_begun_answer_is_continued_with_its_space(tokenizer: Tokenizer) -> None:
+def test_a_partial_answer_is_continued_with_the_leading_space_kept(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(ids_of(tokenizer, "is a number")), Recorder()
     prompt = "[INST] what? [/INST] The answer"
     assert "".join(start(tokenizer, engine, recorder, prompt=prompt)) == " is a number"
     assert any("continued" in line for line in recorder.lines)
 
 
-def test_a_stop_sequence_ends_the_answer_and_the_work(tokenizer: Tokenizer) -> None:
+def test_a_stop_sequence_ends_the_answer_and_stops_the_engine(tokenizer: Tokenizer) -> None:
     answer = [ids_of(tokenizer, text) for text in ("one two three f", "our five")]
     engine, recorder = ScriptedEngine([*answer[0], *answer[1]], ending=None), Recorder()
     assert "".join(start(tokenizer, engine, recorder, stop_sequences="e f,zzz")) == "one two thre"
     assert engine.streams[0].cancelled
     assert recorder.metrics["finish_reason"] == "stop"
-    # What came with it, after it, is not billed, however quick the engine was.
+    # Tokens after the stop sequence are not billed, even if the engine had already generated them.
     assert recorder.metrics["output_token_count"] == len(answer[0])
 
 
-def test_what_only_began_like_a_stop_sequence_is_delivered_at_the_end(tokenizer: Tokenizer) -> None:
+def test_text_held_back_for_an_incomplete_stop_sequence_is_sent_at_the_end(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two three"), ending="length"), Recorder()
     assert "".join(start(tokenizer, engine, recorder, stop_sequences="three blind")) == "one two three"
     assert recorder.metrics["finish_reason"] == "length"
@@ -150,7 +150,7 @@ def test_stop_sequences_have_no_effect_before_the_minimum(tokenizer: Tokenizer) 
     assert text == "stop stop stop "
 
 
-def test_bytes_of_an_unfinished_character_come_out_as_one_sign_each(tokenizer: Tokenizer) -> None:
+def test_each_byte_of_an_incomplete_character_becomes_a_replacement_character(tokenizer: Tokenizer) -> None:
     llama_bytes = [3 + byte for byte in "🦙".encode()]  # byte pieces begin at id 3
     engine, recorder = ScriptedEngine([*llama_bytes, *llama_bytes[:2]], ending="length"), Recorder()
     assert "".join(start(tokenizer, engine, recorder)) == "🦙\ufffd\ufffd"
@@ -159,17 +159,18 @@ def test_bytes_of_an_unfinished_character_come_out_as_one_sign_each(tokenizer: T
 @pytest.mark.parametrize(
     "asked", [{"max_new_tokens": 500_000}, {"max_length": 10_000}, {"max_tokens": 10**20}]
 )
-def test_more_tokens_than_fit_are_clamped_and_the_log_says_so(
+def test_a_maximum_beyond_the_context_is_clamped_and_the_log_says_so(
     tokenizer: Tokenizer, asked: dict[str, Any]
 ) -> None:
     engine, recorder = ScriptedEngine(), Recorder()
     list(start(tokenizer, engine, recorder, **asked))
     ((token_ids, params),) = engine.submitted
     assert params.maximum == CONTEXT - len(token_ids)
-    assert f"the context leaves room for {params.maximum} new tokens" in recorder.lines
+    note = f"the maximum was lowered to {params.maximum} new tokens, the room left in the context"
+    assert note in recorder.lines
 
 
-def test_a_minimum_beyond_the_context_is_clamped_too(tokenizer: Tokenizer) -> None:
+def test_a_minimum_beyond_the_context_is_clamped(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(), Recorder()
     list(start(tokenizer, engine, recorder, min_new_tokens=10_000))
     params = engine.submitted[0][1]
@@ -181,7 +182,9 @@ def test_minimum_and_maximum_are_compared_before_they_are_clamped(tokenizer: Tok
         start(tokenizer, ScriptedEngine(), Recorder(), min_new_tokens=20_000, max_new_tokens=10_000)
 
 
-def test_a_prompt_that_leaves_room_for_one_token_is_served_and_the_next_is_not(tokenizer: Tokenizer) -> None:
+def test_a_prompt_that_leaves_room_for_one_token_is_served_and_a_longer_one_is_refused(
+    tokenizer: Tokenizer,
+) -> None:
     llama = Llama(tokenizer, ScriptedEngine())
 
     def count(words: int) -> int:
@@ -196,7 +199,7 @@ def test_a_prompt_that_leaves_room_for_one_token_is_served_and_the_next_is_not(t
         count(words + 1)
 
 
-def test_an_engine_that_fails_ends_the_answer_with_its_error_after_what_was_made(
+def test_an_engine_failure_is_raised_after_the_text_generated_so_far(
     tokenizer: Tokenizer,
 ) -> None:
     engine = ScriptedEngine(ids_of(tokenizer, "one two"), ending=GenerationFailed("a step failed; restart"))
@@ -210,7 +213,7 @@ def test_an_engine_that_fails_ends_the_answer_with_its_error_after_what_was_made
 
 
 class BrokenScope:
-    """A metrics scope and a log that fail from the start."""
+    """A metrics scope and a log that always fail."""
 
     def record_metric(self, name: str, value: float | str) -> None:
         raise OSError("the socket is gone")
@@ -219,31 +222,33 @@ class BrokenScope:
         raise ValueError("the file is closed")
 
 
-def broken(tokenizer: Tokenizer, engine: ScriptedEngine) -> Iterator[str]:
+def stream_with_broken_scope(tokenizer: Tokenizer, engine: ScriptedEngine) -> Iterator[str]:
     scope = BrokenScope()
     llama = Llama(tokenizer, engine)
     prediction = llama.prepare({**DEFAULTS, "prompt": "Hi!", "debug": True})
     return llama.stream(prediction, scope=scope, log=scope.log, cancellation=Cancellation())
 
 
-def test_a_scope_and_a_log_that_fail_do_not_hide_the_engine_s_error(
+def test_a_failing_scope_and_log_do_not_hide_the_engines_error(
     tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pieces = broken(tokenizer, ScriptedEngine(ids_of(tokenizer, "one"), ending=GenerationFailed("it broke")))
+    engine = ScriptedEngine(ids_of(tokenizer, "one"), ending=GenerationFailed("it broke"))
+    pieces = stream_with_broken_scope(tokenizer, engine)
     assert next(pieces) == "one"
     with pytest.raises(GenerationFailed, match="^E2001 GenerationFailed: it broke"):
         next(pieces)
     assert caplog.messages == [
-        "the log of a prediction cannot be written; this prediction logs no more",
+        "a prediction's log could not be written; no more lines are logged for this prediction",
         "the metric output_token_count could not be recorded; this prediction records no more",
     ]
 
 
-def test_a_scope_and_a_log_that_fail_do_not_end_the_answer(tokenizer: Tokenizer) -> None:
-    assert "".join(broken(tokenizer, ScriptedEngine(ids_of(tokenizer, "an answer")))) == "an answer"
+def test_a_failing_scope_and_log_do_not_end_the_answer(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(ids_of(tokenizer, "an answer"))
+    assert "".join(stream_with_broken_scope(tokenizer, engine)) == "an answer"
 
 
-def test_the_log_and_the_record_have_the_same_figures(tokenizer: Tokenizer) -> None:
+def test_the_logged_metrics_equal_the_recorded_ones(tokenizer: Tokenizer) -> None:
     recorder = Recorder()
     engine = ScriptedEngine(ids_of(tokenizer, "one two three"))
     list(start(tokenizer, engine, recorder, log_performance_metrics=True))
@@ -252,7 +257,7 @@ def test_the_log_and_the_record_have_the_same_figures(tokenizer: Tokenizer) -> N
     assert len(logged) == 2
 
 
-def test_the_tokens_so_far_are_recorded_before_each_piece(tokenizer: Tokenizer) -> None:
+def test_the_token_count_is_recorded_before_each_piece(tokenizer: Tokenizer) -> None:
     ids = ids_of(tokenizer, "one two three")
     engine, recorder = ScriptedEngine(ids, ending=None), Recorder()
     pieces = start(tokenizer, engine, recorder)
@@ -262,23 +267,23 @@ def test_the_tokens_so_far_are_recorded_before_each_piece(tokenizer: Tokenizer) 
 
 
 @pytest.mark.parametrize("minimum", [3, 4, 5, 6])
-def test_a_stop_sequence_that_begins_before_the_minimum_and_ends_after_it_is_not_in_the_answer(
+def test_a_stop_sequence_that_ends_after_the_minimum_ends_the_answer_even_if_it_begins_before(
     tokenizer: Tokenizer, minimum: int
 ) -> None:
     text = "abcdefghij and more"
-    ids = [3 + byte for byte in text.encode()]  # one byte a token
+    ids = [3 + byte for byte in text.encode()]  # one token per byte
     engine = ScriptedEngine(ids)
-    said = "".join(start(tokenizer, engine, Recorder(), stop_sequences="cdefg", min_new_tokens=minimum))
-    assert said == "ab"
-    passed = "".join(start(tokenizer, engine, Recorder(), stop_sequences="cdefg", min_new_tokens=7))
-    assert passed == text
+    answer = "".join(start(tokenizer, engine, Recorder(), stop_sequences="cdefg", min_new_tokens=minimum))
+    assert answer == "ab"
+    unstopped = "".join(start(tokenizer, engine, Recorder(), stop_sequences="cdefg", min_new_tokens=7))
+    assert unstopped == text
 
 
-def test_a_prediction_can_be_prepared_beside_the_event_loop(tokenizer: Tokenizer) -> None:
+def test_a_prediction_can_be_prepared_in_a_thread(tokenizer: Tokenizer) -> None:
     llama = Llama(tokenizer, ScriptedEngine())
     inputs = {**DEFAULTS, "prompt": "Hi!"}
-    beside = asyncio.run(llama.prepare_in_thread(inputs))
-    assert beside.token_ids == llama.prepare(inputs).token_ids
+    prediction = asyncio.run(llama.prepare_in_thread(inputs))
+    assert prediction.token_ids == llama.prepare(inputs).token_ids
     with pytest.raises(PromptTooLong):
         asyncio.run(llama.prepare_in_thread(inputs | {"prompt": "5" * CONTEXT}))
     llama.close()
@@ -286,12 +291,12 @@ def test_a_prediction_can_be_prepared_beside_the_event_loop(tokenizer: Tokenizer
         asyncio.run(llama.prepare_in_thread(inputs))
 
 
-def test_an_engine_that_has_stopped_refuses(tokenizer: Tokenizer) -> None:
+def test_a_stopped_engine_refuses_requests(tokenizer: Tokenizer) -> None:
     with pytest.raises(EngineStopped, match="^E2002 "):
         list(start(tokenizer, ScriptedEngine(healthy=False), Recorder()))
 
 
-def test_a_cancel_ends_the_answer_and_what_was_made_is_counted(tokenizer: Tokenizer) -> None:
+def test_cancelling_ends_the_answer_and_counts_the_tokens_so_far(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two"), ending=None), Recorder()
     cancellation = Cancellation()
     pieces = start(tokenizer, engine, recorder, cancellation)
@@ -303,7 +308,7 @@ def test_a_cancel_ends_the_answer_and_what_was_made_is_counted(tokenizer: Tokeni
     assert engine.streams[0].cancelled
 
 
-def test_a_cancel_before_the_first_token_reports_none(tokenizer: Tokenizer) -> None:
+def test_cancelling_before_the_first_token_reports_no_tokens(tokenizer: Tokenizer) -> None:
     engine, recorder, cancellation = ScriptedEngine(ending=None), Recorder(), Cancellation()
     cancellation.set()
     assert list(start(tokenizer, engine, recorder, cancellation)) == []
@@ -311,7 +316,7 @@ def test_a_cancel_before_the_first_token_reports_none(tokenizer: Tokenizer) -> N
     assert "time_to_first_token" not in recorder.metrics
 
 
-def test_leaving_a_stream_early_stops_the_work(tokenizer: Tokenizer) -> None:
+def test_closing_a_stream_early_stops_the_engine(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(ids_of(tokenizer, "one two"), ending=None), Recorder()
     pieces = start(tokenizer, engine, recorder)
     next(pieces)
@@ -320,13 +325,13 @@ def test_leaving_a_stream_early_stops_the_work(tokenizer: Tokenizer) -> None:
     assert recorder.metrics["finish_reason"] == "cancelled"
 
 
-def test_a_stream_that_never_starts_hands_nothing_to_the_engine(tokenizer: Tokenizer) -> None:
+def test_a_stream_that_is_never_read_submits_nothing_to_the_engine(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine()
     start(tokenizer, engine, Recorder()).close()
     assert engine.submitted == []
 
 
-def test_prompts_and_answers_are_in_the_log_only_when_debug_asks(tokenizer: Tokenizer) -> None:
+def test_prompts_and_answers_are_logged_only_with_debug(tokenizer: Tokenizer) -> None:
     inputs: dict[str, Any] = {
         "prompt": "my secret",
         "log_performance_metrics": True,
@@ -343,26 +348,26 @@ def test_prompts_and_answers_are_in_the_log_only_when_debug_asks(tokenizer: Toke
     assert any(line.startswith("time_to_first_token: ") for line in quiet.lines)
 
 
-def test_half_a_character_in_a_stop_sequence_can_be_logged(tokenizer: Tokenizer) -> None:
+def test_an_unpaired_surrogate_in_a_stop_sequence_can_be_logged(tokenizer: Tokenizer) -> None:
     recorder = Recorder()
     list(start(tokenizer, ScriptedEngine(), recorder, debug=True, stop_sequences="\ud800"))
     assert any(line.startswith("settings: ") and r"\ud800" in line for line in recorder.lines)
 
 
-def test_a_drawn_seed_is_in_the_log_and_given_to_the_engine(tokenizer: Tokenizer) -> None:
+def test_a_random_seed_is_logged_and_passed_to_the_engine(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(), Recorder()
     list(start(tokenizer, engine, recorder, temperature=0.7))
     assert any(line.startswith(f"seed: {engine.submitted[0][1].seed} ") for line in recorder.lines)
 
 
-def test_a_seed_of_zero_is_a_seed(tokenizer: Tokenizer) -> None:
+def test_zero_is_a_valid_seed(tokenizer: Tokenizer) -> None:
     engine, recorder = ScriptedEngine(), Recorder()
     list(start(tokenizer, engine, recorder, temperature=0.7, seed=0))
     assert engine.submitted[0][1].seed == 0
     assert not any("seed" in line for line in recorder.lines)
 
 
-def test_a_quick_engine_makes_fewer_pieces_than_a_slow_reader_can_lose() -> None:
+def test_the_tokens_of_a_fast_engine_are_combined_into_few_lists() -> None:
     stream, lists = TokenStream(), list[list[int]]()
 
     def make_tokens() -> None:

@@ -1,4 +1,4 @@
-"""Tokenizer files as Hugging Face's libraries write them, made from the tests' own SentencePiece model."""
+"""Writes tokenizer files in Hugging Face's format from the tests' SentencePiece model."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ LLAMA_2 = (
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 
+# How a space is put in front of a text.
 SPELLINGS = ("normalizer", "first", "always", "never")
 
 
 def fast_tokenizer(processor: SentencePieceProcessor, spelling: str) -> Tokenizer:
-    """The same vocabulary, merged by the `tokenizers` library. `spelling`: where a space is put in front."""
+    """A `tokenizers` tokenizer with the vocabulary of `processor`. `spelling` is one of `SPELLINGS`."""
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     pairs = [
@@ -74,7 +75,7 @@ def write_tokenizer(
     words: Sequence[str | AddedToken] = (),
     **config: Any,
 ) -> Path:
-    """`tokenizer.json` and `tokenizer_config.json`. `words` are added as special tokens."""
+    """Write `tokenizer.json` and `tokenizer_config.json`, with `words` as added tokens; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = fast_tokenizer(processor, spelling)
     for word in words:

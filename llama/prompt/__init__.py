@@ -1,1 +1,1 @@
-"""What a caller's inputs mean: a checked request with a dialogue or a prompt of its own format."""
+"""Turns a caller's inputs into a validated request with a dialogue or a custom-formatted prompt."""

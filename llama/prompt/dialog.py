@@ -1,8 +1,8 @@
-"""Dialogues: what the inputs `prompt`, `system_prompt` and `messages` mean.
+"""Parses the inputs `prompt`, `system_prompt` and `messages` into a dialogue.
 
-A tagged `prompt` is read by a scanner with two states: inside a user turn only `[/INST]` means
-anything, inside an answer only `[INST]` does. Knows Llama 2's tags and the order of turns; knows
-nothing of token ids, of templates, or of how a dialogue is spelt for a model.
+A scanner with two states reads a tagged `prompt`: inside a user turn it recognizes only `[/INST]`, and inside
+an answer only `[INST]`. Knows Llama 2's tags and the order of turns; knows nothing about token ids, templates
+or how a dialogue is formatted for a model.
 """
 
 from __future__ import annotations
@@ -22,26 +22,30 @@ _LEAD = re.compile(r"[\s\ufeff]*(?:<s>[\s\ufeff]*)*")
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """A system prompt and turns: user, assistant, user, ... An assistant turn at the end is an answer
-    that has been begun and is to be continued. A blank system prompt means that there is none."""
+    """A system prompt and turns that alternate: user, assistant, user, and so on.
+
+    An assistant turn at the end is a partial answer, which the model continues. A blank system prompt means
+    that there is none.
+    """
 
     system: str
     turns: tuple[str, ...]
 
     @property
     def begun_answer(self) -> bool:
+        """Whether the last turn is a partial answer."""
         return len(self.turns) % 2 == 0
 
     @property
     def characters(self) -> int:
-        """Characters of all contents, without surrounding blanks: most formats strip them."""
+        """The number of characters in all contents, without outer white space, which most formats strip."""
         return sum(len(content.strip()) for content in (self.system, *self.turns))
 
 
 def read_prompt(prompt: str, system_prompt: str) -> Dialog:
-    """Read `prompt` as a tagged dialogue or, when it does not start as one, as one user message.
+    """Parse `prompt` as a tagged dialogue or, if it does not start like one, as one user message.
 
-    Raises PromptRequired when the last user turn is blank and no answer is begun.
+    Raises PromptRequired if the dialogue ends with a blank user turn.
     """
     start = _skip_lead(prompt, 0)
     if prompt.startswith(B_INST, start) or _system_block(prompt, start, start) is not None:
@@ -50,10 +54,11 @@ def read_prompt(prompt: str, system_prompt: str) -> Dialog:
 
 
 def read_messages(messages: Sequence[Any], system_prompt: str) -> Dialog:
-    """Read `[{"role": ..., "content": ...}]`: an optional system message, then user and assistant
-    in turn. Tags inside contents are text.
+    """Parse a list of messages, `[{"role": ..., "content": ...}]`.
 
-    Raises BadMessages with the index of the first message at fault, PromptRequired.
+    An optional system message comes first, then user and assistant messages alternate. Tags in the contents
+    are text. Raises BadMessages with the index of the first invalid message, and PromptRequired if the
+    dialogue ends with a blank user turn.
     """
     system, turns = system_prompt, list[str]()
     for index, message in enumerate(messages):
@@ -64,36 +69,38 @@ def read_messages(messages: Sequence[Any], system_prompt: str) -> Dialog:
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
             raise BadMessages(
-                f"message {index} has the role {role} where {expected} is expected; send an optional "
-                "system message first, then user and assistant in turn"
+                f"message {index} has the role {role}, but {expected} is expected; send an optional system "
+                "message first, then alternate user and assistant messages"
             )
         turns.append(content)
     if not turns:
-        raise BadMessages("message 0 is the only one and is a system message; add a user message")
+        raise BadMessages("message 0 is a system message and no other message follows; add a user message")
     if len(turns) % 2 == 0 and not turns[-1].strip():
-        turns.pop()  # nothing has been begun
+        turns.pop()  # a blank answer is not a partial answer
     return _checked(Dialog(system, tuple(turns)))
 
 
 def _role_and_content(index: int, message: Any) -> tuple[str, str]:
-    advice = 'send {"role": "system", "user" or "assistant", "content": a string}'
+    advice = 'send {"role": "user", "content": "..."}, with the role system, user or assistant'
     if not isinstance(message, dict):
-        raise BadMessages(f"message {index} is of type {type(message).__name__}; {advice}")
+        raise BadMessages(f"message {index} is of type {type(message).__name__}, not an object; {advice}")
     if missing := {"role", "content"} - message.keys():
         raise BadMessages(f"message {index} has no {min(missing)}; {advice}")
     if len(message) > 2:
-        raise BadMessages(f"message {index} has other keys than role and content; {advice}")
+        raise BadMessages(f"message {index} has keys other than role and content; {advice}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in ("system", "user", "assistant"):
         raise BadMessages(f"message {index} has an unknown role; {advice}")
     if not isinstance(content, str):
-        raise BadMessages(f"message {index} has content of type {type(content).__name__}; {advice}")
+        raise BadMessages(
+            f"message {index} has content of type {type(content).__name__}, not a string; {advice}"
+        )
     return role, content
 
 
 def _checked(dialog: Dialog) -> Dialog:
     if not dialog.begun_answer and not dialog.turns[-1].strip():
-        raise PromptRequired("the last user turn is blank; send a prompt or messages with words in them")
+        raise PromptRequired("the last user turn is blank; add a message for the model to answer")
     return dialog
 
 
@@ -104,7 +111,7 @@ def _skip_lead(text: str, position: int) -> int:
 
 
 def _system_block(text: str, start: int, latest: int) -> tuple[int, int, str] | None:
-    """The first whole `<<SYS>>...<</SYS>>` that begins in [start, latest]: begin, end and content."""
+    """The first closed `<<SYS>>...<</SYS>>` block that begins in [start, latest]: begin, end and content."""
     begin = text.find(B_SYS, start, latest + len(B_SYS))
     if begin < 0 or (close := text.find(E_SYS, begin)) < 0:
         return None
@@ -130,11 +137,11 @@ def _read_tagged(text: str, position: int, system_prompt: str) -> Dialog:
 
 
 def _scan(text: str, position: int) -> list[str]:
-    """Turns from `position`, which is inside the first user turn; a blank begun answer is left out."""
+    """The turns from `position`, which is inside the first user turn, without a blank answer at the end."""
     turns = list[str]()
     while True:
         close = text.find(E_INST, position)
-        if close < 0:  # an unclosed last user turn is closed for the caller
+        if close < 0:  # an unclosed last user turn ends with the text
             return [*turns, text[position:]]
         turns.append(text[position:close])
         position = close + len(E_INST)
@@ -148,8 +155,10 @@ def _scan(text: str, position: int) -> list[str]:
 
 
 def _end_of_answer(answer: str, *, last: bool) -> str:
-    """Without the control words that callers write between turns: `</s>` at the answer's end and,
-    where an `[INST]` follows, `<s>` in front of it."""
+    """Remove the control words that callers write between turns.
+
+    These are `</s>` at the end of an answer and, if an `[INST]` follows, `<s>` in front of it.
+    """
     end = len(answer.rstrip())
     for word in ("</s>",) if last else ("<s>", "</s>"):
         while answer.endswith(word, 0, end):

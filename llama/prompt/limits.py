@@ -1,7 +1,6 @@
-"""Refuses a prompt that cannot fit the context: by its characters before it is encoded, by its tokens
-afterwards.
+"""Refuses prompts that do not fit in the context, by characters before encoding and by tokens afterwards.
 
-Knows lengths; knows nothing of what a prompt says.
+Knows only lengths; knows nothing about the contents of a prompt.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ from llama.errors import PromptTooLong
 
 @dataclass(frozen=True, slots=True)
 class PromptLimits:
-    """What a context can hold: its length in tokens, and the characters of the longest token."""
+    """The length of the context in tokens, and the number of characters in the longest token."""
 
     context: int
     longest_piece: int
 
     def check_characters(self, characters: int) -> None:
-        """Refuse a text that is too long whatever its tokens are, before any work is put into it."""
+        """Raise PromptTooLong if a text of this length cannot fit, however it is encoded."""
         self.check_at_least(-(-characters // self.longest_piece))
 
     def check_at_least(self, tokens: int) -> None:
-        """The same for a prompt of which only a lower bound is known."""
+        """Raise PromptTooLong if a prompt of at least this many tokens leaves no room for one new token."""
         if tokens >= self.context:
             self._refuse(tokens, "at least ")
 
     def check_tokens(self, tokens: int) -> None:
-        """Refuse a prompt that leaves no room for one new token."""
+        """Raise PromptTooLong if a prompt of this many tokens leaves no room for one new token."""
         if tokens >= self.context:
             self._refuse(tokens, "")
 

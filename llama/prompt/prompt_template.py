@@ -1,7 +1,7 @@
-"""The input `prompt_template`: a caller's own format around the prompt.
+"""The input `prompt_template`: a caller's custom format for the prompt.
 
-Knows the placeholders, the published default in its spellings, and which control words mean a
-control token where; knows nothing of token ids.
+Knows the placeholders, the variants of the published default, and which control words become control tokens;
+knows nothing about token ids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LEADING_BOS = re.compile(r"\s*(?:<s>\s*)*<s>")
 
 
 class Control(Enum):
-    """A control token, by the word that stands for it in a template."""
+    """A control token. The value is the word that stands for it in a template."""
 
     BOS = "<s>"
     EOS = "</s>"
@@ -30,36 +30,36 @@ class Control(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FormattedPrompt:
-    """A prompt in the caller's own format: runs of text and control tokens. BOS comes in front."""
+    """A prompt in a custom format: runs of text and control tokens, without the BOS at the start."""
 
     parts: tuple[str | Control, ...]
 
 
 class PromptTemplate:
-    """A caller's `prompt_template`, other than the published default.
+    """A caller's `prompt_template` that differs from the published default.
 
-    Raises BadPromptTemplate when it has no `{prompt}`.
+    Raises BadPromptTemplate if it does not contain `{prompt}`.
     """
 
     def __init__(self, template: str) -> None:
         if "\n" not in template:
             template = template.replace("\\n", "\n")
-        # Literal text at even places, the names of placeholders at odd ones.
+        # Even indices contain literal text, odd indices the names of placeholders.
         self._pieces = [piece for piece in _PLACEHOLDER.split(template) if piece is not None]
         if "prompt" not in self._pieces[1::2]:
             raise BadPromptTemplate(
-                f"prompt_template has {len(template)} characters and no {{prompt}} in it; "
-                "put {prompt} where the prompt belongs or leave prompt_template out"
+                f"prompt_template has {len(template)} characters but does not contain {{prompt}}; put "
+                "{prompt} where the prompt belongs, or leave prompt_template out"
             )
 
     @property
     def is_raw(self) -> bool:
-        """`{prompt}` alone: the prompt is the whole formatted text, control words included."""
+        """Whether the template is only `{prompt}`, so that the prompt is the whole formatted text."""
         return self._pieces[1::2] == ["prompt"] and not "".join(self._pieces[0::2]).strip()
 
     @property
     def is_open_dialogue(self) -> bool:
-        """`[INST]` without `[/INST]`: the prompt is expected to bring the rest."""
+        """Whether the template has `[INST]` but no `[/INST]`, so that the prompt must close the turn."""
         literal = "".join(self._pieces[0::2])
         return B_INST in literal and E_INST not in literal
 
@@ -68,17 +68,20 @@ class PromptTemplate:
         return any("<|start_header_id|>" in piece for piece in self._pieces[0::2])
 
     def repeated(self, prompt: str, system_prompt: str) -> int:
-        """Characters that are filled in beyond once each: by these the expanded text outgrows its parts."""
+        """The number of characters that repeated placeholders add, beyond the first use of each."""
         names = self._pieces[1::2]
         filled = {"prompt": len(prompt), "system_prompt": len(system_prompt)}
         return sum(filled[name] * (names.count(name) - 1) for name in set(names))
 
     def expand(self, prompt: str, system_prompt: str) -> str:
-        """The template with both placeholders filled in, as one text."""
+        """Fill in the placeholders and return the result as one text."""
         return "".join(text for text, _ in self._fill(prompt, system_prompt))
 
     def format(self, prompt: str, system_prompt: str) -> FormattedPrompt:
-        """Runs of text and control tokens. What was filled in stays text, except on the raw route."""
+        """Fill in the placeholders and return runs of text and control tokens.
+
+        Control words in the filled-in text stay text, unless the template is raw.
+        """
         if self.is_raw:
             return FormattedPrompt(tuple(_control_words(raw_text(prompt))))
         parts = list[str | Control]()
@@ -96,14 +99,17 @@ class PromptTemplate:
 
 
 def is_default(template: str) -> bool:
-    """Whether a template is blank or the published default in any spelling."""
+    """Whether a template is blank or a variant of the published default.
+
+    Variants differ in their line breaks, in single or double braces, or in a `<s>` in front.
+    """
     plain = template.replace("\\n", "\n").replace("\r\n", "\n").strip().removeprefix("<s>").strip()
     plain = _PLACEHOLDER.sub(lambda m: f"{{{m[1] or m[2]}}}", plain)
     return plain in ("", PUBLISHED_DEFAULT)
 
 
 def raw_text(prompt: str) -> str:
-    """What the raw route keeps of a prompt: no blanks at its end and no BOS at its start."""
+    """The text of a prompt for a raw template, without white space at its end and without BOS in front."""
     return _drop_leading_bos(prompt.rstrip())
 
 
@@ -121,7 +127,7 @@ def _control_words(text: str) -> Iterator[str | Control]:
 
 
 def _joined(parts: list[str | Control]) -> Iterator[str | Control]:
-    """Neighbouring runs of text as one, so that a tokenizer sees them as they will be read."""
+    """Join adjacent runs of text, so that a tokenizer encodes them together."""
     run = list[str]()
     for part in parts:
         if isinstance(part, str):

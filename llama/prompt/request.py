@@ -1,8 +1,7 @@
-"""One request, read from a prediction's inputs: typed, validated and frozen.
+"""Turns a prediction's raw inputs into a typed, validated and frozen Request.
 
-A mapping of raw inputs comes in, and a Request that the rest of the package trusts goes out. Knows the API's
-rules across inputs (those of single numbers are in `sampling_params.py`); knows of a model only how long its
-context is.
+Knows the rules that involve several inputs (`sampling_params.py` has the rules for numbers and stop
+sequences). The only fact about the model that it knows is the length of the context.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from llama.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asked for. `notes` are lines for the caller's log."""
+    """A validated request. `notes` are lines for the prediction's log."""
 
     prompt: Dialog | FormattedPrompt
     params: SamplingParams
@@ -30,23 +29,23 @@ class Request:
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any], limits: PromptLimits) -> Request:
-        """Read the inputs of `Predictor.run`, by name; other names are ignored, as Cog does.
+        """Validate the inputs of `Predictor.run`, by name. Unknown names are ignored, as in Cog.
 
-        Raises a UserError that says what is wrong with them.
+        Raises a UserError if they are invalid.
         """
         if _text(inputs, "replicate_weights").strip():
             raise UnsupportedWeights(
-                "replicate_weights is set and fine-tuned weights are not served; leave it out"
+                "replicate_weights is set, but fine-tuned weights are not supported; leave it out"
             )
         params = SamplingParams.from_inputs(inputs)
         prompt, notes = _read_prompt(inputs, limits)
         if params.length_penalty != 1:
-            notes.append("length_penalty acts on beam search only and has no effect here")
+            notes.append("length_penalty has no effect: it applies to beam search, which is not used here")
         if not params.greedy and params.seed is None:
             params = params.with_seed()
-            notes.append(f"seed: {params.seed} (drawn; send it to get this answer again)")
+            notes.append(f"seed: {params.seed} (chosen at random; send it to get this answer again)")
         if isinstance(prompt, Dialog) and prompt.begun_answer:
-            notes.append("the prompt ends with the beginning of an answer: it is being continued")
+            notes.append("the dialogue ends with the beginning of an answer, which is continued")
         return cls(
             prompt,
             params,
@@ -57,7 +56,7 @@ class Request:
 
     @property
     def continues(self) -> bool:
-        """Whether the answer goes on from text of the prompt, whose spacing then matters."""
+        """Whether the answer continues text of the prompt, so that its leading space must be kept."""
         return isinstance(self.prompt, Dialog) and self.prompt.begun_answer
 
 
@@ -71,11 +70,13 @@ def _read_prompt(
     custom = None if is_default(template) else PromptTemplate(template)
     if messages := _messages(inputs):
         if prompt.strip() or custom:
-            raise BadMessages("messages came together with a prompt or a prompt_template; send one of them")
+            raise BadMessages(
+                "messages is set together with prompt or prompt_template; send either messages or a prompt"
+            )
         limits.check_at_least(len(messages))
         return _within(read_messages(messages, system_prompt), limits), []
     if not prompt.strip():
-        raise PromptRequired("neither prompt nor messages has words in it; send one of them")
+        raise PromptRequired("prompt is blank and there are no messages; send a prompt or messages")
     limits.check_at_least(prompt.count(B_INST))  # every turn has at least one token
     if custom is None:
         return _within(read_prompt(prompt, system_prompt), limits), []
@@ -87,8 +88,10 @@ def _fill_template(
 ) -> tuple[Dialog | FormattedPrompt, list[str]]:
     notes = []
     if template.is_for_llama_3:
-        notes.append("warning: prompt_template is Llama 3's; this model does not know its control words")
-    # Only what would be built many times over. The rest is counted as it is encoded: formats strip blanks.
+        notes.append(
+            "warning: prompt_template is in Llama 3's format, whose control words this model does not know"
+        )
+    # Check only the repeated text here. The rest is counted when it is encoded, as formats strip white space.
     limits.check_characters(template.repeated(prompt, system_prompt))
     if template.is_open_dialogue:
         return _within(read_prompt(template.expand(prompt, system_prompt), ""), limits), notes

@@ -1,13 +1,12 @@
-"""The bridge from Cog's cancel to a running stream.
+"""Stops a running stream when Cog cancels its prediction.
 
-Cog cancels a prediction (a POST to its cancel URL, a dropped connection) by calling `cancel()` on
-the `concurrent.futures.Future` under which `run()` was scheduled. That future is done as soon as
-`run()` has returned its generator, so nothing would stop. Here the future is found from inside
-`run()` and its `cancel` is extended.
+To cancel a prediction, after a POST to its cancel URL or a dropped connection, Cog calls `cancel()` on the
+`concurrent.futures.Future` of `run()`. That future is done as soon as `run()` has returned its generator, so
+the call alone stops nothing. This module finds the future from inside `run()` and wraps its `cancel` method.
 
-This leans on private parts of CPython (`Task._callbacks`, and the closure of the callback that chains
-a task to a future). Where they are not found a prediction runs to its end: it cannot be cancelled,
-nothing else changes. An end-to-end test notices.
+It relies on CPython internals: `Task._callbacks`, and the closure of the callback that chains a task to a
+future. If they are missing, predictions cannot be cancelled, but everything else works. An end-to-end test
+detects this.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from concurrent.futures import Future
 
 
 class Cancellation:
-    """Set once, by any thread; calls what was registered, at once when it is set already."""
+    """A thread-safe flag that calls a registered callback when it is set."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,7 +33,10 @@ class Cancellation:
             callback()
 
     def on_cancel(self, callback: Callable[[], object]) -> None:
-        """Call `callback` when set; it may be called more than once."""
+        """Call `callback` when the flag is set, or immediately if it already is.
+
+        The callback may be called more than once.
+        """
         with self._lock:
             self._callback = callback
             already = self._set
@@ -43,7 +45,7 @@ class Cancellation:
 
 
 def cancellation_of_current_task() -> Cancellation:
-    """To be called inside `run()`: set when Cog cancels this prediction."""
+    """Return a Cancellation that is set when Cog cancels the current prediction. Call it inside `run()`."""
     cancellation = Cancellation()
     if (future := _future_of_current_task()) is not None:
         original = future.cancel

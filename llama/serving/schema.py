@@ -1,7 +1,7 @@
-"""`.cog/openapi_schema.json`, as `cog build` writes it for `Predictor.run`.
+"""Generates `.cog/openapi_schema.json` for `Predictor.run`, as `cog build` does.
 
-Cog's server loads this file and never makes it, so a run without Docker needs it from here. The
-shape follows Cog's own generator (pkg/schema in its source). Knows signatures and OpenAPI.
+Cog's server reads this file but does not create it, so a run without Docker needs this module. The document
+has the same structure as that of Cog's generator (pkg/schema in Cog's source). Knows signatures and OpenAPI.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REF = "#/components/schemas/"
 
 
 def openapi_schema(run: Callable[..., object]) -> dict[str, Any]:
-    """The OpenAPI 3.0.2 document of a streaming `run` method that yields text."""
+    """Return the OpenAPI 3.0.2 document of a streaming `run` method that yields text."""
     schemas = {
         "Input": _object("Input", input_properties(run)),
         "Output": {
@@ -66,8 +66,10 @@ def openapi_schema(run: Callable[..., object]) -> dict[str, Any]:
 
 
 def write_schema(run: Callable[..., object], root: Path) -> Path:
-    """Write the document where Cog's server looks for it, below `root`, unless it is there already. Raises
-    BadSettings when it cannot be written."""
+    """Write the document to `root/.cog/openapi_schema.json`, where Cog's server reads it.
+
+    Returns the path. An identical file is left as it is. Raises BadSettings if the file cannot be written.
+    """
     path = root / ".cog" / "openapi_schema.json"
     text = json.dumps(openapi_schema(run), indent=2) + "\n"
     with suppress(OSError, ValueError):
@@ -80,19 +82,19 @@ def write_schema(run: Callable[..., object], root: Path) -> Path:
         part.replace(path)
     except OSError as error:
         raise BadSettings(
-            f"{path} cannot be written ({error.strerror}); let this user write the folder, or run `python -m "
-            "llama schema` there once as one who may"
+            f"{path} cannot be written ({error.strerror}); give this user write access to {path.parent}, or "
+            "run `python -m llama schema` once as a user who has it"
         ) from error
     return path
 
 
 def input_defaults(run: Callable[..., object]) -> dict[str, Any]:
-    """The published default of every input, by name."""
+    """Return the published default of every input, by name."""
     return {name: parameter.default.default for name, parameter in _inputs(run)}
 
 
 def input_properties(run: Callable[..., object]) -> dict[str, Any]:
-    """The schema of every input, by name, in order."""
+    """Return the JSON schema of every input, by name, in the order of the signature."""
     hints = typing.get_type_hints(run)
     properties = {}
     for order, (name, parameter) in enumerate(_inputs(run)):
@@ -117,7 +119,7 @@ def _inputs(run: Callable[..., object]) -> list[tuple[str, inspect.Parameter]]:
 
 
 def _type_schema(hint: Any) -> tuple[dict[str, Any], bool]:
-    """The JSON schema of an annotation, and whether None is in it."""
+    """Return the JSON schema of an annotation, and whether it allows None."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (inner,) = (argument for argument in arguments if argument is not type(None))

@@ -1,1 +1,1 @@
-"""From text to token ids and back: tokenizers, chat templates, detokenizer, stop sequences."""
+"""Text to token ids and back: tokenizers, chat templates, the detokenizer and stop sequences."""

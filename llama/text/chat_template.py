@@ -1,7 +1,7 @@
-"""The dialogue format of a model that brings a chat template, encoded by its own fast tokenizer.
+"""The dialogue format of a model with its own chat template, encoded by the model's fast tokenizer.
 
-Token ids are those of transformers' `apply_chat_template`, except that a control word which a caller typed
-stays text. Knows chat templates; knows nothing of Llama 2's tags or of files.
+The token ids equal those of transformers' `apply_chat_template`, except that control words in a caller's
+text are encoded as text. Knows chat templates; knows nothing about Llama 2's tags or about files.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _LOOKS_LIKE_CONTROL = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 
 
 class ChatTemplateTokenizer(Tokenizer):
-    """The format of a model that brings a chat template, encoded by that model's own tokenizer."""
+    """A tokenizer that formats dialogues with the model's own chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Raises BadTokenizer when the vocabulary is spelt in a way that is not known here."""
+        """Raises BadTokenizer if the vocabulary is neither byte-level nor SentencePiece-like."""
         self._tokenizer = tokenizer
         backend = tokenizer.backend_tokenizer
         self.eos_token_id = tokenizer.eos_token_id
@@ -67,15 +67,21 @@ class ChatTemplateTokenizer(Tokenizer):
         return self._markers.encode(segments)
 
     def _characters(self, segments: Iterable[Segment]) -> int:
-        """Without the blanks around texts, if there are control words that swallow them."""
+        """The number of characters of text in the segments.
+
+        White space around a run of text does not count if control tokens may absorb it (`lstrip`, `rstrip`).
+        """
         return characters(s.strip() if self._strips and isinstance(s, str) else s for s in segments)
 
     def _has_words(self, segments: Iterable[Segment]) -> bool:
-        """Whether there is a control word in the text of segments, which must stay text."""
+        """Whether any text contains a control word, which must then be encoded as text."""
         return any(word in s for s in segments if isinstance(s, str) for word in self._special)
 
     def _has_more_controls(self, ids: Iterable[int], segments: Iterable[Segment]) -> bool:
-        """Whether text became control tokens, as when a normalizer turns full-width letters into a word."""
+        """Whether text was encoded as a control token.
+
+        This happens if, for example, a normalizer turns full-width letters into a control word.
+        """
         given = Counter(s for s in segments if isinstance(s, int))
         return bool(Counter(i for i in ids if i in self._markers.control_ids) - given)
 
@@ -92,11 +98,11 @@ class ChatTemplateTokenizer(Tokenizer):
                 yield from self._bos if part is Control.BOS else [self.eos_token_id]
 
     def _chat(self, dialog: Dialog) -> Iterator[Segment]:
-        """Render the template, then tell its control words from the same words typed by a caller.
+        """Render the template and split the result into text and the template's own control tokens.
 
-        The first character of every control word is masked in the contents: it is replaced by a private-use
-        character that does not occur in the dialogue. What is then found to be a control word was written by
-        the template.
+        To distinguish these tokens from the same words in a caller's text, the contents are masked: the first
+        character of every control word is replaced by a private-use character that does not occur in the
+        dialogue. The template must then have written any control word in the rendered text.
         """
         messages = _messages(dialog)
         mask = _mask_for(messages, {word[0] for word in self._special})
@@ -110,7 +116,10 @@ class ChatTemplateTokenizer(Tokenizer):
             yield _unmasked(text, mask)
 
     def _masked(self, messages: list[Message], mask: Mapping[str, str]) -> str:
-        """The template's text, with the contents masked of all roles in which it does not look for words."""
+        """Render the template with masked contents.
+
+        The contents of a role are left unmasked if masking them changes what the template renders.
+        """
         plain = self._rendered(messages)
 
         def rendered(roles: Collection[str]) -> str | None:
@@ -122,22 +131,22 @@ class ChatTemplateTokenizer(Tokenizer):
         roles = {message["role"] for message in messages}
         if (masked := rendered(roles)) is not None:
             return masked
-        # A template that cuts an answer at `</think>`, say, must find it there.
+        # For example, a template that cuts answers at `</think>` must find that word in them.
         return rendered([role for role in roles if rendered([role]) is not None]) or plain
 
     def _rendered(self, messages: list[Message]) -> str:
-        """The template's text. Raises InvalidInput when the template cannot render these messages."""
+        """Render the template. Raises InvalidInput if the template fails on these messages."""
         begun = messages[-1]["role"] == "assistant"
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
             )
-        # A template is a program, and may end in any error. Its text may quote the caller, so it is left out.
+        # A template is a program and can raise any error. The error's text may quote the caller, so omit it.
         except Exception as error:
             raise InvalidInput(
-                f"this model's chat template cannot render {len(messages)} messages, the first of the role "
-                f"{messages[0]['role']} ({type(error).__name__}); leave system_prompt blank, or send other "
-                "messages"
+                "this model's chat template cannot render the dialogue (number of messages: "
+                f"{len(messages)}, first role: {messages[0]['role']}, error: {type(error).__name__}); leave "
+                "system_prompt blank, or change the messages"
             ) from error
         assert isinstance(rendered, str)
         return rendered
@@ -147,7 +156,7 @@ class ChatTemplateTokenizer(Tokenizer):
 
 
 def _messages(dialog: Dialog) -> list[Message]:
-    """As transformers takes them."""
+    """The dialogue in the format of transformers."""
     contents = list(dialog.turns)
     if dialog.begun_answer:
         contents[-1] = contents[-1].strip()
@@ -158,15 +167,19 @@ def _messages(dialog: Dialog) -> list[Message]:
 
 
 def _mask_for(messages: list[Message], characters: Collection[str]) -> dict[str, str]:
-    """A private character for each of `characters` that occurs in a content; none occurs there itself. Raises
-    InvalidInput for contents that have all private characters."""
+    """Map each of `characters` that occurs in the contents to a private-use character that does not.
+
+    Raises InvalidInput if the contents already use every private-use character.
+    """
     contents = [message["content"] for message in messages]
     free = (chr(code) for code in PRIVATE if not any(chr(code) in content for content in contents))
     mask = {}
     for character in characters:
         if any(character in content for content in contents):
             if (private := next(free, None)) is None:
-                raise InvalidInput("the prompt has every private-use character; leave one of them out")
+                raise InvalidInput(
+                    "the prompt contains every private-use character from U+F0000 to U+FFFFD; remove one"
+                )
             mask[character] = private
     return mask
 
@@ -185,8 +198,10 @@ def _unmasked(text: str, mask: Mapping[str, str]) -> str:
 
 
 def _control_words(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids by word: special tokens, and added tokens that look like control words. Only the names differ from
-    model to model: many add `<|user|>` without calling it special."""
+    """Token ids by control word: all special tokens, and added tokens that look like control words.
+
+    Many models add tokens such as `<|user|>` without marking them as special.
+    """
     return {
         token.content: token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()

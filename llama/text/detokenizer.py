@@ -1,7 +1,7 @@
-"""Text from token ids, piece by piece.
+"""Decodes a stream of token ids into text.
 
-Holds back only what may still change: the bytes of an unfinished character. Knows a vocabulary as a table of
-pieces; knows nothing of the tokenizer that it came from.
+Holds back only what may still change: the bytes of an incomplete character. Knows the vocabulary as a table
+of pieces; knows nothing about the tokenizer that it came from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _EACH_BYTE = "llama-each-byte"
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """SentencePiece's rule: one U+FFFD for every byte that is not part of a character."""
+    """Codec error handler with SentencePiece's rule: one U+FFFD for every byte of an invalid sequence."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "\ufffd" * (error.end - error.start), error.end
@@ -26,27 +26,31 @@ codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
 class Detokenizer:
-    """Joined, the pieces equal the text of all token ids decoded at once; time is linear in them."""
+    """Incremental decoder from token ids to text.
+
+    The concatenated output equals the text of all token ids decoded at once. Total time is linear in the
+    number of tokens.
+    """
 
     def __init__(self, vocabulary: Vocabulary, *, continues: bool = False) -> None:
-        """`continues`: the ids go on from a begun answer, so the leading space stays."""
+        """`continues`: the ids continue a partial answer, so the leading space is kept."""
         self._pieces = vocabulary.pieces
         errors = _EACH_BYTE if vocabulary.sentencepiece else "replace"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
         self._at_start = vocabulary.sentencepiece and not continues
 
     def update(self, token_ids: Iterable[int]) -> str:
-        """Text that these ids complete; the bytes of an unfinished character wait."""
+        """Return the text that these ids complete, and hold back the bytes of an incomplete character."""
         return "".join([self._one(self._pieces[token_id]) for token_id in token_ids])
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for the bytes of a character that never came."""
+        """Return the rest at the end of the answer: U+FFFD for the bytes of an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
     def _one(self, piece: str | bytes) -> str:
         if isinstance(piece, bytes):
             text = self._decoder.decode(piece)
-            # A waiting byte already counts as text: it will come out as something.
+            # A byte that is held back counts as text: it will become a character or U+FFFD.
             self._at_start = self._at_start and not piece
             return text
         text = self.flush()

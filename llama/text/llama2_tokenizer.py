@@ -1,6 +1,6 @@
-"""Llama 2's dialogue format, encoded by SentencePiece as in Meta's reference.
+"""Llama 2's dialogue format, encoded with SentencePiece as in Meta's reference code.
 
-Knows how a dialogue is spelt in Llama 2's tags; knows nothing of files.
+Knows how Llama 2's tags format a dialogue; knows nothing about files.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Llama2Tokenizer(Tokenizer):
-    """Llama 2's format: every exchange encoded on its own, between BOS and EOS.
+    """Llama 2's dialogue format: each exchange is encoded separately, between BOS and EOS.
 
-    Source: `chat_completion` in Meta's reference (llama/generation.py).
+    Source: `chat_completion` in Meta's reference code (llama/generation.py).
     """
 
     def __init__(self, processor: SentencePieceProcessor) -> None:
@@ -55,7 +55,7 @@ class Llama2Tokenizer(Tokenizer):
             if start + 2 < len(turns):
                 yield f"{user} {turns[start + 1].strip()} "
                 yield eos
-            elif start + 1 < len(turns):  # a begun answer: no EOS and no space after it
+            elif start + 1 < len(turns):  # a partial answer has no space and no EOS after it
                 yield f"{user} {turns[start + 1].strip()}"
             else:
                 yield user

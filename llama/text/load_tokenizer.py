@@ -1,6 +1,6 @@
-"""The tokenizer of a model's folder, with the dialogue format that the model was trained on.
+"""Loads the tokenizer of a model's folder, with the dialogue format that the model was trained on.
 
-Knows the files of a tokenizer and what can be wrong with them; knows nothing of how a dialogue is spelt.
+Knows the files of a tokenizer and how they can be damaged; knows nothing about how a dialogue is formatted.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder, with the format that the model was trained on.
+    """Load the tokenizer of a model's folder, with the dialogue format that the model was trained on.
 
-    Raises BadTokenizer if there is no tokenizer, if it is damaged, or if its dialogue format is not known
-    here.
+    Raises BadTokenizer if the tokenizer is missing or damaged, or if its dialogue format is not supported.
     """
     template = _chat_template(folder)
     if template is not None and B_SYS not in template:
@@ -38,32 +37,33 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
     if path is None:
         raise BadTokenizer(
-            f"{folder / 'tokenizer.model'} is not there, and neither is tokenizer.json; copy the model's "
-            "tokenizer files into the folder"
+            f"{folder / 'tokenizer.model'} does not exist, and neither does tokenizer.json; copy the "
+            "model's tokenizer files into the folder"
         )
     processor = _load_sentencepiece(path)
     if [processor.id_to_piece(i) for i in range(4)] != ["<unk>", "<s>", "</s>", "<0x00>"]:
         raise BadTokenizer(
-            f"{path} is not a Llama 2 vocabulary and the folder has no chat template of another format; "
+            f"{path} is not a Llama 2 vocabulary, and the folder has no chat template for another format; "
             "add the chat template that the model was trained on"
         )
     return Llama2Tokenizer(processor)
 
 
 def fit_tokenizer(tokenizer: Tokenizer, rows: int, folder: Path) -> None:
-    """Restrict a tokenizer to the ids below `rows`, the height of the model's table. The table may be padded
-    with rows that are no tokens, and a few control tokens may lie outside of it.
+    """Restrict a tokenizer to the ids below `rows`, the number of rows in the model's embedding table.
 
-    Raises BadTokenizer when the tokenizer cannot belong to the model.
+    The table may have padding rows that belong to no token, and a few control tokens may lie beyond its end.
+    Raises BadTokenizer if the tokenizer cannot belong to the model.
     """
     if tokenizer.text_size > rows:
         raise BadTokenizer(
-            f"the tokenizer in {folder} has {tokenizer.text_size} tokens and the vocab_size of config.json "
-            f"is {rows}; copy the tokenizer files that belong to this model"
+            f"the tokenizer in {folder} has {tokenizer.text_size} tokens, but vocab_size in config.json is "
+            f"{rows}; copy the tokenizer files that belong to this model"
         )
     if 2 * tokenizer.size < rows:
         logger.warning(
-            "the tokenizer in %s has %d tokens and the vocab_size of config.json is %d: is it this model's?",
+            "the tokenizer in %s has %d tokens, but vocab_size in config.json is %d; check that the "
+            "tokenizer belongs to this model",
             folder,
             tokenizer.size,
             rows,
@@ -72,8 +72,10 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, folder: Path) -> None:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The chat template that transformers would render: of several the one called default, and "" if there is
-    none of that name. None for a folder without templates."""
+    """The chat template that transformers would render, or None if the folder has no templates.
+
+    Of several named templates this is the one named default, or "" if none has that name.
+    """
     try:
         if (path := folder / "chat_template.jinja").is_file():
             return path.read_text(encoding="utf-8-sig")
@@ -89,7 +91,7 @@ def _chat_template(folder: Path) -> str | None:
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[-1].get("template") if named else ""
     if not isinstance(template, str | None):
-        raise BadTokenizer(f"{path} has no text as chat_template; copy it again")
+        raise BadTokenizer(f"{path} has a chat_template that is not a string; copy the file again")
     return template
 
 
@@ -105,27 +107,32 @@ def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
 
 
 def _load_chat_template_tokenizer(folder: Path) -> ChatTemplateTokenizer:
-    """Raises BadTokenizer when the folder's tokenizer cannot be loaded, when it spells text in a way that is
-    not known here, or when its chat template cannot render a message."""
+    """Load the folder's fast tokenizer and try out its chat template.
+
+    Raises BadTokenizer if the tokenizer cannot be loaded, if its vocabulary is of an unsupported kind, or if
+    the chat template cannot render a user message.
+    """
     tokenizer = _load(folder)
     faults = [_template_fault(tokenizer, system) for system in ("", "Be brief.")]
-    if all(faults):  # some templates demand a system message, and some refuse one
-        raise BadTokenizer(f"the chat template in {folder} {faults[0]}; correct it, or copy the model's own")
+    if all(faults):  # some templates require a system message, and some reject one
+        raise BadTokenizer(
+            f"the chat template in {folder} {faults[0]}; correct it, or copy the model's own chat template"
+        )
     if faults[1]:
         logger.warning(
-            "the chat template %s with a system message: callers must leave system_prompt blank", faults[1]
+            "with a system message, the chat template %s; callers must leave system_prompt blank", faults[1]
         )
     return tokenizer
 
 
 def _template_fault(tokenizer: ChatTemplateTokenizer, system: str) -> str | None:
-    """What is wrong with how a chat template renders one user message; None when it is right."""
+    """Describe what is wrong with how the chat template renders one user message; None if nothing is."""
     one, other = Dialog(system, ("Hello",)), Dialog(system, ("Why?",))
     try:
         if not tokenizer.encode(one):
-            return "renders a user message as nothing"
+            return "renders a user message as an empty prompt"
         if tokenizer.render(one) == tokenizer.render(other):
-            return "leaves out what the user says"
+            return "leaves out the text of a user message"
     except InvalidInput as error:
         line = getattr(error.__cause__, "lineno", None)
         return f"cannot render a user message ({error.__cause__}{f', line {line}' if line else ''})"
@@ -144,12 +151,12 @@ def _load(folder: Path) -> ChatTemplateTokenizer:
         return ChatTemplateTokenizer(tokenizer)
     except BadTokenizer:
         raise
-    # transformers and tokenizers raise many types here, bare Exception among them
+    # transformers and tokenizers raise many types here, including plain Exception
     except Exception as error:
         if not (folder / "tokenizer.json").is_file():
             raise BadTokenizer(
-                f"{folder} has a chat template but no tokenizer.json, without which it cannot be used; copy "
-                "the model's tokenizer.json into the folder, or write one with transformers' save_pretrained"
+                f"{folder} has a chat template but no tokenizer.json, which the template requires; copy the "
+                "model's tokenizer.json into the folder, or create one with transformers' save_pretrained"
             ) from error
         raise BadTokenizer(
             f"the tokenizer files in {folder} cannot be loaded ({type(error).__name__}: {error}); copy them "
@@ -158,23 +165,26 @@ def _load(folder: Path) -> ChatTemplateTokenizer:
 
 
 def _check_end_of_text(tokenizer: Any, folder: Path) -> None:
-    """Give the tokenizer the end of text that the model's configuration names, if it names none itself."""
+    """If the tokenizer defines no end-of-text token, set the one in the model's configuration."""
     if not tokenizer.is_fast:
-        raise BadTokenizer(f"{folder} has no tokenizer.json; copy the model's into the folder")
-    if tokenizer.eos_token_id is None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(_end_of_text(folder))
+        raise BadTokenizer(f"{folder} has no tokenizer.json; copy the model's tokenizer.json into the folder")
+    if tokenizer.eos_token_id is not None:
+        return
+    token_id = _end_of_text(folder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(token_id)
     if tokenizer.eos_token_id is None:
         raise BadTokenizer(
-            f"the token that ends a text is not in {folder / 'tokenizer.json'}; correct eos_token_id"
+            f"eos_token_id is {token_id}, which {folder / 'tokenizer.json'} does not contain; correct "
+            "eos_token_id in the model's configuration"
         )
 
 
 def _end_of_text(folder: Path) -> int:
-    """The first id that ends an answer, for a tokenizer that names no token of its own."""
+    """The first end-of-text id in the model's configuration."""
     for _, named in named_ends(folder):
         first = named[0] if isinstance(named, list) and named else named
         if type(first) is int:
             return first
     raise BadTokenizer(
-        f"no file in {folder} names the token that ends a text; set eos_token in tokenizer_config.json"
+        f"no file in {folder} defines the end-of-text token; set eos_token in tokenizer_config.json"
     )

@@ -1,8 +1,8 @@
-"""A SentencePiece model made from a `tokenizer.json`, for folders that have no `tokenizer.model`.
+"""Builds a SentencePiece model from a `tokenizer.json`, for folders without a `tokenizer.model`.
 
-Llama 2's token ids are defined by SentencePiece. The `tokenizers` library finds other ids in the same
-vocabulary for some texts, such as runs of spaces, so only the vocabulary and its order of merges are taken
-from the file. Knows both formats; knows nothing of dialogues.
+SentencePiece defines Llama 2's token ids. With the same vocabulary, the `tokenizers` library gives other ids
+for some texts, such as runs of spaces. Only the vocabulary and the order of its merges are therefore read
+from the file. Knows both formats; knows nothing about dialogues.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _CONTROL = ("<s>", "</s>")
 _UNKNOWN = "<unk>"
 _SPACE = "\u2581"
 _LOWEST_SCORE = -1e9
-"""Llama 2's own score for runs of spaces: they merge last. transformers 5 loses it when it saves a folder."""
+"""Llama 2's score for runs of spaces, which merge last. transformers 5 drops it when it saves a tokenizer."""
 
 
 def from_tokenizer_json(path: Path) -> bytes:
-    """A serialized SentencePiece model with the vocabulary of a BPE `tokenizer.json`.
+    """Return a serialized SentencePiece model with the vocabulary of a BPE `tokenizer.json`.
 
-    Raises BadTokenizer when the file holds another kind of tokenizer.
+    Raises BadTokenizer if the file contains another kind of tokenizer.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -31,7 +31,7 @@ def from_tokenizer_json(path: Path) -> bytes:
     proto = ModelProto()
     kinds = ModelProto.SentencePiece.Type
     for piece in pieces:
-        # SentencePiece merges the pair whose result has the highest score, `tokenizers` the one listed first.
+        # SentencePiece first merges the pair with the highest score; `tokenizers`, the pair listed first.
         score = (
             _LOWEST_SCORE
             if set(piece) == {_SPACE} or (len(piece) > 1 and piece not in ranks)
@@ -58,7 +58,7 @@ def _kind(piece: str) -> str:
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, int]]:
-    """The pieces by id, and the first place of each in the order of merges."""
+    """Return the pieces in the order of their ids, and the rank of the first merge that gives each piece."""
     model = read_object(path, BadTokenizer).get("model")
     try:
         if not isinstance(model, dict) or model["byte_fallback"] is not True:
@@ -66,23 +66,23 @@ def _read(path: Path) -> tuple[list[str], dict[str, int]]:
         vocabulary: dict[str, int] = model["vocab"]
         pieces = sorted(vocabulary, key=vocabulary.__getitem__)
         if [vocabulary[piece] for piece in pieces] != list(range(len(pieces))):
-            raise ValueError("ids are missing")
+            raise ValueError("the token ids have gaps")
         if not all(type(token_id) is int for token_id in vocabulary.values()):
-            raise ValueError("ids are not whole numbers")
+            raise ValueError("the token ids are not all integers")
         ranks: dict[str, int] = {}
         for rank, merge in enumerate(model["merges"]):
             ranks.setdefault(_merged(merge), rank)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadTokenizer(
-            f"{path} is not a Llama 2 vocabulary (BPE with byte fallback) and the folder has no chat "
-            "template of another format; add the chat template that the model was trained on"
+            f"{path} is not a Llama 2 vocabulary (BPE with byte fallback), and the folder has no chat "
+            "template for another format; add the chat template that the model was trained on"
         ) from error
     return pieces, ranks
 
 
 def _merged(merge: Any) -> str:
-    """A merge is a pair of pieces, or in older files one string with a space between them."""
+    """The piece that a merge gives. A merge is a pair of pieces, in older files joined by a space."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(first, str) or not isinstance(second, str):
-        raise TypeError("a merge is not of two pieces")
+        raise TypeError("a merge is not a pair of pieces")
     return first + second

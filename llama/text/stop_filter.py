@@ -1,6 +1,6 @@
-"""Cuts an answer at the first stop sequence, wherever its pieces are cut.
+"""Cuts a streamed answer at the first stop sequence.
 
-Holds back only what may still become a stop sequence. Knows text; knows nothing of tokens.
+Holds back only text that may still become a stop sequence. Knows text; knows nothing about tokens.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Cuts a text at the first stop sequence, wherever the pieces of text are cut.
+    """Cuts a streamed text at the first stop sequence, even if the sequence spans several pieces.
 
-    An Aho-Corasick automaton: after each character its state is the longest end of the text that may
-    still become a stop sequence, which is what must be held back. The sequence that ends first wins,
-    the longest of those that end together. Time is linear in the text, whatever the number of stops.
+    An Aho-Corasick automaton. Its state after each character is the longest suffix of the text that is the
+    beginning of a stop sequence, and this suffix is held back. The stop sequence that ends first wins; of
+    several that end at the same character, the longest wins. Time is linear in the length of the text,
+    regardless of the number of stop sequences.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -23,17 +24,17 @@ class StopFilter:
         self._state = 0
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]
-        self._match = [0]  # length of the longest stop that ends in this state
+        self._match = [0]  # length of the longest stop sequence that ends in this state
         self._fail = [0]
         for stop in stops:
             self._insert(stop)
         self._link()
 
     def update(self, text: str, *, may_stop: bool = True) -> str:
-        """The text that no stop sequence can claim any more; "" once stopped.
+        """Return the text that can no longer be part of a stop sequence; "" once a sequence was found.
 
-        If `may_stop` is false, a stop sequence that ends in `text` is ignored. One that begins here and ends
-        in later text still counts.
+        If `may_stop` is false, a stop sequence that ends in `text` is ignored. A stop sequence that begins in
+        `text` and ends in later text still counts.
         """
         if self.stopped:
             return ""
@@ -48,7 +49,7 @@ class StopFilter:
                 kept = self._held + text[: index + 1]
                 self._held = ""
                 return kept[: len(kept) - length]
-            while self._state and not self._next[self._state]:  # no longer stop sequence begins like this
+            while self._state and not self._next[self._state]:  # no longer stop sequence begins with this
                 self._state = self._fail[self._state]
         kept = self._held + text
         cut = len(kept) - self._depth[self._state]
@@ -56,7 +57,7 @@ class StopFilter:
         return kept[:cut]
 
     def flush(self) -> str:
-        """What was held back and turned out to be no stop sequence."""
+        """Return the text that is still held back, because it did not become a stop sequence."""
         held, self._held, self._state = self._held, "", 0
         return held
 
@@ -75,7 +76,7 @@ class StopFilter:
         self._match[state] = len(stop)
 
     def _link(self) -> None:
-        """Breadth first, so that the state to fall back to, which is nearer the root, is ready."""
+        """Set the fallback of every state, breadth first: a fallback is nearer to the root than its state."""
         waiting = deque(self._next[0].values())
         while waiting:
             state = waiting.popleft()

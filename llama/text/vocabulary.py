@@ -1,7 +1,7 @@
-"""What each token id adds to a text, as a table, and how to read it from a fast tokenizer.
+"""A table of the text that each token id stands for, and how to read it from a fast tokenizer.
 
-Knows the two ways in which fast tokenizers spell text (byte-level, and like SentencePiece); knows nothing of
-dialogues or of how text is put together.
+Knows the two kinds of fast tokenizers, byte-level and SentencePiece-like; knows nothing about dialogues or
+about how text is assembled from pieces.
 """
 
 from __future__ import annotations
@@ -20,26 +20,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What each token id adds to a text.
+    """The piece of text that each token id stands for.
 
-    A `str` is whole by itself, spelt as SentencePiece does (U+2581 for a space), and ends a run of
-    bytes before it; `bytes` are a part of UTF-8 text that may end inside a character. A control token
-    adds nothing: `""` in a SentencePiece vocabulary, where it ends a run of bytes as well, `b""` in a
-    byte-level one, where it does not.
+    - A `str` is complete text in SentencePiece's notation, with U+2581 for a space. It ends a run of bytes.
+    - `bytes` are UTF-8 text that may end inside a character.
+    - A control token stands for no text. It is `""` in a SentencePiece vocabulary, where it also ends a run
+      of bytes, and `b""` in a byte-level one, where it does not.
     """
 
     pieces: Sequence[str | bytes]
     sentencepiece: bool
-    """SentencePiece's rules: the text's first space is the tokenizer's own and is taken off again,
-    and a byte that is no character becomes one U+FFFD. Else: UTF-8 with replacement."""
+    """Whether to decode by SentencePiece's rules: the first space of a text is dropped, because the tokenizer
+    added it, and each invalid byte becomes one U+FFFD. Otherwise, text is UTF-8 with replacement."""
 
 
 def read_fast_vocabulary(backend: FastTokenizer) -> Vocabulary:
-    """Raises BadTokenizer when the pieces are spelt in a way not known here."""
+    """Read the vocabulary of a fast tokenizer.
+
+    Raises BadTokenizer if it is neither byte-level nor SentencePiece-like.
+    """
     decoder = json.dumps(json.loads(backend.to_str())["decoder"])
     byte_level = "ByteLevel" in decoder
     if not byte_level and "ByteFallback" not in decoder:
-        raise BadTokenizer("tokenizer.json is neither byte-level nor SentencePiece-like; use another model")
+        raise BadTokenizer(
+            "tokenizer.json is neither a byte-level nor a SentencePiece-like tokenizer; use another model"
+        )
     vocabulary, added = backend.get_vocab(), backend.get_added_tokens_decoder()
     pieces: list[str | bytes] = [b"" if byte_level else ""] * (max(vocabulary.values()) + 1)
     byte_of = _byte_of_character()
@@ -53,12 +58,15 @@ def read_fast_vocabulary(backend: FastTokenizer) -> Vocabulary:
             else:
                 pieces[token_id] = _byte_fallback_piece(piece)
     except KeyError as error:
-        raise BadTokenizer(f"tokenizer.json is not byte-level throughout ({error}); copy it again") from error
+        raise BadTokenizer(
+            f"tokenizer.json is byte-level, but one of its pieces contains the character {error}; copy the "
+            "file again"
+        ) from error
     return Vocabulary(pieces, sentencepiece=not byte_level)
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How a byte-level vocabulary spells bytes as printable characters, read backwards."""
+    """The byte that each printable character of a byte-level vocabulary stands for."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -1,4 +1,4 @@
-"""How a prompt, or messages, become a dialogue: the rules as tables."""
+"""Parsing a prompt or messages into a dialogue: tables of cases, and properties."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from llama.prompt.dialog import Dialog, read_messages, read_prompt
 
 SYSTEM = "input system"
 
-# id: (prompt, turns, system prompt; SYSTEM is that of the input)
+# id: (prompt, expected turns, expected system prompt; SYSTEM is the input system_prompt)
 PROMPTS = {
-    # one user message, as it is
+    # one user message, unchanged
     "plain": ("Hi!", ("Hi!",), SYSTEM),
-    "outer white space is kept for the encoder": ("  Hi!\n", ("  Hi!\n",), SYSTEM),
+    "outer white space is kept": ("  Hi!\n", ("  Hi!\n",), SYSTEM),
     "a tag mentioned": ("What is [INST]?", ("What is [INST]?",), SYSTEM),
-    "a lone closing tag": ("[/INST]", ("[/INST]",), SYSTEM),
+    "only a closing tag": ("[/INST]", ("[/INST]",), SYSTEM),
     "a closing tag in front": ("[/INST] hi [INST] a [/INST]", ("[/INST] hi [INST] a [/INST]",), SYSTEM),
     "tags inside code": ('print("[INST] hi [/INST]")', ('print("[INST] hi [/INST]")',), SYSTEM),
-    "small letters are no tag": ("[inst] hi [/inst]", ("[inst] hi [/inst]",), SYSTEM),
-    "control words typed": ("What is </s>?", ("What is </s>?",), SYSTEM),
+    "lower-case tags": ("[inst] hi [/inst]", ("[inst] hi [/inst]",), SYSTEM),
+    "a control word": ("What is </s>?", ("What is </s>?",), SYSTEM),
     "only a control word": ("<s>", ("<s>",), SYSTEM),
-    "an unclosed system block in front": ("<<SYS>> be nice", ("<<SYS>> be nice",), SYSTEM),
-    "a block behind words": ("hi <<SYS>>a<</SYS>>", ("hi <<SYS>>a<</SYS>>",), SYSTEM),
-    "a closing block alone": ("<</SYS>> hi", ("<</SYS>> hi",), SYSTEM),
+    "an unclosed system block": ("<<SYS>> be nice", ("<<SYS>> be nice",), SYSTEM),
+    "a system block after text": ("hi <<SYS>>a<</SYS>>", ("hi <<SYS>>a<</SYS>>",), SYSTEM),
+    "only a closing system tag": ("<</SYS>> hi", ("<</SYS>> hi",), SYSTEM),
     # one turn
     "one turn": ("[INST] Hi! [/INST]", ("Hi!",), SYSTEM),
     "no spaces": ("[INST]Hi![/INST]", ("Hi!",), SYSTEM),
@@ -40,8 +40,8 @@ PROMPTS = {
     "an opening tag in a user turn": ("[INST] a [INST] b [/INST]", ("a [INST] b",), SYSTEM),
     "control words in a user turn": ("[INST] a </s><s> b [/INST]", ("a </s><s> b",), SYSTEM),
     "eos at the end of a user turn": ("[INST] a</s> [/INST]", ("a</s>",), SYSTEM),
-    "only eos behind the turn": ("[INST] Hi! [/INST]</s>", ("Hi!",), SYSTEM),
-    "white space behind the turn": ("[INST] Hi! [/INST] \n ", ("Hi!",), SYSTEM),
+    "only eos after the turn": ("[INST] Hi! [/INST]</s>", ("Hi!",), SYSTEM),
+    "only white space after the turn": ("[INST] Hi! [/INST] \n ", ("Hi!",), SYSTEM),
     # several turns
     "two turns": ("[INST] a [/INST] b [INST] c [/INST]", ("a", "b", "c"), SYSTEM),
     "as trained": ("<s>[INST] a [/INST] b </s><s>[INST] c [/INST]", ("a", "b", "c"), SYSTEM),
@@ -54,40 +54,48 @@ PROMPTS = {
     "an empty answer": ("[INST] a [/INST][INST] c [/INST]", ("a", "", "c"), SYSTEM),
     "an empty first turn": ("[INST] [/INST] b [INST] c [/INST]", ("", "b", "c"), SYSTEM),
     "an unclosed last turn": ("[INST] a [/INST] b [INST] c", ("a", "b", "c"), SYSTEM),
-    "windows lines": ("[INST] a [/INST]\r\nb\r\n[INST] c [/INST]\r\n", ("a", "b", "c"), SYSTEM),
+    "CRLF line endings": ("[INST] a [/INST]\r\nb\r\n[INST] c [/INST]\r\n", ("a", "b", "c"), SYSTEM),
     "a block in a later turn": (
         "[INST] a [/INST] b [INST] <<SYS>>x<</SYS>> c [/INST]",
         ("a", "b", "<<SYS>>x<</SYS>> c"),
         SYSTEM,
     ),
-    # begun answers
-    "a begun answer": ("[INST] a [/INST] Sure, ", ("a", "Sure,"), SYSTEM),
-    "a begun answer with eos": ("[INST] a [/INST] Sure </s>", ("a", "Sure"), SYSTEM),
+    # partial answers
+    "a partial answer": ("[INST] a [/INST] Sure, ", ("a", "Sure,"), SYSTEM),
+    "a partial answer with eos": ("[INST] a [/INST] Sure </s>", ("a", "Sure"), SYSTEM),
     "a closing tag in an answer": ("[INST] a [/INST] b [/INST] c", ("a", "b [/INST] c"), SYSTEM),
-    "bos at the end is text": ("[INST] a [/INST] b </s><s>", ("a", "b </s><s>"), SYSTEM),
-    "a begun answer later": ("[INST] a [/INST] b [INST] c [/INST] d", ("a", "b", "c", "d"), SYSTEM),
-    "a begun answer to nothing": ("[INST] [/INST] Once upon", ("", "Once upon"), SYSTEM),
+    "bos at the end of a partial answer": ("[INST] a [/INST] b </s><s>", ("a", "b </s><s>"), SYSTEM),
+    "a partial answer after two user turns": (
+        "[INST] a [/INST] b [INST] c [/INST] d",
+        ("a", "b", "c", "d"),
+        SYSTEM,
+    ),
+    "a partial answer to a blank turn": ("[INST] [/INST] Once upon", ("", "Once upon"), SYSTEM),
     # system blocks
     "as documented": ("[INST] <<SYS>>\nnice\n<</SYS>>\n\nHi! [/INST]", ("Hi!",), "nice"),
-    "windows lines in a block": ("[INST] <<SYS>>\r\nnice\r\n<</SYS>>\r\n\r\nHi! [/INST]", ("Hi!",), "nice"),
+    "CRLF line endings in a block": (
+        "[INST] <<SYS>>\r\nnice\r\n<</SYS>>\r\n\r\nHi! [/INST]",
+        ("Hi!",),
+        "nice",
+    ),
     "no white space": ("[INST]<<SYS>>nice<</SYS>>Hi![/INST]", ("Hi!",), "nice"),
     "lines inside a block": ("[INST] <<SYS>> a\n\n b <</SYS>> Hi! [/INST]", ("Hi!",), "a\n\n b"),
     "a block in front": ("<<SYS>>nice<</SYS>>[INST] Hi! [/INST]", ("Hi!",), "nice"),
-    "a block in front, bos behind": ("<<SYS>>nice<</SYS>> <s>[INST] Hi! [/INST]", ("Hi!",), "nice"),
-    "a block in front of nothing": ("<<SYS>>nice<</SYS>> Hi!", ("Hi!",), "nice"),
+    "a block in front of bos": ("<<SYS>>nice<</SYS>> <s>[INST] Hi! [/INST]", ("Hi!",), "nice"),
+    "a block in front of plain text": ("<<SYS>>nice<</SYS>> Hi!", ("Hi!",), "nice"),
     "a block in front of a closed turn": ("<<SYS>>nice<</SYS>> Hi! [/INST] Yes", ("Hi!", "Yes"), "nice"),
-    "a block in mid-turn": ("[INST] a<<SYS>>nice<</SYS>>b [/INST]", ("ab",), "nice"),
+    "a block in the middle of a turn": ("[INST] a<<SYS>>nice<</SYS>>b [/INST]", ("ab",), "nice"),
     "a block at the end": ("[INST] Hi! <<SYS>>nice<</SYS>> [/INST]", ("Hi!",), "nice"),
     "two blocks": ("[INST] <<SYS>>1<</SYS>><<SYS>>2<</SYS>> a [/INST]", ("<<SYS>>2<</SYS>> a",), "1"),
-    "one in front, one inside": (
+    "a block in front and one inside": (
         "<<SYS>>1<</SYS>>[INST] <<SYS>>2<</SYS>> a [/INST]",
         ("<<SYS>>2<</SYS>> a",),
         "1",
     ),
-    "an empty block is none": ("[INST] <<SYS>>\n\n<</SYS>>\n\nHi! [/INST]", ("Hi!",), ""),
+    "an empty block": ("[INST] <<SYS>>\n\n<</SYS>>\n\nHi! [/INST]", ("Hi!",), ""),
     "an empty block in front": ("<<SYS>><</SYS>>[INST] Hi! [/INST]", ("Hi!",), ""),
     "an unclosed block": ("[INST] <<SYS>> nice Hi! [/INST]", ("<<SYS>> nice Hi!",), SYSTEM),
-    "a block closed behind its turn": (
+    "a block closed after its turn": (
         "[INST] <<SYS>> a [/INST] b <</SYS>> [INST] c [/INST]",
         ("<<SYS>> a", "b <</SYS>>", "c"),
         SYSTEM,
@@ -97,7 +105,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize(("prompt", "turns", "system"), PROMPTS.values(), ids=PROMPTS.keys())
-def test_a_prompt_has_these_turns_and_this_system_prompt(
+def test_a_prompt_is_parsed_into_turns_and_a_system_prompt(
     prompt: str, turns: tuple[str, ...], system: str
 ) -> None:
     assert read_prompt(prompt, SYSTEM) == Dialog(system, turns)
@@ -118,7 +126,7 @@ def test_a_prompt_has_these_turns_and_this_system_prompt(
         "<<SYS>>nice<</SYS>>",
     ],
 )
-def test_a_last_turn_without_words_is_refused(prompt: str) -> None:
+def test_a_blank_last_user_turn_is_refused(prompt: str) -> None:
     with pytest.raises(PromptRequired, match=r"^E1001 PromptRequired: "):
         read_prompt(prompt, SYSTEM)
 
@@ -127,7 +135,7 @@ TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", " ", "\n", "\
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(TAGS)).map("".join)))
-def test_any_text_is_a_dialogue_or_has_no_words(prompt: str) -> None:
+def test_any_text_is_a_dialogue_or_is_refused_as_blank(prompt: str) -> None:
     try:
         dialog = read_prompt(prompt, SYSTEM)
     except PromptRequired:
@@ -137,7 +145,7 @@ def test_any_text_is_a_dialogue_or_has_no_words(prompt: str) -> None:
 
 
 @given(st.lists(st.sampled_from(TAGS), min_size=1).map("".join))
-def test_a_prompt_that_opens_with_a_word_is_one_message_whatever_follows(text: str) -> None:
+def test_a_prompt_that_starts_with_plain_text_is_one_message(text: str) -> None:
     assert read_prompt("Hi! " + text, SYSTEM) == Dialog(SYSTEM, ("Hi! " + text,))
 
 
@@ -145,7 +153,7 @@ WORDS = st.text("ab c", min_size=1).filter(str.strip)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=6), st.sampled_from(["", "<s>"]), st.sampled_from(["", "</s>"]))
-def test_turns_written_as_trained_are_read_back(turns: list[str], bos: str, eos: str) -> None:
+def test_turns_in_llama_2s_format_are_parsed_back(turns: list[str], bos: str, eos: str) -> None:
     text = ""
     for index, turn in enumerate(turns):
         text += f"{bos}[INST] {turn} [/INST]" if index % 2 == 0 else f" {turn} {eos}"
@@ -172,7 +180,7 @@ MESSAGES: list[tuple[list[dict[str, str]], Dialog]] = [
 
 
 @pytest.mark.parametrize(("messages", "dialog"), MESSAGES)
-def test_messages_are_turns_as_they_are(messages: list[dict[str, str]], dialog: Dialog) -> None:
+def test_messages_become_unchanged_turns(messages: list[dict[str, str]], dialog: Dialog) -> None:
     assert read_messages(messages, SYSTEM) == dialog
 
 
@@ -202,11 +210,11 @@ USER, ASSISTANT = message("user"), message("assistant")
         ([None], 0),
     ],
 )
-def test_messages_that_are_no_dialogue_are_refused_with_the_index(messages: list[Any], index: int) -> None:
+def test_invalid_messages_are_refused_with_the_index(messages: list[Any], index: int) -> None:
     with pytest.raises(BadMessages, match=rf"^E1005 BadMessages: message {index} "):
         read_messages(messages, SYSTEM)
 
 
-def test_a_blank_last_user_message_is_no_prompt() -> None:
+def test_a_blank_last_user_message_is_refused() -> None:
     with pytest.raises(PromptRequired):
         read_messages([USER, ASSISTANT, message("user", " ")], SYSTEM)

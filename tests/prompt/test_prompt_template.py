@@ -1,4 +1,4 @@
-"""The input `prompt_template`: its default in all spellings, its placeholders and control words."""
+"""The input `prompt_template`: variants of its default, its placeholders and control words."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def read(template: str, prompt: str = "Hi!", system_prompt: str = "nice") -> Req
     ],
 )
 @pytest.mark.parametrize("prompt", ["Hi!", "[INST] a [/INST] b [INST] c [/INST]"])
-def test_the_published_default_in_any_spelling_is_no_template(template: str, prompt: str) -> None:
+def test_every_variant_of_the_published_default_is_the_same_as_no_template(
+    template: str, prompt: str
+) -> None:
     assert is_default(template)
     assert read(template, prompt).prompt == read("", prompt).prompt
 
@@ -69,11 +71,11 @@ def test_the_published_default_in_any_spelling_is_no_template(template: str, pro
         ("{{{prompt}}}", ("{Hi!}",)),
     ],
 )
-def test_a_template_is_filled_with_plain_text(template: str, parts: tuple[str | Control, ...]) -> None:
+def test_placeholders_are_replaced_by_plain_text(template: str, parts: tuple[str | Control, ...]) -> None:
     assert read(template).prompt == FormattedPrompt(parts)
 
 
-def test_what_is_filled_in_is_neither_filled_nor_control() -> None:
+def test_placeholders_and_control_words_in_filled_in_text_stay_text() -> None:
     request = read(
         "S: {system_prompt} P: {prompt}", prompt="</s> {system_prompt} \\n", system_prompt="{prompt}<s>"
     )
@@ -95,7 +97,7 @@ def test_what_is_filled_in_is_neither_filled_nor_control() -> None:
         ("{prompt} {system_prompt}", ("{prompt} {system_prompt}",)),
     ],
 )
-def test_on_the_raw_route_the_prompt_is_everything(
+def test_with_a_raw_template_the_prompt_is_the_whole_formatted_text(
     template: str, prompt: str, parts: tuple[str | Control, ...]
 ) -> None:
     assert read(template, prompt).prompt == FormattedPrompt(parts)
@@ -113,27 +115,27 @@ def test_on_the_raw_route_the_prompt_is_everything(
         ("[INST] {prompt}", "hi", Dialog("", ("hi",))),
     ],
 )
-def test_an_open_template_is_filled_and_read_as_a_dialogue(
+def test_a_template_without_a_closing_tag_is_filled_in_and_parsed_as_a_dialogue(
     template: str, prompt: str, dialog: Dialog
 ) -> None:
     assert read(template, prompt).prompt == dialog
 
 
 @pytest.mark.parametrize(
-    "template", ["no place", "{Prompt}", "{system_prompt}", "{ prompt }", "[INST] [/INST]"]
+    "template", ["no placeholder", "{Prompt}", "{system_prompt}", "{ prompt }", "[INST] [/INST]"]
 )
-def test_a_template_without_the_prompt_is_refused(template: str) -> None:
+def test_a_template_without_a_prompt_placeholder_is_refused(template: str) -> None:
     with pytest.raises(BadPromptTemplate, match=r"^E1003 BadPromptTemplate: .*\{prompt\}"):
         read(template)
 
 
 @pytest.mark.parametrize("template", ["{prompt}", "Q: {prompt}", "[INST] {prompt}"])
-def test_a_template_around_nothing_is_refused(template: str) -> None:
+def test_a_template_with_a_blank_prompt_is_refused(template: str) -> None:
     with pytest.raises(PromptRequired):
         read(template, " \n")
 
 
-def test_a_llama_3_template_is_warned_about() -> None:
+def test_a_llama_3_template_causes_a_warning() -> None:
     request = read("<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|>")
     assert any(note.startswith("warning: ") and "Llama 3" in note for note in request.notes)
     assert not any("warning" in note for note in read("Q: {prompt}").notes)
@@ -143,8 +145,10 @@ TEXT = st.text("ab<>/s{}[INST]\\n \n")
 
 
 @given(TEXT, TEXT, TEXT, TEXT)
-def test_only_a_templates_own_words_become_control_tokens(a: str, b: str, prompt: str, system: str) -> None:
-    template = PromptTemplate(a + "x{prompt}x{system_prompt}" + b)  # not the raw route
+def test_only_control_words_of_the_template_become_control_tokens(
+    a: str, b: str, prompt: str, system: str
+) -> None:
+    template = PromptTemplate(a + "x{prompt}x{system_prompt}" + b)  # not a raw template
     parts = template.format(prompt, system).parts
     controls = sum(isinstance(part, Control) for part in parts)
     assert controls <= a.count("<s>") + a.count("</s>") + b.count("<s>") + b.count("</s>")
@@ -154,7 +158,7 @@ def test_only_a_templates_own_words_become_control_tokens(a: str, b: str, prompt
 
 
 @given(TEXT, TEXT, TEXT, TEXT)
-def test_what_a_template_repeats_is_known_before_it_is_built(
+def test_the_size_of_repeated_text_is_known_before_the_template_is_filled_in(
     a: str, b: str, prompt: str, system: str
 ) -> None:
     template = PromptTemplate(a + "{prompt}{system_prompt}" + b)

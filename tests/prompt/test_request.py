@@ -1,4 +1,4 @@
-"""From a prediction's inputs to a Request: every payload that clients send, and what they get wrong."""
+"""Turning inputs into a Request: the payloads that clients send, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def error_of(**inputs: Any) -> str:
         {"debug": True},
         {"log_performance_metrics": True},
         {"replicate_weights": ""},
-        # together, as real clients send them
+        # combinations that real clients send
         {"max_tokens": 512, "max_new_tokens": 800},
         {"max_length": 500, "max_new_tokens": 500},
         {"max_length": 500, "max_tokens": 512, "max_new_tokens": 800, "min_new_tokens": -1},
@@ -71,7 +71,7 @@ def error_of(**inputs: Any) -> str:
             "length": 3,
             "stop_sequence": "y",
         },
-        # absurd, and meant
+        # extreme but valid values
         {"max_new_tokens": 500_000},
         {"max_new_tokens": 1e20},
         {"max_length": 500.0},
@@ -81,12 +81,12 @@ def error_of(**inputs: Any) -> str:
         {"repetition_penalty": 0},
         {"repetition_penalty": 1e300},
         {"prompt": "\x00\x07\x1b[31m"},
-        {"prompt": "half a pair: \ud800"},
+        {"prompt": "unpaired surrogate: \ud800"},
         {"messages": [], "prompt_template": ""},
     ],
     ids=" ".join,
 )
-def test_every_payload_of_real_clients_is_taken(inputs: dict[str, Any]) -> None:
+def test_every_payload_of_real_clients_is_accepted(inputs: dict[str, Any]) -> None:
     request = read(**inputs)
     for name, value in inputs.items():
         if name in SamplingParams.model_fields:
@@ -111,7 +111,7 @@ def test_every_payload_of_real_clients_is_taken(inputs: dict[str, Any]) -> None:
         ({"prompt": "", "messages": "Hi!"}, "E1005 BadMessages: "),
         ({"prompt": "", "messages": [USER, USER]}, "E1005 BadMessages: message 1 "),
         ({"replicate_weights": "https://example.com/weights.tar"}, "E1006 UnsupportedWeights: "),
-        ({"min_new_tokens": 9, "max_new_tokens": 8}, "E1101 MinimumAboveMaximum: at least 9 "),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "E1101 MinimumAboveMaximum: the minimum of 9 "),
         ({"min_tokens": 9, "max_length": 8}, "E1101 MinimumAboveMaximum: "),
         ({"temperature": 5.1}, "E1000 InvalidInput: temperature is 5.1"),
         ({"temperature": "warm"}, "E1000 InvalidInput: temperature is of type str"),
@@ -139,7 +139,7 @@ def test_every_payload_of_real_clients_is_taken(inputs: dict[str, Any]) -> None:
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else " ".join(value),
 )
-def test_what_cannot_be_served_is_refused_with_its_code(inputs: dict[str, Any], start: str) -> None:
+def test_invalid_inputs_are_refused_with_their_error_code(inputs: dict[str, Any], start: str) -> None:
     line = error_of(**inputs)
     assert line.startswith(start)
     assert "\n" not in line
@@ -160,7 +160,7 @@ def test_what_cannot_be_served_is_refused_with_its_code(inputs: dict[str, Any], 
         ({"min_new_tokens": 8, "max_new_tokens": 8}, 8, 8),
     ],
 )
-def test_the_newest_name_wins_and_the_larger_of_default_and_minimum(
+def test_token_limits_follow_the_precedence_of_their_names_and_the_minimum(
     inputs: dict[str, int], maximum: int, minimum: int
 ) -> None:
     params = read(**inputs).params
@@ -190,43 +190,43 @@ def test_the_newest_name_wins_and_the_larger_of_default_and_minimum(
         (r"\,", (",",)),
     ],
 )
-def test_stop_sequences_are_literal_parts_between_commas(text: str | None, stops: tuple[str, ...]) -> None:
+def test_stop_sequences_are_split_at_commas_and_unescaped(text: str | None, stops: tuple[str, ...]) -> None:
     assert read(stop_sequences=text).params.stops == stops
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**63, 500.0, 2.0**53, -(2.0**53)])
-def test_a_whole_number_is_a_seed_and_none_is_drawn(seed: float) -> None:
+def test_a_whole_number_is_used_as_the_seed(seed: float) -> None:
     request = read(seed=seed)
     assert request.params.seed == int(seed)
     assert not any("seed" in note for note in request.notes)
 
 
-def test_a_seed_is_drawn_anew_for_each_request_and_said() -> None:
+def test_a_random_seed_is_chosen_for_each_request_and_noted() -> None:
     first, second = read(), read()
     assert first.params.seed != second.params.seed
     assert any(f"seed: {first.params.seed} " in note for note in first.notes)
 
 
 @pytest.mark.parametrize("inputs", [{"temperature": 0}, {"top_p": 0}, {"top_k": 1}])
-def test_the_single_best_token_needs_no_seed(inputs: dict[str, float]) -> None:
+def test_greedy_decoding_needs_no_seed(inputs: dict[str, float]) -> None:
     request = read(**inputs)
     assert request.params.greedy
     assert not any("seed" in note for note in request.notes)
 
 
-def test_a_length_penalty_is_taken_and_said_to_have_no_effect() -> None:
+def test_a_length_penalty_is_accepted_and_noted_to_have_no_effect() -> None:
     assert any("length_penalty" in note for note in read(length_penalty=2).notes)
     assert not any("length_penalty" in note for note in read(length_penalty=1).notes)
 
 
-def test_a_system_message_wins_over_the_system_prompt() -> None:
+def test_a_system_message_takes_precedence_over_the_system_prompt() -> None:
     messages = [{"role": "system", "content": "nice"}, USER]
     assert read(prompt="", messages=messages).prompt == Dialog("nice", ("Hi!",))
     assert read(prompt="", messages=[USER], system_prompt="kind").prompt == Dialog("kind", ("Hi!",))
 
 
 def line_of(inputs: dict[str, Any]) -> str:
-    """The error that these inputs give, "" for none."""
+    """The error for these inputs, or "" if they are valid."""
     try:
         Request.from_inputs({**DEFAULTS, **inputs}, LIMITS)
     except LlamaError as error:
@@ -258,7 +258,7 @@ MARKED = st.text().map(lambda text: f"{text}{MARKER}{text}")
 def test_an_error_is_one_line_that_never_quotes_the_caller(texts: dict[str, str], messages: Any) -> None:
     line = line_of({**texts, "messages": messages})
     assert MARKER not in line
-    # Cog takes an error with this word in it for a cancelled prediction.
+    # Cog reports an error that contains this word as a cancelled prediction.
     assert "cancelled" not in line.lower()
     assert "\n" not in line
 
@@ -270,5 +270,5 @@ def test_an_error_is_one_line_that_never_quotes_the_caller(texts: dict[str, str]
         st.one_of(st.none(), st.integers(), st.floats(), st.text(), st.booleans(), st.lists(st.integers())),
     )
 )
-def test_inputs_of_any_type_give_a_request_or_an_error_with_a_code(inputs: dict[str, Any]) -> None:
+def test_inputs_of_any_type_give_a_request_or_a_user_error(inputs: dict[str, Any]) -> None:
     assert line_of(inputs)[:2] in ("", "E1")

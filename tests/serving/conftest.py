@@ -1,4 +1,4 @@
-"""Cog's own server with a small model, started once for all tests of this folder."""
+"""Cog's server with a small model, started once for all tests in this folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server_clients import (
-    BYTES_PER_TOKEN,
-    WebhookReceiver,
-    tiny_server,
-)
+from server_clients import BYTES_PER_TOKEN, WebhookReceiver, tiny_server
 from small_models import CONTEXT
 
 from llama import ROOT
@@ -38,7 +34,7 @@ def server(schema: None, llama_folder: Path, server_log: Path) -> Iterator[CogSe
 
 @pytest.fixture(scope="session")
 def narrow_server(schema: None, llama_folder: Path) -> Iterator[CogServer]:
-    """Lets two predictions in and has a cache for one: the other waits."""
+    """A server that accepts two predictions but has a key/value cache for one, so that the other waits."""
     cache = str(BYTES_PER_TOKEN * CONTEXT)
     with tiny_server(llama_folder, COG_MAX_CONCURRENCY="2", LLAMA_CACHE_MEMORY=cache) as running:
         running.wait_until_ready()

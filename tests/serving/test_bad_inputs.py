@@ -1,4 +1,4 @@
-"""What a caller may not send, and what it costs the others, through Cog's own server."""
+"""Invalid and hostile inputs to Cog's server, and their effect on other predictions."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ USER = {"role": "user", "content": "hi"}
         ("E1000 InvalidInput: stop_sequences ", {"prompt": "hi", "stop_sequences": "x" * 300_000}),
     ],
 )
-def test_what_cannot_be_answered_fails_with_its_code_and_one_line(
+def test_invalid_inputs_fail_with_an_error_code_on_one_line(
     server: CogServer, line: str, inputs: dict[str, Any]
 ) -> None:
     body = answer(server, inputs)
 
-    # Never "canceled", whatever words the caller used.
+    # Never "canceled", even if the inputs contain words such as "cancelled".
     assert body["status"] == "failed"
     assert line in body["error"]
     assert len(body["error"].splitlines()) == 1
@@ -64,7 +64,7 @@ def test_what_cannot_be_answered_fails_with_its_code_and_one_line(
 
 
 def test_a_refused_stream_ends_with_the_same_error_and_no_output(server: CogServer) -> None:
-    (first, _), (last, data) = events(server, {"prompt": "hi", "prompt_template": "no place for it"})
+    (first, _), (last, data) = events(server, {"prompt": "hi", "prompt_template": "no placeholder"})
 
     assert (first, last) == ("start", "completed")
     assert data["status"] == "failed"
@@ -79,18 +79,20 @@ def test_a_refused_stream_ends_with_the_same_error_and_no_output(server: CogServ
         ("top_k", -2),
         ("max_new_tokens", 0),
         ("presence_penalty", 3),
-        # of the wrong type
+        # wrong types
         ("prompt", 5),
         ("seed", 1.5),
         ("debug", "yes"),
         ("messages", "hi"),
-        # an explicit null, even where the input is optional
+        # an explicit null, which is refused even for optional inputs
         ("seed", None),
         ("stop_sequences", None),
         ("messages", None),
     ],
 )
-def test_a_value_outside_the_schema_is_refused_by_name(server: CogServer, name: str, value: object) -> None:
+def test_a_value_that_violates_the_schema_is_refused_with_the_inputs_name(
+    server: CogServer, name: str, value: object
+) -> None:
     response = post(server, {"prompt": "hi", name: value})
 
     assert response.status_code == 422
@@ -99,25 +101,25 @@ def test_a_value_outside_the_schema_is_refused_by_name(server: CogServer, name: 
 
 
 @pytest.mark.parametrize("element", ["hi", None, 5, []])
-def test_a_message_that_is_no_object_is_refused(server: CogServer, element: object) -> None:
+def test_a_message_that_is_not_an_object_is_refused(server: CogServer, element: object) -> None:
     response = post(server, {"messages": [element]})
 
     assert response.status_code == 422
     assert response.json()["detail"][0]["loc"][:2] == ["body", "input"]
 
 
-def test_inputs_that_do_not_exist_are_ignored(server: CogServer) -> None:
+def test_unknown_inputs_are_ignored(server: CogServer) -> None:
     inputs = exactly(10, prompt="hi")
 
     assert text(server, inputs | {"stream": True, "stop": ["x"]}) == text(server, inputs)
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens", "max_length"])
-def test_asking_for_more_tokens_than_fit_is_no_error(server: CogServer, name: str) -> None:
+def test_a_maximum_beyond_the_context_is_not_an_error(server: CogServer, name: str) -> None:
     body = answer(server, {"prompt": "hi", "temperature": 0, name: 500_000})
 
     assert body["status"] == "succeeded"
-    assert "the context leaves room for" in body["logs"]
+    assert "the maximum was lowered to" in body["logs"]
 
 
 def test_a_whole_number_may_be_written_as_a_float(server: CogServer) -> None:
@@ -132,18 +134,18 @@ def test_a_whole_number_may_be_written_as_a_float(server: CogServer) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        pytest.param(rb'{"input": {"prompt": "a\ud800b"}}', id="half a surrogate pair"),
-        pytest.param(rb'{"input": {"prompt": "\udc00\ud800"}}', id="a pair the wrong way round"),
+        pytest.param(rb'{"input": {"prompt": "a\ud800b"}}', id="unpaired surrogate"),
+        pytest.param(rb'{"input": {"prompt": "\udc00\ud800"}}', id="reversed surrogate pair"),
         pytest.param(b'{"input": {"prompt": "a\xff\xfe"}}', id="not UTF-8"),
-        pytest.param(b'{"input": {"prompt": "a", "temperature": NaN}}', id="not a number"),
-        pytest.param(b'{"input": {"prompt": "a", "temperature": 1e400}}', id="infinite"),
+        pytest.param(b'{"input": {"prompt": "a", "temperature": NaN}}', id="NaN"),
+        pytest.param(b'{"input": {"prompt": "a", "temperature": 1e400}}', id="infinity"),
         pytest.param(b'{"input": {"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}}", id="deeply nested"),
         pytest.param(b"hello", id="not JSON"),
-        pytest.param(b"[]", id="no object"),
-        pytest.param(b'{"input": []}', id="inputs that are no object"),
+        pytest.param(b"[]", id="not an object"),
+        pytest.param(b'{"input": []}', id="input is not an object"),
     ],
 )
-def test_a_body_that_cannot_be_read_is_the_clients_fault(server: CogServer, body: bytes) -> None:
+def test_an_invalid_body_is_refused_as_a_client_error(server: CogServer, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = server.client.post("/predictions", content=body, headers=headers, timeout=PATIENCE)
 
@@ -155,16 +157,16 @@ def test_a_body_that_cannot_be_read_is_the_clients_fault(server: CogServer, body
 @pytest.mark.parametrize(
     "prompt", ["a\x00b", "\x01\x1b[31m\x7f\x85", "\ufeff\u202e\u2028\ufffe", "\U0010ffff"]
 )
-def test_control_characters_are_text_like_any_other(server: CogServer, prompt: str) -> None:
+def test_control_characters_are_ordinary_text(server: CogServer, prompt: str) -> None:
     body = answer(server, exactly(5, prompt=prompt, debug=True))
 
     assert body["status"] == "succeeded"
-    # They do not reach a terminal either, nor break a log's lines.
+    # The log escapes them, so they reach no terminal and add no line breaks.
     assert body["logs"].replace("\n", "").isprintable()
     assert len(re.findall("^formatted prompt: .*$", body["logs"], re.MULTILINE)) == 1
 
 
-def test_as_many_stop_sequences_as_are_allowed_are_taken(server: CogServer) -> None:
+def test_the_maximum_number_of_stop_sequences_is_accepted(server: CogServer) -> None:
     inputs = exactly(40, prompt="hi") | {"min_new_tokens": 0}
     stops = ",".join(f"unheard of {i}".ljust(256, ".") for i in range(64))
 
@@ -173,14 +175,14 @@ def test_as_many_stop_sequences_as_are_allowed_are_taken(server: CogServer) -> N
     assert "E1000 InvalidInput: stop_sequences has 65 sequences" in one_too_many["error"]
 
 
-def test_blank_ends_of_a_prompt_count_for_nothing(server: CogServer) -> None:
+def test_white_space_around_a_prompt_does_not_count(server: CogServer) -> None:
     inputs = exactly(5, prompt="hi")
     assert text(server, inputs | {"prompt": "hi" + "\n" * 40_000}) == text(server, inputs)
 
 
-def test_the_tokens_so_far_are_recorded_with_every_piece(server: CogServer) -> None:
+def test_the_token_count_is_recorded_before_every_piece(server: CogServer) -> None:
     recorded, tokens_at_pieces = [0], []
-    # An answer that ends within a character has its rest as a last piece, to which no token belongs.
+    # Skip answers that end with an incomplete character: its replacement is a last piece without a new token.
     prompts = (exactly(60, prompt=f"Count to {i}") for i in range(50))
     inputs = next(i for i in prompts if not text(server, i).endswith("\ufffd"))
     for name, data in events(server, inputs):
@@ -188,7 +190,7 @@ def test_the_tokens_so_far_are_recorded_with_every_piece(server: CogServer) -> N
             recorded.append(data["value"])
         elif name == "output":
             tokens_at_pieces.append(recorded[-1])
-    # A server that is killed after a piece has recorded that piece's tokens.
+    # If the server is killed after a piece, the tokens of that piece are therefore already recorded.
     assert tokens_at_pieces[0] > 0
     assert all(before < after for before, after in pairwise(tokens_at_pieces))
     assert recorded == sorted(recorded)
@@ -196,8 +198,10 @@ def test_the_tokens_so_far_are_recorded_with_every_piece(server: CogServer) -> N
 
 
 def post_raw(server: CogServer, inputs: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Seconds and body of a big prediction. By a plain socket, so that sending it takes no time from
-    the thread that reads a stream."""
+    """The duration in seconds and the response of a large prediction.
+
+    It is sent through a plain socket, so that sending does not slow down the thread that reads a stream.
+    """
     body = json.dumps({"input": inputs}).encode()
     head = (
         "POST /predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -215,20 +219,21 @@ COUNTING = exactly(1900, prompt="Count")
 
 
 def longest_pause(stream: BackgroundStream) -> float:
+    """The longest time in seconds between two pieces."""
     stream.result()
     return max(after - before for before, after in pairwise(stream.arrivals))
 
 
 @pytest.fixture(scope="module")
 def own_pause(server: CogServer) -> float:
-    """Of the stream by itself: many tokens in a row may have no text of their own."""
+    """The longest pause of a stream that runs alone: many consecutive tokens may complete no text."""
     return longest_pause(BackgroundStream(server, COUNTING))
 
 
 @pytest.mark.parametrize(
     "inputs",
     [
-        pytest.param({"prompt": "word " * 10_000_000}, id="fifty megabytes of words"),
+        pytest.param({"prompt": "word " * 10_000_000}, id="50 MB of words"),
         pytest.param({"prompt": " " * 20_000_000 + "hi"}, id="white space around a prompt"),
         pytest.param(
             {"prompt": "hi", "system_prompt": " " * 20_000_000 + "hi"},
@@ -240,16 +245,16 @@ def own_pause(server: CogServer) -> float:
         ),
     ],
 )
-def test_a_huge_prompt_is_refused_at_once_and_holds_nobody_up(
+def test_a_huge_prompt_is_refused_quickly_and_does_not_delay_other_streams(
     server: CogServer, own_pause: float, inputs: dict[str, Any]
 ) -> None:
     measured = []
-    for _ in range(3):  # anything may pause for a second on a machine that others use too
-        beside = BackgroundStream(server, COUNTING).wait_for("output")
+    for _ in range(3):  # on a busy machine, any program may pause for a second
+        other = BackgroundStream(server, COUNTING).wait_for("output")
         seconds, body = post_raw(server, inputs)
-        pause = longest_pause(beside)
+        pause = longest_pause(other)
         assert "E1002 PromptTooLong" in body["error"]
         measured.append((seconds, pause - own_pause))
         if seconds < 2 and pause < own_pause + 1:
             return
-    pytest.fail(f"seconds to refuse it, and the longest pause beside it: {measured}")
+    pytest.fail(f"(seconds to refuse the prompt, longest extra pause of another stream): {measured}")

@@ -1,4 +1,4 @@
-"""The bridge from a future's `cancel` to a stream, on a real event loop as Cog uses one."""
+"""Cancelling a future cancels its stream, on a real event loop in a thread, as in Cog's server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_cancelling_the_future_of_a_finished_task_still_sets_the_cancellation(
     assert called.wait(timeout=5)
 
 
-def test_predictions_are_cancelled_one_by_one(loop: asyncio.AbstractEventLoop) -> None:
+def test_cancelling_one_prediction_leaves_the_others_running(loop: asyncio.AbstractEventLoop) -> None:
     events = [threading.Event(), threading.Event()]
     futures = [asyncio.run_coroutine_threadsafe(run(), loop) for _ in events]
     for future, event in zip(futures, events, strict=True):
@@ -53,5 +53,5 @@ def test_a_callback_registered_after_the_cancel_is_called_at_once() -> None:
     assert called.is_set()
 
 
-def test_a_task_that_nobody_can_cancel_runs_without_a_bridge() -> None:
+def test_a_task_without_a_future_still_gets_a_cancellation() -> None:
     assert isinstance(asyncio.run(run()), Cancellation)

@@ -1,4 +1,4 @@
-"""Several predictions at once, cancelled ones, slow readers and the server's end."""
+"""Concurrent predictions, cancellation, slow readers and shutdown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from small_models import write_model
 
 from llama.serving.server import CogServer, read_events
 
-# --- several at once
+# --- concurrent predictions
 
 
 def test_sixteen_streams_at_once_each_get_their_own_answer(server: CogServer) -> None:
@@ -43,12 +43,14 @@ def test_sixteen_streams_at_once_each_get_their_own_answer(server: CogServer) ->
 
 
 def waiting_stream(server: CogServer, prediction_id: str) -> BackgroundStream:
-    """A stream behind another on a narrow server, surely past its start: Cog can lose a cancel that
-    comes within the first millisecond."""
+    """A stream that waits behind another one on a narrow server.
+
+    Its first log line has arrived: Cog may miss a cancel within the first millisecond of a prediction.
+    """
     return BackgroundStream(server, exactly(1500, prompt="two", debug=True), id=prediction_id).wait_for("log")
 
 
-def test_a_prediction_beyond_the_slots_is_turned_away(narrow_server: CogServer) -> None:
+def test_a_prediction_beyond_the_concurrency_limit_is_refused_with_409(narrow_server: CogServer) -> None:
     first = BackgroundStream(narrow_server, exactly(1500, prompt="one"), id="slot-one").wait_for("output")
     second = waiting_stream(narrow_server, "slot-two")
 
@@ -62,10 +64,10 @@ def test_a_prediction_beyond_the_slots_is_turned_away(narrow_server: CogServer) 
     assert answer(narrow_server, exactly(5, prompt="three"))["status"] == "succeeded"
 
 
-# --- leaving early
+# --- cancelled predictions and dropped connections
 
 
-def test_a_cancelled_prediction_ends_early_and_reports_the_tokens_it_made(
+def test_a_cancelled_prediction_ends_early_and_reports_the_tokens_it_generated(
     server: CogServer, webhooks: WebhookReceiver
 ) -> None:
     start(server, exactly(1900, prompt="Count"), webhooks.request("to-cancel"))
@@ -89,13 +91,13 @@ def test_a_cancelled_stream_ends_with_the_text_so_far(server: CogServer) -> None
     result = stream.result()
     assert result["status"] == "canceled"
     assert result["metrics"]["finish_reason"] == "cancelled"
-    made = result["metrics"]["output_token_count"]
-    assert 0 < made < 1900
-    # Billed is what was made; the last token's text may still have been held back.
-    assert text(server, exactly(made + 1, prompt="Count")).startswith("".join(result["output"]))
+    generated = result["metrics"]["output_token_count"]
+    assert 0 < generated < 1900
+    # All generated tokens are billed, but the text of the last one may have been held back.
+    assert text(server, exactly(generated + 1, prompt="Count")).startswith("".join(result["output"]))
 
 
-def test_a_prediction_cancelled_while_it_waits_leaves_the_running_one_alone(narrow_server: CogServer) -> None:
+def test_cancelling_a_waiting_prediction_does_not_affect_the_running_one(narrow_server: CogServer) -> None:
     running = BackgroundStream(narrow_server, exactly(1200, prompt="one")).wait_for("output")
     waiting = waiting_stream(narrow_server, "waits")
 
@@ -112,20 +114,20 @@ def test_a_prediction_cancelled_while_it_waits_leaves_the_running_one_alone(narr
     assert "".join(result["output"]) == text(narrow_server, exactly(1200, prompt="one"))
 
 
-@pytest.mark.skipif(BY_BLOCKS, reason="a second request begins in what the first has not filled")
-def test_a_prediction_that_waits_runs_when_the_one_before_it_has_ended(narrow_server: CogServer) -> None:
+@pytest.mark.skipif(BY_BLOCKS, reason="vLLM starts a second request in the free blocks of the cache")
+def test_a_waiting_prediction_starts_when_the_running_one_has_ended(narrow_server: CogServer) -> None:
     first = BackgroundStream(narrow_server, exactly(1200, prompt="one")).wait_for("output")
     second = BackgroundStream(narrow_server, exactly(20, prompt="two"))
 
     assert first.result()["metrics"]["output_token_count"] == 1200
     result = second.result()
     assert result["metrics"]["output_token_count"] == 20
-    # The last piece and the first one set out at the same time, to two threads of this process.
+    # The last piece of one and the first piece of the other are sent to two threads at almost the same time.
     assert second.arrivals[0] > first.arrivals[-1] - 0.2
     assert second.arrivals[0] > first.arrivals[0] + 0.5
 
 
-def test_a_dropped_stream_ends_its_work(server: CogServer, webhooks: WebhookReceiver) -> None:
+def test_dropping_a_stream_cancels_its_prediction(server: CogServer, webhooks: WebhookReceiver) -> None:
     drop_after_output(events(server, exactly(1900, prompt="Count"), **webhooks.request("dropped")), 20)
 
     ended = webhooks.wait_for_end("dropped")
@@ -134,7 +136,9 @@ def test_a_dropped_stream_ends_its_work(server: CogServer, webhooks: WebhookRece
     assert 20 <= ended["metrics"]["output_token_count"] < 1900
 
 
-def test_a_dropped_plain_request_ends_its_work(server: CogServer, webhooks: WebhookReceiver) -> None:
+def test_dropping_a_plain_request_cancels_its_prediction(
+    server: CogServer, webhooks: WebhookReceiver
+) -> None:
     request = {"input": exactly(1900, prompt="Count"), **webhooks.request("hung-up")}
     with pytest.raises(httpx.ReadTimeout):
         server.client.post("/predictions", json=request, timeout=0.5)
@@ -145,35 +149,35 @@ def test_a_dropped_plain_request_ends_its_work(server: CogServer, webhooks: Webh
     assert ended["metrics"]["output_token_count"] < 1900
 
 
-def test_who_leaves_while_running_or_waiting_makes_room_for_the_next(narrow_server: CogServer) -> None:
+def test_dropped_running_and_waiting_streams_make_room_for_the_next_prediction(
+    narrow_server: CogServer,
+) -> None:
     running = events(narrow_server, exactly(1900, prompt="one"))
     assert any(name == "output" for name, _ in running)
     waiting = events(narrow_server, exactly(1900, prompt="two", debug=True))
-    assert any(name == "log" for name, _ in waiting)  # surely past its start
+    assert any(name == "log" for name, _ in waiting)  # see `waiting_stream`
 
     waiting.close()
     running.close()
 
     body = answer(narrow_server, exactly(5, prompt="three"))
     assert body["status"] == "succeeded"
-    # Neither of the two long answers was made first: that would have taken seconds.
+    # Neither of the two long answers was generated first, which would have taken seconds.
     assert body["metrics"]["predict_time"] < 2
 
 
-# --- long answers, and the end
+# --- long answers and shutdown
 
 
 @pytest.fixture
 def long_folder(tmp_path: Path, sentencepiece_model: Path) -> Path:
-    """A smaller model, to be quick, with Llama 2's context."""
+    """A smaller, faster model with the context length of Llama 2."""
     write_model(tmp_path, num_hidden_layers=1, max_position_embeddings=4096)
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
     return tmp_path
 
 
-def test_a_reader_who_sleeps_in_the_middle_of_a_long_answer_gets_all_of_it(
-    schema: None, long_folder: Path
-) -> None:
+def test_a_reader_that_pauses_during_a_long_answer_gets_all_of_it(schema: None, long_folder: Path) -> None:
     inputs = exactly(4000, prompt="Tell me everything")
     with tiny_server(long_folder) as server:
         server.wait_until_ready()
@@ -192,7 +196,7 @@ def test_a_reader_who_sleeps_in_the_middle_of_a_long_answer_gets_all_of_it(
     assert "".join(pieces) == "".join(whole["output"])
 
 
-def test_a_reader_who_comes_late_gets_the_answer_from_its_beginning(server: CogServer) -> None:
+def test_a_late_reader_gets_the_answer_from_its_beginning(server: CogServer) -> None:
     inputs = exactly(1900, prompt="Tell me everything")
     request = {"id": "late-reader"}
     start(server, inputs, request)
@@ -223,7 +227,7 @@ def test_a_reader_who_comes_late_gets_the_answer_from_its_beginning(server: CogS
     assert "".join(last["output"]) == text(server, inputs)
 
 
-def test_a_server_told_to_end_lets_running_streams_finish(schema: None, llama_folder: Path) -> None:
+def test_a_terminated_server_lets_running_streams_finish(schema: None, llama_folder: Path) -> None:
     with tiny_server(llama_folder) as server:
         server.wait_until_ready()
         streams = [BackgroundStream(server, exactly(1000, prompt=f"Stream {i}")) for i in range(4)]

@@ -1,4 +1,4 @@
-"""One prediction at a time through Cog's own server, over real HTTP."""
+"""Single predictions through Cog's server, over real HTTP."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_a_loaded_server_reports_that_it_is_ready(server: CogServer) -> None:
     assert health["setup"]["status"] == "succeeded"
 
 
-def test_the_published_schema_is_that_of_the_run_method(server: CogServer) -> None:
+def test_the_server_publishes_the_schema_of_the_run_method(server: CogServer) -> None:
     assert server.client.get("/openapi.json").json() == openapi_schema(Predictor.run)
 
 
-def test_a_plain_prediction_brings_the_whole_answer_and_its_metrics(server: CogServer) -> None:
+def test_a_plain_prediction_returns_the_complete_answer_and_its_metrics(server: CogServer) -> None:
     body = answer(server, exactly(30, prompt="Tell me about llamas"))
 
     assert body["status"] == "succeeded"
@@ -50,21 +50,21 @@ def test_a_plain_prediction_brings_the_whole_answer_and_its_metrics(server: CogS
     assert metrics["tokens_per_second"] >= 30 / metrics["predict_time"]
 
 
-def test_an_answer_of_one_token_is_whole(server: CogServer) -> None:
+def test_an_answer_of_one_token_is_complete(server: CogServer) -> None:
     assert answer(server, exactly(1, prompt="hi"))["metrics"]["output_token_count"] == 1
 
 
-def test_pieces_arrive_while_later_ones_are_still_being_made(server: CogServer) -> None:
+def test_pieces_arrive_while_later_ones_are_still_being_generated(server: CogServer) -> None:
     stream = BackgroundStream(server, exactly(600, prompt="Count"))
     result = stream.result()
 
-    # Collected first and sent at the end, all would arrive at once.
+    # If the server collected the pieces first, all would arrive at once.
     spread = stream.arrivals[-1] - stream.arrivals[0]
     assert len(stream.arrivals) > 10
     assert spread > result["metrics"]["predict_time"] / 2
 
 
-def test_a_stream_is_a_start_then_numbered_pieces_then_metrics_and_the_end(server: CogServer) -> None:
+def test_a_stream_has_a_start_numbered_pieces_metrics_and_an_end(server: CogServer) -> None:
     seen = list(events(server, exactly(40, prompt="Count", debug=True)))
 
     names = [name for name, _ in seen]
@@ -80,7 +80,7 @@ def test_a_stream_is_a_start_then_numbered_pieces_then_metrics_and_the_end(serve
     assert recorded.items() <= last["metrics"].items()
 
 
-def test_a_stream_and_a_plain_prediction_say_the_same(server: CogServer) -> None:
+def test_a_stream_and_a_plain_prediction_give_the_same_answer(server: CogServer) -> None:
     inputs = exactly(60, prompt="Say it twice")
 
     streamed = "".join(data["chunk"] for name, data in events(server, inputs) if name == "output")
@@ -89,7 +89,9 @@ def test_a_stream_and_a_plain_prediction_say_the_same(server: CogServer) -> None
 
 
 @pytest.mark.parametrize("prompt", ["hi", "What is a cache?", "naïve 語 🦙\nand a second line"])
-def test_a_greedy_answer_is_that_of_transformers(server: CogServer, llama_folder: Path, prompt: str) -> None:
+def test_a_greedy_answer_equals_that_of_transformers(
+    server: CogServer, llama_folder: Path, prompt: str
+) -> None:
     import torch
     from sentencepiece import SentencePieceProcessor
     from transformers import LlamaForCausalLM
@@ -111,7 +113,7 @@ def test_a_greedy_answer_is_that_of_transformers(server: CogServer, llama_folder
 
 
 def free_answer(server: CogServer, pattern: str) -> tuple[dict[str, Any], str]:
-    """Inputs whose answer, which may end where it likes, has `pattern` in it; and that answer."""
+    """Inputs without a minimum whose answer contains `pattern`, and that answer."""
     for seed in range(500):
         inputs = {"prompt": "Go on", "temperature": 1, "seed": seed, "max_new_tokens": 120}
         whole = text(server, inputs)
@@ -121,7 +123,7 @@ def free_answer(server: CogServer, pattern: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_stop_sequence_ends_the_answer_and_never_reaches_the_caller(server: CogServer) -> None:
-    # Nine characters begin and end inside pieces and are as long as several of them.
+    # A stop sequence of nine characters spans several pieces and may begin and end inside them.
     inputs, whole = free_answer(server, r"^.{50,}[^,\\\s]{9}.{20,}$")
     match = re.search(r"^.{50,}?([^,\\\s]{9})", whole, re.DOTALL)
     assert match
@@ -160,25 +162,23 @@ def test_a_seeded_answer_does_not_depend_on_what_else_is_running(server: CogServ
     assert in_parallel(lambda each: text(server, each), crowd)[0] == alone
 
 
-def test_the_seed_that_was_drawn_is_in_the_log_and_gives_the_answer_again(server: CogServer) -> None:
+def test_a_random_seed_is_logged_and_reproduces_the_answer(server: CogServer) -> None:
     inputs = exactly(40, prompt="Surprise me", temperature=1)
-    drawn = answer(server, inputs)
-    match = re.search(r"^seed: (\d+)", drawn["logs"], re.MULTILINE)
+    first = answer(server, inputs)
+    match = re.search(r"^seed: (\d+)", first["logs"], re.MULTILINE)
     assert match
 
     again = answer(server, inputs | {"seed": int(match[1])})
 
-    assert "".join(again["output"]) == "".join(drawn["output"])
+    assert "".join(again["output"]) == "".join(first["output"])
     assert "seed" not in again["logs"]
 
 
 # --- logs
 
 
-def test_neither_prompt_nor_answer_is_written_down_unless_debug_is_on(
-    server: CogServer, server_log: Path
-) -> None:
-    # Each of these has something to say in the log.
+def test_neither_prompt_nor_answer_is_logged_unless_debug_is_on(server: CogServer, server_log: Path) -> None:
+    # Each of these but the last writes something to the log.
     requests = [
         exactly(2000, prompt="zebracrossing"),
         exactly(40, prompt="[INST] zebracrossing [/INST] zebrafinch", log_performance_metrics=True),
@@ -196,7 +196,7 @@ def test_neither_prompt_nor_answer_is_written_down_unless_debug_is_on(
         assert "".join(body["output"]) not in written
 
 
-def test_no_error_quotes_the_caller(server: CogServer, server_log: Path) -> None:
+def test_no_error_quotes_the_callers_text(server: CogServer, server_log: Path) -> None:
     for inputs in (
         {"prompt": "zebramussel " * 3000},
         {"prompt": "hi", "prompt_template": "zebramussel"},
@@ -207,7 +207,7 @@ def test_no_error_quotes_the_caller(server: CogServer, server_log: Path) -> None
     assert "zebramussel" not in server_log.read_text("utf-8")
 
 
-def test_debug_writes_the_formatted_prompt_the_settings_and_the_metrics(server: CogServer) -> None:
+def test_debug_logs_the_formatted_prompt_the_settings_and_the_metrics(server: CogServer) -> None:
     body = answer(server, exactly(5, prompt="hello there", system_prompt="Be brief", debug=True, top_k=40))
 
     lines = body["logs"].splitlines()
@@ -226,7 +226,7 @@ def test_performance_metrics_are_logged_without_the_prompt(server: CogServer) ->
     assert "hello" not in logs
 
 
-def test_a_log_never_holds_lines_of_another_prediction(server: CogServer) -> None:
+def test_a_predictions_log_has_all_of_its_lines_and_none_of_another_prediction(server: CogServer) -> None:
     words = [
         f"unique{word}" for word in ("apple", "birch", "cedar", "daisy", "elder", "fern", "grape", "hazel")
     ]
@@ -237,6 +237,6 @@ def test_a_log_never_holds_lines_of_another_prediction(server: CogServer) -> Non
 
     for word, log in zip(words, in_parallel(logs, words), strict=True):
         assert set(re.findall(r"unique\w+", log)) == {word}
-        # Whole as well: the first line and the last are there, once.
+        # The log is complete: its first and last lines appear exactly once.
         assert log.count("formatted prompt: ") == log.count("finish_reason: ") == 1
         assert log.endswith("\n")

@@ -1,4 +1,4 @@
-"""Models with a chat template of their own: token ids as transformers', control words, and broken templates."""
+"""Models with their own chat template: token ids equal to transformers', control words, broken templates."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ DIALOGS = [
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_are_those_of_transformers_for_every_spelling(
+def test_ids_equal_those_of_transformers_for_every_space_prefix_scheme(
     processor: SentencePieceProcessor, tmp_path: Path, name: str, spelling: str, kind: str, legacy: bool
 ) -> None:
     template, words = TEMPLATES[name]
@@ -93,7 +93,7 @@ def test_ids_are_those_of_transformers_for_every_spelling(
 
 @pytest.mark.parametrize("flags", [{"normalized": True}, {"lstrip": True}, {"rstrip": True}], ids=str)
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_ids_are_those_of_transformers_for_control_words_with_rules_of_their_own(
+def test_ids_equal_those_of_transformers_for_control_words_with_their_own_rules(
     processor: SentencePieceProcessor, tmp_path: Path, spelling: str, flags: dict[str, bool]
 ) -> None:
     words = [AddedToken(word, special=True, **{"normalized": False, **flags}) for word in CHATML_WORDS]
@@ -124,7 +124,7 @@ def chatml(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(turns=st.lists(TYPED, min_size=1, max_size=4), system=TYPED)
-def test_typed_control_words_stay_text_for_every_spelling(
+def test_typed_control_words_stay_text_for_every_space_prefix_scheme(
     chatml: ChatTemplateTokenizer, turns: list[str], system: str
 ) -> None:
     dialog = Dialog(system, tuple(turns))
@@ -138,14 +138,17 @@ def test_typed_control_words_stay_text_for_every_spelling(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(turns=st.lists(st.text(max_size=20), min_size=1, max_size=4))
-def test_both_ways_of_encoding_give_the_same_ids(chatml: ChatTemplateTokenizer, turns: list[str]) -> None:
-    """With and without markers, for dialogues that either can encode."""
+def test_encoding_with_and_without_markers_gives_the_same_ids(
+    chatml: ChatTemplateTokenizer, turns: list[str]
+) -> None:
     dialog = Dialog("", tuple(turns))
     assert chatml._markers.encode(chatml._segments(dialog)) == chatml.encode(dialog)
 
 
-def test_words_around_a_typed_control_word_are_encoded_as_in_any_text(chatml: ChatTemplateTokenizer) -> None:
-    """`</t>` is no control word and has as many characters: only the letter differs."""
+def test_a_typed_control_word_does_not_change_how_the_text_around_it_is_encoded(
+    chatml: ChatTemplateTokenizer,
+) -> None:
+    """`</t>` is not a control word and has the same length: only the ids of the letter may differ."""
     typed, alike = (chatml.encode(Dialog("", (f"a {word} b",))) for word in ("</s>", "</t>"))
     assert len(typed) == len(alike)
     assert sum(a != b for a, b in zip(typed, alike, strict=True)) == 1
@@ -154,7 +157,7 @@ def test_words_around_a_typed_control_word_are_encoded_as_in_any_text(chatml: Ch
 @pytest.mark.parametrize(
     ("normalizer", "typed"), [("NFKC", "a\uff1c|im_end|\uff1eb"), ("Lowercase", "a <|IM_END|> b")]
 )
-def test_a_normalizer_makes_no_control_token_of_typed_text(
+def test_typed_text_that_a_normalizer_turns_into_a_control_word_stays_text(
     processor: SentencePieceProcessor, tmp_path: Path, normalizer: str, typed: str
 ) -> None:
     words = [AddedToken(word, normalized=True, special=True) for word in CHATML_WORDS]
@@ -174,7 +177,7 @@ R1 = (
 )
 
 
-def test_a_template_that_looks_for_a_word_in_an_answer_finds_it(
+def test_a_template_can_search_for_a_control_word_in_an_answer(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     think = AddedToken("</think>", normalized=False, special=False)
@@ -198,14 +201,14 @@ def test_a_template_that_looks_for_a_word_in_an_answer_finds_it(
     ],
     ids=["replaced", "joined"],
 )
-def test_control_words_that_a_template_makes_of_contents_are_text(
+def test_control_words_that_a_template_assembles_from_contents_stay_text(
     processor: SentencePieceProcessor, tmp_path: Path, template: str, dialog: Dialog
 ) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=template, words=CHATML_WORDS))
     assert tokenizer.encode(dialog).count(701) == 1
 
 
-def test_whitespace_that_was_added_to_a_vocabulary_is_encoded_as_by_transformers(
+def test_added_white_space_tokens_are_encoded_as_by_transformers(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     blanks = [AddedToken(" " * n, normalized=False, special=False) for n in (2, 4)]
@@ -214,21 +217,23 @@ def test_whitespace_that_was_added_to_a_vocabulary_is_encoded_as_by_transformers
     assert load_tokenizer(folder).encode(dialog) == by_transformers(folder, dialog)
 
 
-def test_a_content_may_have_all_private_characters(chatml: ChatTemplateTokenizer) -> None:
-    everything = "".join(map(chr, range(0xF0000, 0xFFFFE)))
-    assert chatml.encode(Dialog("", (everything,)))
+def test_a_prompt_with_every_private_use_character_is_refused_only_if_masking_needs_one(
+    chatml: ChatTemplateTokenizer,
+) -> None:
+    every_character = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    assert chatml.encode(Dialog("", (every_character,)))
     with pytest.raises(InvalidInput, match="^E1000 .* every private-use character"):
-        chatml.encode(Dialog("", (everything + "<|im_end|>",)))
+        chatml.encode(Dialog("", (every_character + "<|im_end|>",)))
 
 
-def test_a_single_template_may_be_named_in_an_object(
+def test_templates_may_be_an_object_with_the_default_one(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     folder = write_tokenizer(tmp_path, processor, template={"default": CHATML}, words=CHATML_WORDS)
     assert load_tokenizer(folder).encode(HI) == by_transformers(folder, HI)
 
 
-def test_control_words_that_a_template_puts_together_are_safe(
+def test_control_words_that_a_template_assembles_from_roles_become_control_tokens(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     words = [AddedToken(f"<|{role}|>", normalized=False, special=False) for role in ("user", "assistant")]
@@ -238,11 +243,11 @@ def test_control_words_that_a_template_puts_together_are_safe(
     assert tokenizer.encode(Dialog("", ("a <|user|> b",))).count(700) == 1
 
 
-def test_the_end_of_a_text_may_be_named_by_the_models_configuration(
+def test_the_end_of_text_token_may_come_from_the_models_configuration(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     folder = write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS, eos_token=None)
-    with pytest.raises(BadTokenizer, match=r"no file in .* names the token that ends a text; set eos_token"):
+    with pytest.raises(BadTokenizer, match=r"no file in .* defines the end-of-text token; set eos_token"):
         load_tokenizer(folder)
     (folder / "config.json").write_text('{"eos_token_id": [701, 2]}')
     assert load_tokenizer(folder).eos_token_id == 701
@@ -250,7 +255,7 @@ def test_the_end_of_a_text_may_be_named_by_the_models_configuration(
     assert load_tokenizer(folder).eos_token_id == 2
 
 
-def test_a_template_that_refuses_system_messages_is_served_with_a_warning(
+def test_a_template_that_rejects_system_messages_is_accepted_with_a_warning(
     processor: SentencePieceProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = (
@@ -263,7 +268,7 @@ def test_a_template_that_refuses_system_messages_is_served_with_a_warning(
         tokenizer.encode(Dialog("Be brief.", ("Hi",)))
 
 
-def test_blanks_that_a_control_word_swallows_do_not_count(
+def test_white_space_that_control_tokens_absorb_does_not_count(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     words = [
@@ -274,7 +279,7 @@ def test_blanks_that_a_control_word_swallows_do_not_count(
     assert encode_within(LIMITS, long, tokenizer) == tokenizer.encode(Dialog("", ("hi",)))
 
 
-def test_control_words_that_are_not_called_special_are_safe_too(
+def test_control_words_that_are_not_marked_as_special_stay_text_when_typed(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     words = [AddedToken(word, normalized=False, special=False) for word in CHATML_WORDS]
@@ -289,7 +294,7 @@ def test_control_words_that_are_not_called_special_are_safe_too(
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("prompt", ["Hello", "  a", "Q: </s> and <s> A:"])
-def test_the_raw_route_is_what_the_tokenizer_itself_makes_of_a_text(
+def test_a_raw_prompt_is_encoded_as_by_the_tokenizer_itself(
     processor: SentencePieceProcessor, tmp_path: Path, spelling: str, prompt: str
 ) -> None:
     folder = write_tokenizer(tmp_path, processor, template=ZEPHYR, spelling=spelling)
@@ -300,9 +305,9 @@ def test_the_raw_route_is_what_the_tokenizer_itself_makes_of_a_text(
 
 BROKEN = {
     "syntax": ("{% for m in messages %}{{ m", "unexpected end of template"),
-    "nothing": ("{# nothing #}", "renders a user message as nothing"),
-    "empty": ("", "renders a user message as nothing"),
-    "the same": ("Hello", "leaves out what the user says"),
+    "nothing": ("{# nothing #}", "renders a user message as an empty prompt"),
+    "empty": ("", "renders a user message as an empty prompt"),
+    "constant": ("Hello", "leaves out the text of a user message"),
     "type": ("{{ none + 'x' }}", "cannot render a user message"),
     "division": ("{{ 1 // 0 }}", "cannot render a user message"),
     "lookup": ("{{ messages[7]['content'] }}", "cannot render a user message"),
@@ -312,12 +317,12 @@ BROKEN = {
         [{"name": "rag", "template": CHATML}, {"name": "tool_use", "template": CHATML}],
         "no default",
     ),
-    "a number": (5, "has no text as chat_template"),
+    "a number": (5, "has a chat_template that is not a string"),
 }
 
 
 @pytest.mark.parametrize(("template", "words"), BROKEN.values(), ids=BROKEN)
-def test_a_template_that_can_render_nothing_is_refused_at_setup(
+def test_a_template_that_cannot_render_a_user_message_is_refused_at_setup(
     processor: SentencePieceProcessor, tmp_path: Path, template: Any, words: str
 ) -> None:
     write_tokenizer(tmp_path, processor, template=template, words=CHATML_WORDS)
@@ -325,28 +330,30 @@ def test_a_template_that_can_render_nothing_is_refused_at_setup(
         load_tokenizer(tmp_path)
 
 
-def test_an_empty_template_file_hides_the_template_of_the_configuration(
+def test_an_empty_template_file_takes_precedence_over_the_configurations_template(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
-    """So does transformers, which would render the file."""
+    """As in transformers, which would render the empty file."""
     write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS)
     (tmp_path / "chat_template.jinja").write_text("")
-    with pytest.raises(BadTokenizer, match="as nothing"):
+    with pytest.raises(BadTokenizer, match="as an empty prompt"):
         load_tokenizer(tmp_path)
 
 
-def test_a_template_that_demands_a_system_message_is_served(
+def test_a_template_that_requires_a_system_message_is_accepted(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
-    strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=strict, words=CHATML_WORDS))
+    template = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=template, words=CHATML_WORDS))
     assert tokenizer.encode(Dialog("Be brief.", ("Hi",)))
     with pytest.raises(InvalidInput, match=r"^E1000 InvalidInput: this model's chat template cannot"):
         tokenizer.encode(HI)
 
 
 SECRET = "attack at dawn"
-FUSSY = {
+FAILING = {
     "raise_exception": "{{ raise_exception(messages[0]['content']) }}",
     "type error": "{{ messages[0]['content'] + 5 }}",
     "int": "{{ messages[0]['content'] | int(default=none) + 1 }}",
@@ -354,8 +361,8 @@ FUSSY = {
 }
 
 
-@pytest.mark.parametrize("fault", FUSSY.values(), ids=FUSSY)
-def test_a_dialogue_that_a_template_cannot_render_is_refused_without_its_text(
+@pytest.mark.parametrize("fault", FAILING.values(), ids=FAILING)
+def test_the_error_for_a_dialogue_that_cannot_be_rendered_does_not_quote_it(
     processor: SentencePieceProcessor, tmp_path: Path, fault: str
 ) -> None:
     template = "{% if messages[0]['content'] == '" + SECRET + "' %}" + fault + "{% endif %}" + CHATML
@@ -366,17 +373,17 @@ def test_a_dialogue_that_a_template_cannot_render_is_refused_without_its_text(
     assert tokenizer.encode(HI)
 
 
-def test_a_begun_answer_that_the_template_changes_is_refused(
+def test_a_partial_answer_that_the_template_changes_is_refused(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
-    shouting = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=shouting))
+    template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, processor, template=template))
     assert tokenizer.encode(HI)
     with pytest.raises(InvalidInput, match="^E1000 "):
         tokenizer.encode(Dialog("", ("Say it", "Well then")))
 
 
-def test_a_prompt_of_no_tokens_is_refused(processor: SentencePieceProcessor, tmp_path: Path) -> None:
+def test_a_prompt_without_tokens_is_refused(processor: SentencePieceProcessor, tmp_path: Path) -> None:
     only_long = (
         "{% for m in messages %}{% if m['content'] | length > 2 %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
@@ -390,7 +397,7 @@ def test_a_prompt_of_no_tokens_is_refused(processor: SentencePieceProcessor, tmp
     assert encode_within(LIMITS, Dialog("", ("Hello",)), tokenizer)
 
 
-def test_blanks_that_a_template_strips_do_not_count_and_others_do(
+def test_white_space_counts_unless_the_template_strips_it(
     processor: SentencePieceProcessor, tmp_path: Path
 ) -> None:
     long = Dialog("", ("hi" + "\n" * 100_000,))
@@ -407,7 +414,9 @@ def test_blanks_that_a_template_strips_do_not_count_and_others_do(
                 encode_within(LIMITS, long, tokenizer)
 
 
-def test_of_named_templates_the_default_decides(processor: SentencePieceProcessor, tmp_path: Path) -> None:
+def test_the_default_one_of_several_named_templates_is_used(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "<<SYS>>"}]
     write_tokenizer(tmp_path, processor, template=named, words=CHATML_WORDS)
     (tmp_path / "tokenizer.model").write_bytes(processor.serialized_model_proto())
@@ -416,7 +425,9 @@ def test_of_named_templates_the_default_decides(processor: SentencePieceProcesso
     assert tokenizer.encode(HI) == by_transformers(tmp_path, HI)
 
 
-def test_ids_with_gaps_between_them_are_known(processor: SentencePieceProcessor, tmp_path: Path) -> None:
+def test_a_vocabulary_may_have_gaps_between_its_ids(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
     write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS, eos_token="<|im_end|>")
     raw = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     vocabulary = raw["model"]["vocab"]
@@ -436,16 +447,18 @@ def test_a_byte_order_mark_at_the_start_of_a_tokenizer_file_is_skipped(
 ) -> None:
     folder = write_tokenizer(tmp_path / "folder", processor, template=CHATML, words=CHATML_WORDS)
     (folder / "chat_template.jinja").write_text(CHATML, "utf-8")
-    wanted = load_tokenizer(folder).encode(HI)
+    expected = load_tokenizer(folder).encode(HI)
     (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
-    assert load_tokenizer(folder).encode(HI) == wanted
+    assert load_tokenizer(folder).encode(HI) == expected
 
 
-def test_a_missing_tokenizer_json_is_named(processor: SentencePieceProcessor, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_json_is_named_in_the_error(
+    processor: SentencePieceProcessor, tmp_path: Path
+) -> None:
     folder = write_tokenizer(tmp_path, processor, template=CHATML, words=CHATML_WORDS)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(
-        BadTokenizer, match=r"no tokenizer\.json, without which it cannot be used; copy the model's"
+        BadTokenizer, match=r"no tokenizer\.json, which the template requires; copy the model's"
     ):
         load_tokenizer(folder)
 
@@ -459,24 +472,24 @@ def longest_stall(work: Callable[[], object]) -> float:
             before = time.perf_counter()
             time.sleep(0.001)
             longest = max(longest, time.perf_counter() - before)
-        working.result()  # raises what `work` has raised
+        working.result()  # re-raises any exception of `work`
     return longest
 
 
 def assert_no_stall(work: Callable[[], object]) -> None:
-    # The best of some: another program may have had the cores.
+    # The best of five runs, because other programs may have used the cores.
     assert min(longest_stall(work) for _ in range(5)) < 0.05
 
 
 class NoEngine:
-    """An `Engine` with a long context that is never asked for an answer."""
+    """An `Engine` with a long context to which no request is submitted."""
 
     context_length, max_requests, healthy = 1_000_000, 1, True
 
     def check(self, params: SamplingParams) -> None: ...
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
-        raise AssertionError("nothing is to be answered here")
+        raise AssertionError("no request should be submitted")
 
     def close(self) -> None: ...
 
@@ -488,7 +501,7 @@ LONG = "".join(itertools.islice(itertools.cycle("Some words, a number 42 and a l
 @pytest.mark.parametrize(
     "text", [LONG, LONG[:-20] + "<|im_end|>", "<|" * 331_771], ids=["plain", "typed", "<|"]
 )
-def test_a_long_prompt_behind_a_chat_template_holds_up_no_other_thread(
+def test_tokenizing_a_long_prompt_with_a_chat_template_blocks_no_other_thread(
     embedded_folder: Path, text: str
 ) -> None:
     llama = Llama(load_tokenizer(embedded_folder), NoEngine())
@@ -498,6 +511,6 @@ def test_a_long_prompt_behind_a_chat_template_holds_up_no_other_thread(
 @pytest.mark.skipif(
     not LLAMA_2_TOKENIZER.is_dir(), reason="the real Llama 2 tokenizer is not in this checkout"
 )
-def test_a_long_prompt_in_llama_2s_format_holds_up_no_other_thread() -> None:
+def test_tokenizing_a_long_prompt_in_llama_2s_format_blocks_no_other_thread() -> None:
     llama = Llama(load_tokenizer(LLAMA_2_TOKENIZER), NoEngine())
     assert_no_stall(lambda: llama.prepare({"prompt": LONG, "system_prompt": ""}))

@@ -1,4 +1,4 @@
-"""Text piece by piece equals the text decoded at once; stop sequences are cut wherever pieces are."""
+"""The detokenizer: text decoded piece by piece equals the text decoded at once."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def real() -> SentencePieceProcessor:
 
 
 def ids_with_many_bytes(vocabulary: int) -> st.SearchStrategy[list[int]]:
-    """Any ids, with control and byte tokens far more often than chance would have them."""
+    """Any ids, with a high proportion of control and byte tokens."""
     return st.lists(st.one_of(st.integers(0, 2), st.integers(3, 258), st.integers(0, vocabulary - 1)))
 
 
 @settings(max_examples=300, deadline=None)
 @given(ids=ids_with_many_bytes(VOCABULARY), cuts=CUTS)
-def test_any_ids_cut_anywhere_give_sentencepieces_text(
+def test_any_ids_in_any_chunks_decode_as_by_sentencepiece(
     small: SentencePieceProcessor, ids: list[int], cuts: list[int]
 ) -> None:
     assert detokenize(Llama2Tokenizer(small).vocabulary, ids, cuts) == small.decode(ids)
@@ -49,7 +49,7 @@ def test_any_ids_cut_anywhere_give_sentencepieces_text(
 @needs_llama_2_tokenizer
 @settings(max_examples=150, deadline=None)
 @given(ids=ids_with_many_bytes(32000), cuts=CUTS)
-def test_any_ids_cut_anywhere_give_sentencepieces_text_in_llama_2s_vocabulary(
+def test_any_ids_in_any_chunks_decode_as_by_sentencepiece_in_llama_2s_vocabulary(
     real: SentencePieceProcessor, ids: list[int], cuts: list[int]
 ) -> None:
     assert detokenize(real_vocabulary(real), ids, cuts) == real.decode(ids)
@@ -59,30 +59,32 @@ _VOCABULARIES: dict[int, Vocabulary] = {}
 
 
 def real_vocabulary(processor: SentencePieceProcessor) -> Vocabulary:
-    """Made once: it has 32,000 pieces."""
+    """Built once, because it has 32,000 pieces."""
     return _VOCABULARIES.setdefault(id(processor), Llama2Tokenizer(processor).vocabulary)
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(), cuts=CUTS)
-def test_any_text_comes_back(small: SentencePieceProcessor, text: str, cuts: list[int]) -> None:
+def test_any_text_is_encoded_and_decoded_without_loss(
+    small: SentencePieceProcessor, text: str, cuts: list[int]
+) -> None:
     assert detokenize(Llama2Tokenizer(small).vocabulary, small.encode(text), cuts) == text
 
 
 @settings(max_examples=200, deadline=None)
 @given(begun=st.text("ab \n🦙", min_size=1), rest=st.text("ab \n🦙"), cuts=CUTS)
-def test_a_begun_answer_and_its_continuation_read_as_one_text(
+def test_a_partial_answer_and_its_continuation_join_into_one_text(
     small: SentencePieceProcessor, begun: str, rest: str, cuts: list[int]
 ) -> None:
     ids, begun_ids = small.encode(begun + rest), small.encode(begun)
-    if ids[: len(begun_ids)] == begun_ids:  # else the tokens of the whole are cut elsewhere
+    if ids[: len(begun_ids)] == begun_ids:  # otherwise a token spans the boundary
         continued = detokenize(Llama2Tokenizer(small).vocabulary, ids[len(begun_ids) :], cuts, continues=True)
         assert begun + continued == begun + rest
 
 
 @settings(max_examples=300, deadline=None)
 @given(pieces=st.lists(st.binary(max_size=4)), cuts=CUTS)
-def test_byte_level_pieces_cut_anywhere_are_utf_8_with_replacement(
+def test_byte_level_pieces_in_any_chunks_decode_as_utf_8_with_replacement(
     pieces: list[bytes], cuts: list[int]
 ) -> None:
     vocabulary = Vocabulary(pieces, sentencepiece=False)
@@ -90,7 +92,7 @@ def test_byte_level_pieces_cut_anywhere_are_utf_8_with_replacement(
     assert text == b"".join(pieces).decode("utf-8", "replace")
 
 
-def test_a_character_waits_for_its_last_byte_and_what_is_ready_goes_out_together() -> None:
+def test_an_incomplete_character_is_held_back_until_its_last_byte() -> None:
     vocabulary = Vocabulary([b"ab", *(bytes([byte]) for byte in "🦙".encode()), b"c"], sentencepiece=False)
     detokenizer = Detokenizer(vocabulary)
     assert [detokenizer.update([i]) for i in range(4)] == ["ab", "", "", ""]

@@ -1,4 +1,4 @@
-"""Token ids of a prompt: golden ones, Meta's formula, and no control token out of anybody's text."""
+"""Token ids of prompts: golden ids, Meta's reference format, and control words that stay text."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def request(**inputs: Any) -> Request:
 
 
 @pytest.fixture(
-    scope="module", params=["trained here", pytest.param("Llama 2's", marks=needs_llama_2_tokenizer)]
+    scope="module", params=["test tokenizer", pytest.param("Llama 2's", marks=needs_llama_2_tokenizer)]
 )
 def processor(request: pytest.FixtureRequest, sentencepiece_model: Path) -> SentencePieceProcessor:
-    path = sentencepiece_model if request.param == "trained here" else LLAMA_2_TOKENIZER / "tokenizer.model"
+    path = sentencepiece_model if request.param == "test tokenizer" else LLAMA_2_TOKENIZER / "tokenizer.model"
     return SentencePieceProcessor(model_file=str(path))
 
 
@@ -51,7 +51,10 @@ def tokenizer(processor: SentencePieceProcessor) -> Llama2Tokenizer:
 
 
 def reference(processor: SentencePieceProcessor, system: str, turns: list[str]) -> list[int]:
-    """Meta's `chat_completion`: each exchange on its own, the system text inside the first user turn."""
+    """Token ids by the rules of Meta's `chat_completion`.
+
+    Each exchange is encoded separately, and the system prompt is part of the first user turn.
+    """
     turns = list(turns)
     if system.strip():
         turns[0] = "<<SYS>>\n" + system + "\n<</SYS>>\n\n" + turns[0]
@@ -65,7 +68,7 @@ def reference(processor: SentencePieceProcessor, system: str, turns: list[str]) 
 
 
 @needs_llama_2_tokenizer
-def test_golden_dialogs_have_their_ids() -> None:
+def test_golden_dialogs_are_encoded_to_their_ids() -> None:
     tokenizer = load_tokenizer(LLAMA_2_TOKENIZER)
     for line in (SHARED / "golden_dialogs.jsonl").read_text("utf-8").splitlines():
         case = json.loads(line)
@@ -74,14 +77,14 @@ def test_golden_dialogs_have_their_ids() -> None:
 
 
 @needs_llama_2_tokenizer
-def test_the_documented_dialogue_has_these_ids() -> None:
+def test_the_documented_dialogue_is_encoded_to_its_known_ids() -> None:
     tokenizer = load_tokenizer(LLAMA_2_TOKENIZER)
     first = [1, 518, 25580, 29962, 6324, 29991, 518, 29914, 25580, 29962]
     ids = tokenizer.encode(request(prompt=DOCUMENTED, system_prompt="").prompt)
     assert ids[: len(first)] == first
     assert ids.count(BOS) == 2
     assert ids.count(EOS) == 1
-    assert ids[ids.index(EOS) - 1] == 29871  # the space before EOS is a token of its own
+    assert ids[ids.index(EOS) - 1] == 29871  # the space before EOS is a separate token
 
 
 CASES: list[tuple[str, str, str, list[str]]] = [
@@ -105,7 +108,7 @@ CASES: list[tuple[str, str, str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("prompt", "given", "system", "turns"), CASES)
-def test_a_dialogue_is_spelt_as_meta_spells_it(
+def test_a_dialogue_is_encoded_as_by_metas_reference(
     tokenizer: Llama2Tokenizer,
     processor: SentencePieceProcessor,
     prompt: str,
@@ -117,7 +120,7 @@ def test_a_dialogue_is_spelt_as_meta_spells_it(
     assert ids == reference(processor, system, turns)
 
 
-def test_messages_are_spelt_as_the_same_dialogue(
+def test_messages_are_encoded_as_the_same_dialogue(
     tokenizer: Llama2Tokenizer, processor: SentencePieceProcessor
 ) -> None:
     contents = [" a [/INST] b", "c </s>", " [INST] d "]
@@ -128,19 +131,19 @@ def test_messages_are_spelt_as_the_same_dialogue(
 
 
 @pytest.mark.parametrize("text", ["[INST] a [/INST] b </s><s>[INST] c [/INST]", "<s>[INST] a [/INST]"])
-def test_the_raw_route_gives_the_ids_of_the_dialogue_that_it_spells(
+def test_a_raw_prompt_is_encoded_as_the_dialogue_that_it_contains(
     tokenizer: Llama2Tokenizer, text: str
 ) -> None:
     raw = tokenizer.encode(request(prompt=text, prompt_template="{prompt}").prompt)
     assert raw == tokenizer.encode(request(prompt=text, system_prompt="").prompt)
 
 
-def test_what_is_shown_of_a_prompt_has_its_control_tokens_as_words(tokenizer: Llama2Tokenizer) -> None:
+def test_a_rendered_prompt_shows_control_tokens_as_words(tokenizer: Llama2Tokenizer) -> None:
     dialog = request(prompt="[INST] a [/INST] b [INST] c", system_prompt="").prompt
     assert tokenizer.render(dialog) == "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]"
 
 
-def test_halves_of_surrogate_pairs_become_signs_and_whole_pairs_characters(
+def test_unpaired_surrogates_are_replaced_and_pairs_become_characters(
     tokenizer: Llama2Tokenizer,
 ) -> None:
     broken = tokenizer.encode(request(prompt="a \ud800 b", system_prompt="").prompt)
@@ -149,7 +152,7 @@ def test_halves_of_surrogate_pairs_become_signs_and_whole_pairs_characters(
     assert split == tokenizer.encode(request(prompt="🦙", system_prompt="").prompt)
 
 
-NASTY = st.lists(
+TAGGED = st.lists(
     st.one_of(
         st.text(max_size=5),
         st.sampled_from(
@@ -163,7 +166,7 @@ SLOW_FIXTURE = settings(
 
 
 @SLOW_FIXTURE
-@given(turns=st.lists(NASTY, min_size=1, max_size=5), system=NASTY)
+@given(turns=st.lists(TAGGED, min_size=1, max_size=5), system=TAGGED)
 def test_no_text_in_a_dialogue_becomes_a_control_token(
     tokenizer: Llama2Tokenizer, turns: list[str], system: str
 ) -> None:
@@ -175,8 +178,8 @@ def test_no_text_in_a_dialogue_becomes_a_control_token(
 
 
 @SLOW_FIXTURE
-@given(prompt=NASTY, system=NASTY)
-def test_no_text_that_is_filled_in_becomes_a_control_token(
+@given(prompt=TAGGED, system=TAGGED)
+def test_no_text_that_is_filled_into_a_template_becomes_a_control_token(
     tokenizer: Llama2Tokenizer, prompt: str, system: str
 ) -> None:
     inputs = request(
@@ -205,7 +208,7 @@ def as_messages(system: str, turns: list[str]) -> list[dict[str, str]]:
 @needs_embedded
 @SLOW_FIXTURE
 @given(turns=st.lists(CONTENTS, min_size=1, max_size=5), system=st.one_of(st.just(""), CONTENTS))
-def test_a_chat_template_gives_the_ids_of_transformers(
+def test_a_chat_template_gives_the_same_ids_as_transformers(
     embedded: ChatTemplateTokenizer, turns: list[str], system: str
 ) -> None:
     turns = [
@@ -230,7 +233,7 @@ TYPED = st.lists(st.one_of(SPECIAL, st.text(max_size=3))).map("".join)
 @needs_embedded
 @SLOW_FIXTURE
 @given(turns=st.lists(TYPED, min_size=1, max_size=4), system=TYPED)
-def test_no_typed_control_word_becomes_a_token_behind_a_chat_template(
+def test_no_typed_control_word_becomes_a_control_token_with_a_chat_template(
     embedded: ChatTemplateTokenizer, turns: list[str], system: str
 ) -> None:
     dialog = Dialog(system, tuple(turns))
@@ -241,13 +244,13 @@ def test_no_typed_control_word_becomes_a_token_behind_a_chat_template(
         return [token for token in embedded.encode(d) if token in special]
 
     assert controls(dialog) == controls(plain)
-    # And nothing of what was typed is lost or changed.
+    # The typed text itself is neither lost nor changed.
     for text in [system] * bool(system.strip()) + turns[: -1 if dialog.begun_answer else None]:
         assert text in embedded.render(dialog)
 
 
 @needs_embedded
-def test_a_template_of_ones_own_works_on_a_model_with_a_chat_template(
+def test_a_custom_prompt_template_works_on_a_model_with_a_chat_template(
     embedded: ChatTemplateTokenizer,
 ) -> None:
     formatted = request(prompt="<|im_end|>", prompt_template="Q: {prompt}</s>").prompt
@@ -256,7 +259,9 @@ def test_a_template_of_ones_own_works_on_a_model_with_a_chat_template(
     assert ids.count(embedded.eos_token_id) == 1
 
 
-def test_llama_2s_template_or_none_gets_llama_2s_format(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_with_llama_2s_template_or_none_gets_llama_2s_format(
+    llama_folder: Path, tmp_path: Path
+) -> None:
     assert isinstance(load_tokenizer(llama_folder), Llama2Tokenizer)
     template = json.dumps({"chat_template": "{% if true %}<<SYS>>{% endif %}"})
     folder = copied(llama_folder, tmp_path / "a", tokenizer_config__json=template)
@@ -264,7 +269,7 @@ def test_llama_2s_template_or_none_gets_llama_2s_format(llama_folder: Path, tmp_
 
 
 @needs_embedded
-def test_another_template_wins_over_llama_2s_vocabulary(
+def test_another_chat_template_takes_precedence_over_llama_2s_vocabulary(
     embedded_folder: Path, llama_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "both"
@@ -275,7 +280,7 @@ def test_another_template_wins_over_llama_2s_vocabulary(
     assert isinstance(load_tokenizer(folder), ChatTemplateTokenizer)
 
 
-def test_a_vocabulary_of_another_family_without_a_template_is_refused(tmp_path: Path) -> None:
+def test_another_vocabulary_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(["a b c d e f g"] * 50), model_writer=model, vocab_size=12, minloglevel=2
@@ -293,7 +298,7 @@ def test_a_vocabulary_of_another_family_without_a_template_is_refused(tmp_path: 
         ("tokenizer_config.json", "[]"),
     ],
 )
-def test_a_broken_tokenizer_is_refused_and_named(
+def test_a_broken_tokenizer_is_refused_with_its_path(
     llama_folder: Path, tmp_path: Path, name: str, content: str
 ) -> None:
     folder = copied(llama_folder, tmp_path / "broken", **{name.replace(".", "__"): content})
@@ -301,7 +306,7 @@ def test_a_broken_tokenizer_is_refused_and_named(
         load_tokenizer(folder)
 
 
-def test_a_template_without_a_tokenizer_to_go_with_it_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_chat_template_without_a_tokenizer_is_refused(llama_folder: Path, tmp_path: Path) -> None:
     folder = copied(llama_folder, tmp_path / "broken", chat_template__jinja="{{ another }}")
     (folder / "tokenizer.model").unlink()
     with pytest.raises(BadTokenizer, match=rf"^E3004 BadTokenizer: {folder}"):
@@ -309,5 +314,5 @@ def test_a_template_without_a_tokenizer_to_go_with_it_is_refused(llama_folder: P
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadTokenizer, match=r"tokenizer\.model is not there"):
+    with pytest.raises(BadTokenizer, match=r"tokenizer\.model does not exist"):
         load_tokenizer(tmp_path)
