@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
 def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
     for dtype in ("bfloat16", "float32"):
         variables = {"LLAMA_DTYPE": dtype, "LLAMA_DEVICE": "cpu"}
-        yield Spec(f"ours, {dtype}", "ours", str(model), variables)
+        yield Spec(f"our engine, {dtype}", "ours", str(model), variables)
         if dtype == "bfloat16":
             yield Spec(SERVED, "served", str(model), variables)
             if arguments.vllm:
@@ -90,7 +90,9 @@ def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
             f"transformers continuous batching, {dtype}", "transformers_continuous", str(model), variables
         )
         if arguments.vllm:
-            yield Spec(f"vLLM (CPU, eager), {dtype}", "vllm_cpu", str(model), variables, arguments.vllm)
+            yield Spec(
+                f"vLLM engine (CPU, eager), {dtype}", "vllm_cpu", str(model), variables, arguments.vllm
+            )
 
 
 def _specs_of_llama_cpp(model: Path, python: str) -> Iterator[Spec]:
@@ -144,8 +146,8 @@ def _starts(arguments: argparse.Namespace) -> dict[str, Any]:
     workload.write_large(one, layers=8)
     workload.write_large(four, layers=40)
     rows = {
-        "ours, behind Cog's server, the embedded model": cold_start.cold_start(None),
-        "ours, behind Cog's server, 1 GB": cold_start.cold_start(one),
+        "our server, embedded model": cold_start.cold_start(None),
+        "our server, 1 GB model": cold_start.cold_start(one),
     }
     peers = [
         spec
@@ -153,7 +155,7 @@ def _starts(arguments: argparse.Namespace) -> dict[str, Any]:
         if spec.module in ("transformers_generate", "vllm_cpu") and spec.name.endswith("bfloat16")
     ]
     for spec in peers:
-        rows[f"{spec.name}, no server, 1 GB"] = cold_start.cold_start_of_peer(spec, _OUT / "peers.log")
+        rows[f"{spec.name}, no server, 1 GB model"] = cold_start.cold_start_of_peer(spec, _OUT / "peers.log")
     return {
         "cold_start": rows,
         "load": {

@@ -38,8 +38,8 @@ Speeds = dict[str, float]
 def measure(benchmark_model: Path, peers_log: Path) -> dict[str, Any]:
     """Speeds by model, number of requests, and state of the machine."""
     models = {
-        "the benchmark's model, bfloat16": (benchmark_model, "bfloat16"),
-        "the embedded model": (embedded_folder(Settings().cache_dir), "auto"),
+        "benchmark model, bfloat16": (benchmark_model, "bfloat16"),
+        "embedded model": (embedded_folder(Settings().cache_dir), "auto"),
     }
     return {
         "machine": describe(),
