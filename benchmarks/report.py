@@ -63,8 +63,8 @@ def _setting(results: Results) -> Iterator[str]:
         "over its requests."
     )
     yield (
-        "vLLM runs in eager mode, with its worker in the engine's process. By default, vLLM reserves one core "
-        "for its scheduler, which is half of a machine with 2 cores."
+        "vLLM runs in eager mode, with its worker in the engine's process. By default, vLLM reserves one "
+        "core for its scheduler, which is half of a machine with 2 cores."
     )
 
 

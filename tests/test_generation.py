@@ -235,7 +235,7 @@ def test_a_scope_and_a_log_that_fail_do_not_hide_the_engine_s_error(
         next(pieces)
     assert caplog.messages == [
         "the log of a prediction cannot be written; this prediction logs no more",
-        "the metric output_token_count could not be recorded; this prediction records no more",
+        "the metric output_token_count could not be recorded; no more metrics are recorded for this prediction",
     ]
 
 
