@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describe the machine on which the benchmark runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
 def describe() -> dict[str, object]:
-    """Processor, cores that may be used, memory in GB, and which wide instructions there are."""
+    """Return the processor, the number of usable cores, the memory in GB, and the vector instructions."""
     info = Path("/proc/cpuinfo")
     lines = {
         name.strip(): value.strip()

@@ -70,6 +70,7 @@ def _setting(results: Results) -> Iterator[str]:
 
 def _speeds(results: Results) -> Iterator[str]:
     yield "## Our engine and the fastest peer of the same precision"
+    yield "The ratio is our engine's tokens per second divided by those of the peer."
     yield summary_table(results)
     yield "## Tokens per second, by number of concurrent requests"
     yield throughput_table(results)
@@ -84,6 +85,7 @@ def _speeds(results: Results) -> Iterator[str]:
         yield "Time to first token, in ms:"
         yield by_batch_table(results["beside_vllm"], _first_token)
     yield "## Targets"
+    yield 'In this table, "relative to" means "divided by that of".'
     yield targets_table(results)
     yield "## 32 requests that arrive 50 ms apart"
     yield table(

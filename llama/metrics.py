@@ -32,8 +32,8 @@ class NoScope:
 def guarded(call: Callable[..., object], failure: str) -> Callable[..., None]:
     """Return a function that calls `call` until a call fails.
 
-    That failure is logged with the text `failure`, in which `{}` stands for the first argument. Later calls do
-    nothing.
+    That failure is logged with the text `failure`, in which `{}` stands for the first argument. Later calls
+    do nothing.
     """
     failed = False
 
@@ -86,7 +86,7 @@ class Metrics:
         self._ended = time.perf_counter()
 
     def values(self) -> dict[str, float | str]:
-        """Return the published metrics by name. Times are in seconds; tokens/s are over the whole prediction."""
+        """Return the published metrics by name. Times are in seconds, speeds in tokens/s since the start."""
         elapsed = (time.perf_counter() if self._ended is None else self._ended) - self._started
         values: dict[str, float | str] = {
             "input_token_count": self.input_token_count,

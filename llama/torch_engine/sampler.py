@@ -58,7 +58,8 @@ def keep_top_k(ordered: Tensor, top_k: Tensor) -> Tensor:
 def keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
     """Return which tokens have less than p of the probability before them, [B, S] bool.
 
-    `probabilities` [B, S] are sorted, highest first. The first token is always kept. If p is 1 or more, all are kept.
+    `probabilities` [B, S] are sorted, highest first. The first token is always kept. If p is 1 or more, all
+    are kept.
     """
     before = probabilities.cumsum(dim=-1) - probabilities
     keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)

@@ -52,7 +52,7 @@ class BatchRequest:
 
     @property
     def prefix_key(self) -> list[int]:
-        """Its tokens for the prefix cache. They are negative if the request is stretched, to match no others."""
+        """Its tokens for the prefix cache; those of a stretched request are negative, so they match no others."""
         return [~token for token in self.tokens] if self.stretched else self.tokens
 
 
