@@ -101,8 +101,8 @@ def check_token_ids(token_ids: Sequence[int], vocabulary: int) -> None:
     """
     if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
         raise InvalidInput(
-            f"the prompt has {len(token_ids)} token ids, and there must be at least one, each from 0 to "
-            f"{vocabulary - 1}; send other token ids"
+            f"the prompt is empty or has an id that is not a token ({len(token_ids)} ids); send at least one "
+            f"id, each from 0 to {vocabulary - 1}"
         )
 
 

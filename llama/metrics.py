@@ -76,7 +76,7 @@ class Metrics:
         """None until the answer has ended, and if it failed."""
 
     def count_token(self) -> None:
-        """Count one token of the answer, now."""
+        """Count one token of the answer, and record when the first one arrives."""
         if self._first_token is None:
             self._first_token = time.perf_counter()
         self.output_token_count += 1

@@ -85,7 +85,7 @@ class Attention(ABC):
     def prefill(
         self, metadata: PrefillMetadata, layer: Tensor, queries: Tensor, keys_values: Tensor
     ) -> Tensor:
-        """Write each chunk into its row and attend to the row's contents, causally."""
+        """Write each chunk into its row and attend causally to the row's contents."""
         lengths = metadata.lengths
         return torch.cat(
             [

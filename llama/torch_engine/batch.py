@@ -29,8 +29,8 @@ from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
-# These limit the prompt tokens of a step, so that no stream pauses for more than about two decode steps.
-# Each prompt gets a share of `base + per_stream x decoding requests` tokens; the second line limits the sum.
+# The prompt tokens of a step are limited, so that no stream pauses for more than about two decode steps. Each
+# prompt gets `base + per_stream x decoding requests` tokens, and MOST_PROMPT_TOKENS limits their sum.
 _SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
 MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
 _SAME_LENGTH = 256  # decode steps whose longest requests differ by less take about the same time
@@ -49,10 +49,8 @@ class Batch:
         prefix_reuse: bool = True,
         threads: ThreadCount | None = None,
     ) -> None:
-        """Ids from `vocabulary` on are not tokens: a checkpoint may pad its embedding table.
-
-        `threads` adjusts the number of CPU threads to the durations of decode steps.
-        """
+        """Ids from `vocabulary` on are not tokens: a checkpoint may pad its embedding table. `threads` adapts
+        the number of CPU threads to the durations of decode steps."""
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
         self._stretched_from, self._device = parts.stretched_from, parts.device
         self._threads = threads
@@ -65,10 +63,7 @@ class Batch:
         self._scheduler = Scheduler(cache.shape.rows, rows, prefix_reuse=prefix_reuse)
 
     def capture_graphs(self) -> None:
-        """Capture decode steps as CUDA graphs, which later steps replay.
-
-        Raises EngineNotStarted or OutOfMemoryError.
-        """
+        """Let decode steps replay CUDA graphs from now on. Raises EngineNotStarted or OutOfMemoryError."""
         self._runner.capture()
 
     def run_largest_prefill(self) -> None:
@@ -157,14 +152,12 @@ class Batch:
                 chunks[request] = Chunk(row, request.cached, token_ids, request.stretched)
                 left -= len(token_ids)
             if request not in chunks and row < self.running:
-                chunks, left = {}, most  # it failed and rows have moved: start again
+                chunks, left = {}, most  # it failed, and its row is free or another's: start again
         return chunks
 
     def _read(self, chunks: dict[BatchRequest, Chunk]) -> dict[BatchRequest, Tensor]:
-        """Read chunks into the cache. Return the logits [1, V] of each chunk's last token.
-
-        Requests that failed are not in the result.
-        """
+        """Read chunks into the cache. Return the logits [1, V] of each chunk's last token, except those of
+        requests that failed."""
         for request, chunk in chunks.items():
             request.cached = chunk.end  # set before reading, so that a partial read is cleared as well
         if len(chunks) > 1:
@@ -172,9 +165,7 @@ class Batch:
                 logits = self._runner.prefill([*chunks.values()])
                 return dict(zip(chunks, torch.split(logits, 1), strict=True))
             except Exception as error:
-                logger.warning(
-                    "%d prompts could not be read together (%s); reading each by itself", len(chunks), error
-                )
+                logger.warning("%d prompts could not be read in one step (%s)", len(chunks), error)
         read: dict[BatchRequest, Tensor] = {}
         # Highest row first: if its request fails, the lower rows do not change.
         for request, chunk in sorted(chunks.items(), key=lambda item: -item[1].row):
@@ -183,10 +174,8 @@ class Batch:
         return read
 
     def _begin_answer(self, request: BatchRequest, logits: Tensor) -> dict[int, bool]:
-        """Start decoding a request whose prompt has been read, and emit its first token.
-
-        Returns what `_emit` returns.
-        """
+        """Let a request whose prompt has been read take part in decoding, and emit its first token. Return
+        what `_emit` returns."""
         row = self._scheduler.running.index(request)
         self._sampler.add(row, self._tensor(request.tokens), request.params)
         self._runner.start_decoding(row, request.cached, stretched=request.stretched)
@@ -224,9 +213,7 @@ class Batch:
 
     def _emit(self, first: int, requests: Sequence[BatchRequest], logits: Tensor) -> dict[int, bool]:
         """Sample the next token for the rows from `first` on, and hand it out to requests that are decoding.
-
-        Returns the rows of requests that have ended, and whether the keys and values of each are finite.
-        """
+        Return the rows of requests that have ended, and whether the keys and values of each are finite."""
         decoding = [request.params for request in requests if request.state is RequestState.DECODING]
         tokens = self._sampler.sample(logits[:, : self._vocabulary], first, decoding)
         self._runner.feed(first, tokens)

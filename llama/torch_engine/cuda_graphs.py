@@ -39,7 +39,7 @@ class StepGraphs:
     def __init__(self, step: Step, rows: int, context: int) -> None:
         """Capture all graphs, which takes about 0.1 s per graph.
 
-        After an error, torch cannot be used any more: it does not release the capture's allocator and stream.
+        After an error, torch cannot be used any more: its allocator and stream stay in the failed capture.
         """
         self._batch_sizes, self._lengths = doubling(1, rows), doubling(_SHORTEST, context)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}

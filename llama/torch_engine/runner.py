@@ -78,10 +78,7 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture decode steps as CUDA graphs, which later steps replay.
-
-        Raises EngineNotStarted or OutOfMemoryError.
-        """
+        """Let decode steps replay CUDA graphs from now on. Raises EngineNotStarted or OutOfMemoryError."""
         try:
             torch.cuda.set_device(self._parts.device)  # for this thread, which captures the graphs
             self._graphs = StepGraphs(self._step, self._cache.shape.rows, self._cache.shape.length)

@@ -19,7 +19,7 @@ from llama.torch_engine.prefix_cache import PrefixCache, shares_prefix
 
 
 class RequestState(Enum):
-    """The states of a request, in order. A request may end in any of them."""
+    """The states of a request, in order. A request may end in any state."""
 
     WAITING = auto()
     """The request is waiting for a row."""
@@ -52,7 +52,7 @@ class BatchRequest:
 
     @property
     def prefix_key(self) -> list[int]:
-        """Its tokens for the prefix cache; those of a stretched request are negative, so they match no others."""
+        """Its tokens for the prefix cache. A stretched request has negative ones, which match no others."""
         return [~token for token in self.tokens] if self.stretched else self.tokens
 
 
@@ -113,7 +113,7 @@ class Scheduler:
         return row, request
 
     def reuse_prefix(self, row: int) -> None:
-        """Copy the longest cached prefix of its prompt into the row of the request in the last row."""
+        """Copy the longest cached prefix of a request's prompt into its row, which must be the last."""
         assert row == len(self.running) - 1
         if not self._prefix_reuse:
             return

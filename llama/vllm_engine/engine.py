@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The temperatures that vLLM supports. It silently raises one that is between 0 and the coldest.
+# The temperatures that vLLM supports, besides 0. It would silently raise a lower one to _COLDEST.
 _COLDEST, _HOTTEST = 0.01, 2.0
 _LARGEST_SEED = 2**63
 _LARGEST_TOP_K = 2**31 - 1
@@ -181,7 +181,7 @@ class VLLMEngine:
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
     """Start vLLM's engine in the running event loop.
 
-    vLLM chooses the number of tokens that a step reads by the usage context.
+    The usage context determines how many tokens vLLM reads per step.
     """
     # Ctrl-C in a terminal goes to vLLM's processes too, and would end them. They inherit the blocked signal.
     resource_tracker.ensure_running()  # before blocking the signal: starting the tracker unblocks it
