@@ -1,4 +1,4 @@
-"""Draw a run's throughput and latency as charts. Imports matplotlib only when a chart is drawn."""
+"""Draw the throughput and latency of a run as charts. matplotlib is imported only when they are drawn."""
 
 from __future__ import annotations
 

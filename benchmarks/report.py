@@ -85,7 +85,7 @@ def _speeds(results: Results) -> Iterator[str]:
         yield "Time to first token, in ms:"
         yield by_batch_table(results["beside_vllm"], _first_token)
     yield "## Targets"
-    yield 'In this table, "relative to" means "divided by that of".'
+    yield '"A relative to B" means A divided by B.'
     yield targets_table(results)
     yield "## 32 requests that arrive 50 ms apart"
     yield table(

@@ -131,10 +131,7 @@ def _write_fast_tokenizer(folder: Path) -> None:
 
 
 def tokenizer_model() -> bytes:
-    """Return a SentencePiece model with Llama 2's layout, in which all other tokens are words.
-
-    The other tokens are those that are neither control tokens nor bytes.
-    """
+    """Return a SentencePiece model with Llama 2's layout. Its tokens are control tokens, bytes and words."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto()

@@ -134,7 +134,7 @@ def test_prompts_that_are_read_together_give_the_same_logits_as_alone() -> None:
     model = make_model()
     runner = make_runner(model, rows=6)
     prompts = {4: random_ids(50, 4), 0: random_ids(7, 1), 2: random_ids(1, 2), 5: random_ids(129, 5)}
-    runner.prefill([Chunk(4, 0, prompts[4][:20])])  # the first chunk of one of them
+    runner.prefill([Chunk(4, 0, prompts[4][:20])])  # one of them has been read in part
     logits = runner.prefill(
         [Chunk(row, 20 if row == 4 else 0, ids[20 if row == 4 else 0 :]) for row, ids in prompts.items()]
     )

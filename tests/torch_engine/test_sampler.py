@@ -148,7 +148,7 @@ CHAINS = [
 
 
 def reference_tokens(rows: list[torch.Tensor], prompt: list[int], p: SamplingParams) -> list[int]:
-    """Apply all rules to one request, in the order of the API. Rules that transformers has are its own."""
+    """Apply all rules to one request, in the order of the API. Use the rules of transformers if it has them."""
     uniforms = np.random.Generator(np.random.Philox(key=p.seed or 0)).random(len(rows))
     answer: list[int] = []
     for position, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Which request has which row, and what the rows contain, with random arrivals, steps, ends and cancellations."""
+"""Which request has which row, and what the rows contain, for random arrivals, steps and cancellations."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_prefix_that_a_new_request_would_overwrite_moves_to_the_least_recently
     assert (prefixes._kept[1], prefixes._kept[2]) == (third, second)
 
 
-def test_the_least_recently_used_row_is_overwritten() -> None:
+def test_the_least_recently_used_row_is_overwritten_without_saving_its_prefix() -> None:
     prefixes = PrefixCache(2)
     prefixes.keep(0, [1] * 30)
     prefixes.keep(1, [2] * 30)
