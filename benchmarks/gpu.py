@@ -1,8 +1,9 @@
-"""`make bench-gpu`: a random Llama 2 70B on one GPU, in NF4, int8 and, where the card has it, FP8.
+"""`make bench-gpu`: measure a random Llama 2 70B on one GPU, in NF4, int8 and, if the GPU supports it, FP8.
 
-Made layer by layer on the card. First a small model's tokens, graphs captured, against those of the eager
-path on the CPU; then each precision in a process of its own; then a packed folder, written to the disk and
-served by Cog's server. Prints one JSON document last, and writes it.
+First, compare the tokens of a small model, generated with CUDA graphs, with those of the CPU. Then measure
+each precision in a separate process; the weights are made layer by layer on the GPU. Finally, write a packed
+folder to the disk and serve it with Cog's server. The results are written as JSON, which is also the last
+line of the output.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
         "tokens": check_tokens(device),
         "precisions": {name: _in_a_process(name, arguments) for name in _precisions(device)},
     }
-    _write(results, arguments.results)  # what is measured stays, whatever comes
+    _write(results, arguments.results)  # so that these results are kept if serving fails
     with tempfile.TemporaryDirectory(dir=arguments.disk) as folder:
         results["packed"] = serve_packed(_config(arguments), Path(folder) / "packed", device)
     _write(results, arguments.results)
@@ -66,10 +67,17 @@ def _write(results: dict[str, Any], path: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--small", action="store_true", help="a model of two layers, to try the program")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
-    parser.add_argument("--disk", type=Path, help="a folder with 45 GB free, for the packed 70B")
+    parser.add_argument("--device", default="cuda:0", help="the device to measure (default: %(default)s)")
+    parser.add_argument(
+        "--small", action="store_true", help="use a model of two layers, to test this program"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "gpu.json",
+        help="the file to write the results to (default: %(default)s)",
+    )
+    parser.add_argument("--disk", type=Path, help="a folder on a disk with 45 GB free, for the packed 70B")
     parser.add_argument("--quantization", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -85,13 +93,16 @@ def _precisions(device: torch.device) -> Iterator[Quantization]:
 
 
 def _in_a_process(quantization: Quantization, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What one precision does to the card is over before the next begins; its failure too."""
+    """Measure one precision in a separate process.
+
+    Its GPU memory is released before the next precision starts, and a failure ends only this process.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", arguments.device]
     command += ["--quantization", quantization, *(["--small"] if arguments.small else [])]
-    print(f"{quantization} ...", file=sys.stderr, flush=True)
+    print(f"measuring {quantization} ...", file=sys.stderr, flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        return {"error": f"exit code {done.returncode}; what it said is above"}
+        return {"error": f"exit code {done.returncode}; see the output above"}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -111,8 +122,10 @@ def _describe(device: torch.device) -> dict[str, Any]:
 
 
 def check_tokens(device: torch.device) -> dict[str, Any]:
-    """A small model's greedy and sampled tokens in float32: on the device, where steps are replayed from
-    graphs, and on the CPU, where they are computed one by one."""
+    """Compare a small model's tokens, greedy and sampled, between the CPU and the device, in float32.
+
+    On a GPU, steps are replayed from CUDA graphs.
+    """
     answers = []
     for place in (torch.device("cpu"), device):
         torch.manual_seed(0)
@@ -126,13 +139,13 @@ def _differences(right: list[list[int]], answers: list[list[int]]) -> Iterator[s
         if wanted != got:
             at = next(i for i, pair in enumerate(zip(wanted, got, strict=True)) if len(set(pair)) == 2)
             yield (
-                f"request {index} ({'sampled' if index % 2 else 'greedy'}) from token {at} on: "
-                f"{got[at:]}, on the CPU {wanted[at:]}"
+                f"request {index} ({'sampled' if index % 2 else 'greedy'}) differs from token {at} on: "
+                f"{got[at:]} on the device, {wanted[at:]} on the CPU"
             )
 
 
 def _answers(model: LlamaForCausalLM) -> list[list[int]]:
-    """Of 12 requests of different lengths, every other one sampled."""
+    """Return the tokens of 12 requests of different lengths. Every other request is sampled."""
     engine = _engine(model, CacheShape(8, 256))
     try:
         streams = []

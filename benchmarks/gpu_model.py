@@ -1,5 +1,7 @@
-"""A random Llama 2 70B, made on the card itself: in memory, or as a packed folder. Speed depends on shapes,
-not on what the weights say. Knows layers and files; knows nothing of what is measured.
+"""Make a random Llama 2 70B on the GPU, in memory or as a packed folder.
+
+Speed depends on shapes, not on the values of the weights. Knows layers and files; knows nothing about what is
+measured.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from llama.weights.file_checks import INDEX
 
 _LATER_LAYER = re.compile(r"model\.layers\.[1-9]")
 
-# The same proportions, to try this program itself where there is no GPU.
+# A small model of the same proportions, to test this program without a GPU.
 SMALL = LlamaConfig(
     vocab_size=VOCABULARY,
     hidden_size=256,
@@ -39,7 +41,7 @@ SMALL = LlamaConfig(
 
 
 def random_model(config: LlamaConfig, quantization: Quantization, device: torch.device) -> LlamaForCausalLM:
-    """Random weights in their precision, each layer quantized before the next is made."""
+    """Return a model with random weights. Each layer is quantized before the next one is made."""
     model = empty_model(config, device)
     for name, module in list(model.named_modules()):
         if not module._parameters:
@@ -53,7 +55,7 @@ def random_model(config: LlamaConfig, quantization: Quantization, device: torch.
 
 
 def write_packed(config: LlamaConfig, quantization: Quantization, folder: Path, device: torch.device) -> None:
-    """A folder as `weights pack` makes it: a file a layer, the layers all alike."""
+    """Write a folder in the format of `weights pack`, with one file per layer. All layers are the same."""
     folder.mkdir(parents=True)
     model = empty_model(config, device)
     stored: dict[str, dict[str, Tensor]] = {"layer": {}, "rest": {}}

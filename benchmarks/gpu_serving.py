@@ -1,5 +1,6 @@
-"""A packed random 70B on the disk, served by Cog's own server: where the seconds of a cold start go, and
-whether memory is what was planned.
+"""Serve a packed random 70B with Cog's server.
+
+Measures the parts of a cold start, and compares the used memory with the planned memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _QUANTIZATION: Quantization = "nf4"
 
 
 def serve_packed(config: LlamaConfig, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Seconds and bytes."""
+    """Write the folder and serve it. Return times in seconds and sizes in bytes."""
     started = time.perf_counter()
     write_packed(config, _QUANTIZATION, folder, device)
     writing = time.perf_counter() - started

@@ -1,5 +1,7 @@
-"""One precision of a random 70B, measured step by step: decoding against the time that its bytes take to
-read, prefill, memory, and transformers' own decoding over the same layers.
+"""Measure the steps of a random 70B in one precision: decoding, prefill and memory.
+
+Decoding is compared with the time that reading its bytes takes, and with `generate` of transformers on the
+same layers.
 """
 
 from __future__ import annotations
@@ -35,21 +37,21 @@ _GREEDY = SamplingParams(temperature=0.0)
 
 
 def measure(config: LlamaConfig, quantization: Quantization, device: torch.device) -> dict[str, Any]:
-    """All figures of one precision; seconds, bytes, tokens per second."""
+    """Return all figures of one precision, in seconds, bytes and tokens per second."""
     started = time.perf_counter()
     bandwidth = copy_bandwidth(device)
     model = random_model(config, quantization, device)
     built = time.perf_counter() - started
-    # With the scales of NF4 and int8, which are neither parameters nor buffers.
+    # The state dict includes the scales of NF4 and int8, which are neither parameters nor buffers.
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     embedding = model.get_input_embeddings().weight.nbytes
     generate = {height: _generate(model, height, device) for height in (1, 32)}
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # the peer's
+        torch.cuda.reset_peak_memory_stats(device)  # so that the peak of `generate` does not count
     placement = Placement(device, model.dtype, quantization, _CONTEXT)
     steps, sampled, prefill = _measure_steps(config, take_apart(model, placement), placement)
     per_token = bytes_per_token(config, placement.cache_dtype)
-    # One row of the embedding is read a request.
+    # The embedding is subtracted, because each request reads only one of its rows.
     floors = {height: (weights - embedding + height * _PROMPT * per_token) / bandwidth for height in _HEIGHTS}
     return {
         "seconds_to_build": built,
@@ -78,7 +80,10 @@ def measure(config: LlamaConfig, quantization: Quantization, device: torch.devic
 def _measure_steps(
     config: LlamaConfig, parts: ModelParts, placement: Placement
 ) -> tuple[dict[int, float], dict[int, float], float]:
-    """Seconds of a decode step by batch size, greedy and sampled, and prompt tokens read a second."""
+    """Return the seconds per decode step by batch size, first greedy and then sampled, and the prefill speed.
+
+    The prefill speed is in tokens per second.
+    """
     device = placement.device
     published = SamplingParams.from_inputs(input_defaults(Predictor.run)).with_seed()
     with torch.inference_mode():
@@ -93,7 +98,7 @@ def _measure_steps(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, those read and those written, of a large copy."""
+    """Return the bandwidth of a large copy, in bytes per second. Read and written bytes both count."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.int8, device=device).fill_(1)
     target = torch.empty_like(source)
@@ -103,7 +108,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def _step(
     runner: Runner, sampler: Sampler, height: int, params: SamplingParams, device: torch.device
 ) -> float:
-    """Seconds of a decode step of `height` requests that have _PROMPT tokens and get some more."""
+    """Return the seconds per decode step of `height` requests, each with a prompt of _PROMPT tokens."""
     prompt = torch.randint(3, 1000, (_PROMPT,), device=device)
     for row in range(height):
         sampler.add(row, prompt, params)
@@ -128,8 +133,10 @@ def _prefill(runner: Runner, device: torch.device) -> float:
 
 
 def _generate(model: LlamaForCausalLM, height: int, device: torch.device) -> float | None:
-    """Tokens per second of transformers' own decoding: the difference of two lengths, so without prefill.
-    None where it runs out of memory."""
+    """Return the tokens per second of `generate` of transformers, or None if it runs out of memory.
+
+    Prefill does not count: the speed is calculated from the difference of two runs with different lengths.
+    """
     prompts = torch.randint(3, 1000, (height, _PROMPT), device=device)
 
     def seconds(new_tokens: int) -> float:
@@ -150,7 +157,7 @@ def _generate(model: LlamaForCausalLM, height: int, device: torch.device) -> flo
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median of one call, waited for; a device's own launch and wait are part of a step."""
+    """Return the median seconds of a call, including launching its kernels and waiting for the device."""
     for _ in range(3):
         work()
     times = []

@@ -1,6 +1,7 @@
-"""One linear layer of the workload, by every kernel that the libraries offer on a CPU.
+"""Measure one linear layer of the workload with every kernel that the libraries have for CPUs.
 
-Why `llama/torch_engine/linears.py` packs weights as it does. Run as a program it prints one JSON document.
+The results are the reason why `llama/torch_engine/linears.py` packs weights as it does. Run as a program, it
+prints one JSON document.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Kernel = Callable[[Tensor], Tensor]
 
 
 def kernels() -> dict[str, Kernel]:
-    """By name; each takes float32 [rows, WIDTH_IN]."""
+    """Return the kernels by name. Each takes float32 [rows, WIDTH_IN]."""
     torch.manual_seed(0)
     weight = torch.randn(WIDTH_OUT, WIDTH_IN) * 0.02
     half = weight.bfloat16()
@@ -46,7 +47,7 @@ def kernels() -> dict[str, Kernel]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Microseconds a call, by kernel and number of rows. Kernels take turns."""
+    """Return the microseconds per call, by kernel and number of rows. The kernels are interleaved."""
     inputs = {rows: torch.randn(rows, WIDTH_IN) for rows in ROWS}
     samples: dict[str, dict[str, list[float]]] = {}
     with torch.inference_mode():
@@ -84,7 +85,7 @@ def _bfloat16(weight: Tensor) -> Kernel:
 
 def _observed(weight: Tensor) -> nn.Linear:
     module = _module(weight)
-    observed: Any = module  # by torch's types, a module has no attributes but tensors and modules
+    observed: Any = module  # torch's type hints allow no other attributes than tensors and modules
     observed.qconfig = torch.ao.quantization.default_dynamic_qconfig
     return module
 
@@ -112,7 +113,7 @@ def _bitsandbytes(weight: Tensor) -> dict[str, Kernel]:
     nf4.load_state_dict({"weight": weight})
     int8 = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False)
     int8.load_state_dict({"weight": weight})
-    nf4.eval().to("cpu")  # which quantizes
+    nf4.eval().to("cpu")  # `to` quantizes the weights
     int8.eval().to("cpu")
     return {
         "NF4, bitsandbytes": lambda x: nf4(x.bfloat16()),

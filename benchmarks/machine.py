@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describe the machine on which the benchmark runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def usable_cores() -> int:
 
 
 def describe() -> dict[str, object]:
-    """Processor, cores that may be used, memory in GB, and which wide instructions there are."""
+    """Return the processor, the number of usable cores, the memory in GB, and the vector instructions."""
     info = Path("/proc/cpuinfo")
     lines = {
         name.strip(): value.strip()

@@ -1,4 +1,4 @@
-"""A peer as a child process that stays up between its turns."""
+"""Run a peer in a child process that answers one list of requests after the other."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ import psutil
 from benchmarks.protocol import Request, Times, to_line
 from llama import ROOT
 
-_PATIENCE = 600.0  # seconds: no peer takes so long to load, nor for a turn
+_TIMEOUT = 600.0  # seconds: no peer needs this long to load or to answer
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What to start."""
+    """How to start a peer."""
 
     name: str
     module: str
-    """Below `benchmarks.peers`."""
+    """The name of a module in `benchmarks.peers`."""
     model: str
     variables: Mapping[str, str] = field(default_factory=dict)
     python: str = sys.executable
 
 
 class CannotDo(Exception):
-    """The peer has no such thing, or has died; the text says why."""
+    """The peer does not support the requests, or its process has ended; the message has the reason."""
 
 
 class PeerProcess:
-    """A context manager: loads the peer, and ends it."""
+    """A context manager that starts a peer, waits until it has loaded, and ends it."""
 
     def __init__(self, spec: Spec, log: Path) -> None:
-        """What the peer itself prints is added to `log`."""
+        """The output of the peer is appended to the file `log`."""
         self.spec, self._log = spec, log
 
     def __enter__(self) -> Self:
@@ -70,13 +70,13 @@ class PeerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._patience():
-            self._process.communicate()  # its input ends, and then it does
+        with self._timeout():
+            self._process.communicate()  # closes its input, which makes it exit
 
     def run(self, requests: Sequence[Request]) -> Times:
-        """Raises CannotDo."""
+        """Answer all requests and return the times of their tokens. Raises CannotDo."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died: its answer says so
+        with suppress(BrokenPipeError):  # the process has ended, and `_answer` raises CannotDo
             self._process.stdin.write(to_line(requests))
             self._process.stdin.flush()
         answer: Times | dict[str, str] = self._answer()
@@ -86,20 +86,20 @@ class PeerProcess:
 
     @property
     def resident_memory(self) -> int:
-        """Bytes, of the process itself."""
+        """The resident memory of the process, in bytes, without its child processes."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def _kill(self) -> None:
-        """With the servers that it started."""
+        """Kill the process, and the servers that it started."""
         with suppress(psutil.NoSuchProcess):
             peer = psutil.Process(self._process.pid)
             for process in [*peer.children(recursive=True), peer]:
                 process.kill()
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
-        """Kills a peer that has not done its part in time."""
-        timer = Timer(_PATIENCE, self._kill)
+    def _timeout(self) -> Iterator[None]:
+        """Kill the peer if the body takes too long."""
+        timer = Timer(_TIMEOUT, self._kill)
         timer.start()
         try:
             yield
@@ -107,10 +107,10 @@ class PeerProcess:
             timer.cancel()
 
     def _answer(self) -> Any:
-        """Raises CannotDo."""
+        """Read and decode one line. Raises CannotDo."""
         assert self._process.stdout is not None
-        with self._patience():
+        with self._timeout():
             line = self._process.stdout.readline()
         if not line:
-            raise CannotDo(f"it has died or did not answer; what it said is in {self._log}")
+            raise CannotDo(f"the process ended or did not answer within {_TIMEOUT:.0f} s; see {self._log}")
         return json.loads(line)

@@ -1,7 +1,7 @@
-"""How the benchmark talks to a peer in a process of its own: one line of JSON each way.
+"""The protocol between the benchmark and a peer in a child process: one line of JSON in each direction.
 
-The same for every peer, and the standard library only, since a peer may run in an interpreter that has
-nothing else of ours. Knows requests and times; knows nothing of models.
+It is the same for every peer. It needs only the standard library, because a peer may run in an interpreter
+that has none of our dependencies. Knows requests and times; knows nothing about models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 Times = list[list[float]]
-"""For each request the arrival of each of its tokens, in seconds after the run began."""
+"""For each request, the arrival time of each of its tokens, in seconds after the start of the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +26,31 @@ class Request:
     prompt: list[int]
     """Token ids."""
     new_tokens: int
-    """Exactly so many are generated."""
+    """The exact number of tokens to generate."""
     at: float = 0.0
-    """Seconds after the run begins."""
+    """When the request arrives, in seconds after the start of the run."""
     leave_after: int | None = None
-    """The caller leaves when it has so many tokens."""
+    """The number of tokens after which the caller disconnects, if it does."""
 
 
 class Peer(Protocol):
-    """An engine that is loaded and can answer."""
+    """An engine that has loaded the model."""
 
     versions: dict[str, str]
-    """What it runs on, by the name of the package."""
+    """The versions of the packages that it uses, by name."""
 
     def run(self, requests: Sequence[Request]) -> Times:
-        """Answer all; returns when the last has ended. Raises NotImplementedError for what it cannot do."""
+        """Answer all requests, and return when the last one has ended.
+
+        Raises NotImplementedError if it does not support the requests.
+        """
 
     def close(self) -> None:
-        """End what was started."""
+        """End everything that was started."""
 
 
 class Clock:
-    """Seconds since the run began."""
+    """Returns the seconds since the start of the run."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -60,7 +63,7 @@ class Clock:
 
 
 def in_threads(answer: Callable[[Request, Clock], list[float]], requests: Sequence[Request]) -> Times:
-    """Answer each request on a thread of its own, when it is due."""
+    """Answer each request on its own thread, starting when the request arrives."""
     clock = Clock()
 
     def one(request: Request) -> list[float]:
@@ -72,8 +75,8 @@ def in_threads(answer: Callable[[Request, Clock], list[float]], requests: Sequen
 
 
 def serve(load: Callable[[str], Peer]) -> None:
-    """A peer's main: load what the only argument names, then answer lines of requests until they end."""
-    # Libraries print what they like; the answers have a way of their own.
+    """Run a peer: load the model that the only argument names, then answer lines until the input ends."""
+    # Libraries may print to stdout, so it becomes stderr, and the answers use a copy of the original stdout.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     peer = load(sys.argv[1])
@@ -90,5 +93,5 @@ def serve(load: Callable[[str], Peer]) -> None:
 
 
 def to_line(requests: Sequence[Request]) -> str:
-    """What `serve` reads."""
+    """Return the line from which `serve` reads these requests."""
     return json.dumps([asdict(request) for request in requests]) + "\n"

@@ -1,36 +1,38 @@
-"""Tables and charts for people, made from the one JSON document of a run.
+"""Turn the JSON document of a benchmark run into Markdown tables and charts.
 
-python -m benchmarks.report benchmarks/results/cpu.json
+`python -m benchmarks.report benchmarks/results/cpu.json` writes the `.md` and `.svg` files next to it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.targets import Results
+from benchmarks.charts import draw
+from benchmarks.tables import by_batch_table, counted, table
+from benchmarks.targets import OURS, OURS_IN_FLOAT32, Results
 
-_CHARTS = (
-    ("tokens_per_second", 1, "tokens per second"),
-    ("time_to_first_token", 1000, "time to first token, ms"),
-    ("time_between_tokens", 1000, "time between tokens, ms"),
-)
+_SAME_PRECISION = {
+    "bfloat16": (OURS, (", bfloat16", ", bf16")),
+    "float32": (OURS_IN_FLOAT32, (", float32",)),
+}
+"""By precision: our engine's name, and how the names of the peers in that precision end."""
 
 
 def write_report(results: Results, stem: Path) -> None:
-    """`stem`.json, .md and .svg."""
+    """Write `stem`.json, `stem`.md and `stem`.svg."""
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(markdown(results, stem.name), encoding="utf-8")
     draw(results, stem.with_suffix(".svg"))
 
 
 def markdown(results: Results, name: str) -> str:
-    """The whole report."""
+    """Return the whole report, which shows the chart `name`.svg."""
     sections = [
         *_setting(results),
-        f"![speed, time to first token, time between tokens]({name}.svg)",
+        f"![tokens per second, time to first token and time between tokens]({name}.svg)",
         *_speeds(results),
         *_one_engine(results),
         *_starts(results),
@@ -46,38 +48,48 @@ def markdown(results: Results, name: str) -> str:
 
 def _setting(results: Results) -> Iterator[str]:
     machine, workload = results["machine"], results["workload"]
-    yield f"# Measured on {machine['processor']}, {machine['cores']} cores"
+    yield f"# Benchmark results: {machine['processor']}, {machine['cores']} cores"
     yield (
-        f"{machine['memory_gb']} GB, {machine['system']}, Python {machine['python']}; of the wide "
-        f"instructions it has {', '.join(machine['instructions']) or 'none'}. {results['date']}, commit "
-        f"{results['commit']}, {results['minutes']:.0f} minutes. Made by `make bench`."
+        f"The machine has {machine['memory_gb']} GB of memory and runs {machine['system']} and Python "
+        f"{machine['python']}. Vector instructions: {', '.join(machine['instructions']) or 'none'}. "
+        f"`make bench` measured commit {results['commit']} on {results['date']}, in "
+        f"{results['minutes']:.0f} minutes."
     )
     yield (
-        f"A random Llama of {workload['parameters'] / 1e6:.0f} million parameters, prompts of "
-        f"{workload['prompt_tokens']} tokens, {workload['new_tokens']} new ones, greedy. Medians of rounds "
-        "in which peers take turns; the whole call, prefill included. To the first token: the mean of a "
-        "turn's requests. vLLM runs its worker in the engine's process in every "
-        "measurement: by default it leaves a core to its scheduler, half of a small machine."
+        f"The model is a random Llama with {workload['parameters'] / 1e6:.0f} million parameters. Each "
+        f"request has a prompt of {workload['prompt_tokens']} tokens and generates {workload['new_tokens']} "
+        "tokens with greedy decoding. The engines were measured in one run, interleaved; values are medians "
+        "over the rounds. Tokens per second include prefill. The time to first token of a round is the mean "
+        "over its requests."
+    )
+    yield (
+        "vLLM runs in eager mode, with its worker in the engine's process. By default, vLLM reserves one "
+        "core for its scheduler, which is half of a machine with 2 cores."
     )
 
 
 def _speeds(results: Results) -> Iterator[str]:
-    yield "## Tokens per second, by requests at once"
+    yield "## Our engine and the fastest peer of the same precision"
+    yield "The ratio is our engine's tokens per second divided by those of the peer."
+    yield summary_table(results)
+    yield "## Tokens per second, by number of concurrent requests"
     yield throughput_table(results)
     for name in results["not_measured"]:
-        yield f"Not measured, since it did not run here: {name}."
-    yield "## Time to first token, ms, by requests at once"
-    yield _by_batch(results["throughput"], _first_token)
+        yield f"Not measured, because it did not run on this machine: {name}."
+    yield "## Time to first token in ms, by number of concurrent requests"
+    yield by_batch_table(results["throughput"], _first_token)
     if results["beside_vllm"]:
-        yield "## Our server on vLLM beside vLLM's own, in more rounds"
-        yield "Tokens per second, then ms to the first token:"
-        yield _by_batch(results["beside_vllm"], _speed)
-        yield _by_batch(results["beside_vllm"], _first_token)
+        yield "## Our server on vLLM and the vLLM server"
+        yield "These figures come from more rounds than those above. Tokens per second:"
+        yield by_batch_table(results["beside_vllm"], _speed)
+        yield "Time to first token, in ms:"
+        yield by_batch_table(results["beside_vllm"], _first_token)
     yield "## Targets"
+    yield '"A relative to B" means A divided by B.'
     yield targets_table(results)
-    yield "## Arriving one every 50 ms, 32 requests"
-    yield _table(
-        ("", "tokens/s", "slowest to fastest", "time to first token, s"),
+    yield "## 32 requests that arrive 50 ms apart"
+    yield table(
+        ("engine", "tokens/s", "slowest to fastest round, tokens/s", "time to first token, s"),
         (
             (peer, f"{r['tokens_per_second']:.0f}", _spread(r), f"{r['time_to_first_token']:.2f}")
             for peer, r in results["arriving"].items()
@@ -87,43 +99,56 @@ def _speeds(results: Results) -> Iterator[str]:
 
 def _one_engine(results: Results) -> Iterator[str]:
     beside, soak = results["long_prompt_beside"], results["soak"]
-    yield "## A long prompt beside running streams"
+    yield "## A long prompt that arrives while other requests decode"
     yield (
-        f"{beside['streams']} streams, then a prompt of {beside['prompt_tokens']} tokens, whose first token "
-        f"comes after {beside['time_to_first_token']:.1f} s. Time between tokens of the streams: median "
-        f"{_ms(beside['median_before'])} before; while it is read {_ms(beside['median_during'])}, "
-        f"99th percentile {_ms(beside['p99_during'])}, longest {_ms(beside['longest_during'])}."
+        f"While our engine decodes {beside['streams']} requests, a prompt of {beside['prompt_tokens']:,} "
+        f"tokens arrives. The time to its first token is {beside['time_to_first_token']:.1f} s."
     )
-    yield "## A dialogue's next turn"
-    yield _table(
-        ("time to first token, s", "1,500 tokens of history, cold", "next turn"),
+    yield table(
+        (f"time between tokens of the {beside['streams']} requests", "ms"),
+        (
+            ("before the long prompt arrives, median", _ms(beside["median_before"])),
+            ("while the long prompt is read, median", _ms(beside["median_during"])),
+            ("while the long prompt is read, 99th percentile", _ms(beside["p99_during"])),
+            ("while the long prompt is read, longest", _ms(beside["longest_during"])),
+        ),
+    )
+    yield "## Time to first token of a dialogue's next turn, in s"
+    yield table(
+        ("engine", "history of 1,500 tokens, not in the cache", "next turn, history in the cache"),
         ((peer, f"{r['cold']:.2f}", f"{r['next_turn']:.2f}") for peer, r in results["next_turn"].items()),
     )
     yield "## Memory"
     yield (
-        f"{soak['requests']:,} short requests, a tenth of whose callers leave early: "
-        f"{soak['memory_after_first_200'] / 1e6:.0f} MB resident after the first 200, "
-        f"{soak['memory_after_last'] / 1e6:.0f} MB after the last."
+        f"Our engine serves {soak['requests']:,} short requests. A tenth of the callers disconnect before "
+        "the end."
+    )
+    yield table(
+        ("resident memory", "MB"),
+        (
+            ("after the first 200 requests", f"{soak['memory_after_first_200'] / 1e6:.0f}"),
+            (f"after all {soak['requests']:,} requests", f"{soak['memory_after_last'] / 1e6:.0f}"),
+        ),
     )
 
 
 def _starts(results: Results) -> Iterator[str]:
-    yield "## Cold start"
-    yield _table(
-        ("seconds from the start of the process", "ready", "first token"),
+    yield "## Cold start, in seconds from the start of the process"
+    yield table(
+        ("engine and model", "ready", "first token"),
         ((name, f"{r['ready']:.1f}", f"{r['first_token']:.1f}") for name, r in results["cold_start"].items()),
     )
-    yield "## Loading, imports left out"
-    yield _table(
-        ("a checkpoint in bfloat16, loaded as", "GB", "reading its files, s", "loading it, s"),
+    yield "## Loading a bfloat16 checkpoint, without the time for imports"
+    yield table(
+        ("quantization", "checkpoint, GB", "reading its files, s", "loading it, s"),
         (
             (name, f"{r['bytes'] / 1e9:.1f}", f"{r['reading']:.1f}", f"{r['loading']:.1f}")
             for name, r in results["load"].items()
         ),
     )
-    yield "## One linear layer, 768 to 9,216, microseconds by rows"
-    yield _table(
-        ("", *next(iter(results["linears"].values()))),
+    yield "## One linear layer with 768 inputs and 9,216 outputs, in microseconds per call"
+    yield table(
+        ("kernel", *(counted(rows, "row") for rows in next(iter(results["linears"].values())))),
         ((kernel, *(f"{t:,.0f}" for t in times.values())) for kernel, times in results["linears"].items()),
     )
 
@@ -132,47 +157,61 @@ def _busy_cpu(results: Results) -> Iterator[str]:
     measured = results["busy_cpu"]
     machine, speeds = measured["machine"], measured["speeds"]
     settings = list(next(iter(speeds.values()))["1"]["quiet"])
-    yield "## Beside a busy program, tokens per second"
+    yield "## Tokens per second while another program uses the CPU"
     yield (
-        f"Measured on {machine['processor']}, {machine['cores']} cores. Busy: another program keeps one core "
-        "busy with an endless loop. The number of threads is chosen by the engine, or fixed."
+        f'Measured on {machine["processor"]}, {machine["cores"]} cores. "Busy" means that another program '
+        "runs an endless loop on one core. The number of threads is either chosen by the engine or fixed."
     )
-    yield _table(
+    columns = [(state, name) for state in ("quiet", "busy") for name in settings]
+    yield table(
         (
             "model",
-            "requests at once",
-            *(f"{state}, threads {name}" for state in ("quiet", "busy") for name in settings),
+            "concurrent requests",
+            *(f"{'idle' if state == 'quiet' else state} CPU, threads: {name}" for state, name in columns),
         ),
         (
-            (model, batch, *(f"{rows[state][name]:.0f}" for state in ("quiet", "busy") for name in settings))
+            (model, batch, *(f"{rows[state][name]:.0f}" for state, name in columns))
             for model, by_batch in speeds.items()
             for batch, rows in by_batch.items()
         ),
     )
 
 
-def throughput_table(results: Results) -> str:
-    """The README shows this one too."""
-    return _by_batch(results["throughput"], _speed)
-
-
-def _by_batch(by_batch: Results, figure: Callable[[Results], str]) -> str:
-    """A row a peer, a column a number of requests; blank where that was not measured."""
-    peers = list(dict.fromkeys(peer for rows in by_batch.values() for peer in rows))
-    return _table(
-        ("", *by_batch),
-        (
-            (peer, *(figure(rows[peer]) if peer in rows else "" for rows in by_batch.values()))
-            for peer in peers
-        ),
+def summary_table(results: Results) -> str:
+    """Return a table of our engine and the fastest peer of the same precision; the README shows it too."""
+    head = (
+        "precision",
+        "concurrent requests",
+        "our engine, tokens/s",
+        "fastest peer",
+        "its tokens/s",
+        "ratio",
     )
+    return table(head, _summary_rows(results["throughput"]))
+
+
+def _summary_rows(by_batch: Results) -> Iterator[tuple[str, ...]]:
+    for precision, (ours, endings) in _SAME_PRECISION.items():
+        for batch, rows in by_batch.items():
+            speeds = {name: row["tokens_per_second"] for name, row in rows.items() if name.endswith(endings)}
+            peers = [name for name in speeds if not name.startswith("our ")]
+            if ours in speeds and peers:
+                best = max(peers, key=speeds.__getitem__)
+                ratio = round(speeds[ours] / speeds[best], 3)  # as in `targets.evaluate`
+                name, _, _ = best.rpartition(", ")
+                yield precision, batch, f"{speeds[ours]:.0f}", name, f"{speeds[best]:.0f}", f"{ratio:.2f}"
+
+
+def throughput_table(results: Results) -> str:
+    """Return the table of tokens per second, which the README shows too."""
+    return by_batch_table(results["throughput"], _speed)
 
 
 def targets_table(results: Results) -> str:
-    """Misses included."""
+    """Return the table of all targets, including missed ones."""
     verdict = {True: "met", False: "**missed**", None: "not measured"}
-    return _table(
-        ("target", "wanted", "got", ""),
+    return table(
+        ("target", "wanted", "measured", "result"),
         (
             (
                 row["target"],
@@ -185,60 +224,20 @@ def targets_table(results: Results) -> str:
     )
 
 
-def draw(results: Results, path: Path) -> None:
-    """Three charts side by side, over the number of requests at once."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "the same picture for the same figures"
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(_CHARTS), figsize=(14, 4.2), layout="constrained")
-    by_batch = results["throughput"]
-    batches = [int(batch) for batch in by_batch]
-    for axis, (name, factor, title) in zip(axes, _CHARTS, strict=True):
-        for peer in by_batch[str(batches[0])]:
-            rows = [by_batch[str(batch)].get(peer) for batch in batches]
-            points = [(batch, row[name] * factor) for batch, row in zip(batches, rows, strict=True) if row]
-            ours = peer.startswith("ours")
-            axis.plot(*zip(*points, strict=True), marker="o", label=peer, linewidth=2.5 if ours else 1.2)
-        axis.set(xscale="log", yscale="log", title=title, xlabel="requests at once")
-        axis.set_xticks(batches, [str(batch) for batch in batches])
-        axis.minorticks_off()
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(visible=True, alpha=0.3)
-    machine = results["machine"]
-    figure.suptitle(f"{machine['processor']}, {machine['cores']} cores")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
 def _speed(row: Results) -> str:
     return f"{row['tokens_per_second']:.0f}"
 
 
 def _first_token(row: Results) -> str:
-    return f"{1000 * row['time_to_first_token']:.0f}"
+    return _ms(row["time_to_first_token"])
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms"
+    return f"{1000 * seconds:.0f}"
 
 
 def _spread(row: dict[str, float]) -> str:
     return f"{row['slowest']:.0f} to {row['fastest']:.0f}"
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    def lines() -> Iterator[str]:
-        cells = [str(cell) for cell in head]
-        yield "| " + " | ".join(cells) + " |"
-        yield "|---" * len(cells) + "|"
-        for row in rows:
-            yield "| " + " | ".join(row) + " |"
-
-    return "\n".join(lines())
 
 
 if __name__ == "__main__":

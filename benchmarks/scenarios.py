@@ -1,7 +1,7 @@
-"""What is asked of every peer, and what is made of its times.
+"""The requests that every peer gets, and the figures that are computed from its times.
 
-Every turn has prompts that no peer has seen. Peers take turns within a round, so that a machine that
-slows down does so for all of them. Knows requests and times; knows nothing of what answers.
+Every measurement uses new prompts. Within a round, every peer is measured once, so that a slow phase of the
+machine affects all of them. Knows requests and times; knows nothing about the engines.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import psutil
 
 from benchmarks.process import CannotDo, PeerProcess
 from benchmarks.protocol import Request, Times
+from benchmarks.tables import counted
 from benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, prompt
 
 CONCURRENCY = (1, 8, 32)
 ARRIVAL_INTERVAL = 0.05  # seconds
 LONG_PROMPT = 2000
 HISTORY = 1500
-_QUIET, _PATIENCE = 10.0, 5.0  # percent of the processor; seconds
+_IDLE = 10.0  # percent: a lower CPU usage counts as idle
+_IDLE_TIMEOUT = 5.0  # seconds to wait for an idle CPU
 
 _seeds = count()
 Row = dict[str, Any]
@@ -34,17 +36,20 @@ def log(text: str) -> None:
 
 
 def fresh(tokens: int = PROMPT_TOKENS, **request: Any) -> Request:
-    """A request with a prompt of its own."""
+    """Return a request with a prompt that was not used before."""
     return Request(prompt(tokens, next(_seeds)), **{"new_tokens": NEW_TOKENS, **request})
 
 
 def _ask(peer: PeerProcess, requests: Sequence[Request]) -> Times:
-    """One turn, on a quiet machine: vLLM's processes look for work for a whole second after their last, at
-    the expense of whose turn is next. Raises CannotDo."""
-    deadline = time.monotonic() + _PATIENCE
-    while (busy := psutil.cpu_percent(interval=0.1)) > _QUIET:
+    """Wait until the CPU is idle, then send the requests to a peer. Raises CannotDo.
+
+    vLLM's processes poll for work for one second after their last request, which would slow down the next
+    peer.
+    """
+    deadline = time.monotonic() + _IDLE_TIMEOUT
+    while (busy := psutil.cpu_percent(interval=0.1)) > _IDLE:
         if time.monotonic() > deadline:
-            log(f"{peer.spec.name}: the machine is not quiet ({busy:.0f} % busy with other work)")
+            log(f"{peer.spec.name}: the CPU is not idle ({busy:.0f}% used by other programs)")
             break
     return peer.run(requests)
 
@@ -55,21 +60,21 @@ def warm_up(peer: PeerProcess) -> None:
 
 
 def throughput(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
-    """`batch` requests that arrive at once, by peer."""
-    return _in_rounds(peers, f"{batch} at once", lambda: [fresh() for _ in range(batch)])
+    """Measure `batch` requests that arrive together. Return one row per peer."""
+    return _in_rounds(peers, counted(batch, "request"), lambda: [fresh() for _ in range(batch)])
 
 
 def side_by_side(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
-    """The same in so many rounds that small differences show."""
-    turns = f"side by side, {batch} at once"
-    return _in_rounds(peers, turns, lambda: [fresh() for _ in range(batch)], rounds=12, seconds=120.0)
+    """Measure the same as `throughput` in more rounds, so that small differences become visible."""
+    title = f"comparison of servers, {counted(batch, 'request')}"
+    return _in_rounds(peers, title, lambda: [fresh() for _ in range(batch)], rounds=12, seconds=120.0)
 
 
 def arriving(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
-    """`batch` requests that arrive one by one."""
+    """Measure `batch` requests that arrive one after the other. Return one row per peer."""
     return _in_rounds(
         peers,
-        f"{batch}, one every {ARRIVAL_INTERVAL * 1000:.0f} ms",
+        f"{counted(batch, 'request')}, {ARRIVAL_INTERVAL * 1000:.0f} ms apart",
         lambda: [fresh(at=index * ARRIVAL_INTERVAL) for index in range(batch)],
     )
 
@@ -82,8 +87,10 @@ def _in_rounds(
     rounds: int = 4,
     seconds: float = 25.0,
 ) -> dict[str, Row]:
-    """Peers take turns, every other round in reverse; who has taken so many seconds in two turns or more is
-    left out of the later ones."""
+    """Measure all peers once per round, in reverse order in every other round. Return medians by peer.
+
+    A peer that has used more than `seconds` in at least two rounds is left out of the later rounds.
+    """
     rows: dict[str, list[Row]] = {peer.spec.name: [] for peer in peers}
     left = list(peers)
     for number in range(1, rounds + 1):
@@ -92,7 +99,7 @@ def _in_rounds(
             try:
                 figures = _figures(turn, _ask(peer, turn))
             except CannotDo as reason:
-                log(f"{title}: not with {peer.spec.name} ({reason})")
+                log(f"{title}: {peer.spec.name} skipped ({reason})")
                 left.remove(peer)
                 continue
             rows[peer.spec.name].append(figures)
@@ -103,16 +110,16 @@ def _in_rounds(
 
 
 def _figures(requests: Sequence[Request], times: Times) -> Row:
-    """Of one turn. The clock of each request starts when it arrives."""
+    """Return the figures of one measurement. The time of each request counts from its arrival."""
     seconds = max(mine[-1] for mine in times)
     return {
         "seconds": seconds,
         "tokens_per_second": sum(request.new_tokens for request in requests) / seconds,
-        # The mean: prompts are read several in a step, and the median would be whichever step it fell into.
+        # The mean: a step reads several prompts, so the median would depend on how they fall into steps.
         "time_to_first_token": fmean(
             mine[0] - request.at for request, mine in zip(requests, times, strict=True)
         ),
-        # Over the whole answer: tokens may be handed over several at a time.
+        # The average over the whole answer: several tokens may arrive together.
         "time_between_tokens": median(
             (mine[-1] - mine[0]) / (request.new_tokens - 1)
             for request, mine in zip(requests, times, strict=True)
@@ -131,7 +138,7 @@ def _medians(turns: list[Row]) -> Row:
 
 
 def long_prompt_beside(peer: PeerProcess, streams: int) -> Row:
-    """Time between tokens of `streams` answers, before and while a long prompt is read."""
+    """Measure the time between tokens of `streams` answers, before and while a long prompt is read."""
     arrival = 2.0
     beside = [fresh(new_tokens=600) for _ in range(streams)]
     long = fresh(LONG_PROMPT, new_tokens=2, at=arrival)
@@ -156,7 +163,7 @@ def long_prompt_beside(peer: PeerProcess, streams: int) -> Row:
 
 
 def next_turn(peer: PeerProcess, rounds: int = 3) -> Row:
-    """Time to first token of a dialogue's turn, the history in the cache or not."""
+    """Measure the time to first token of a dialogue's turn, with and without its history in the cache."""
     cold, warm = list[float](), list[float]()
     for _ in range(rounds):
         history = fresh(HISTORY, new_tokens=8)
@@ -167,7 +174,7 @@ def next_turn(peer: PeerProcess, rounds: int = 3) -> Row:
 
 
 def soak(peer: PeerProcess, total: int = 2000, at_once: int = 200) -> Row:
-    """Resident memory after many short requests, a tenth of whose callers leave early."""
+    """Measure the resident memory after many short requests. A tenth of the callers disconnect early."""
     memory = []
     for _ in range(total // at_once):
         requests = [

@@ -1,22 +1,30 @@
-"""What the project wants to reach, held against what a run measured. Knows figures only."""
+"""Compare what a run measured with the project's performance targets.
+
+Knows the figures of a run and the names of the engines; knows nothing about how they were measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.tables import counted
+
 Results = dict[str, Any]
 
-OURS = "ours, bfloat16"
-OURS_IN_FLOAT32 = "ours, float32"
-SERVED = "ours over HTTP, bfloat16"
-SERVED_ON_VLLM = "ours on vLLM over HTTP, bfloat16"
+OURS = "our engine, bfloat16"
+OURS_IN_FLOAT32 = "our engine, float32"
+SERVED = "our server, bfloat16"
+SERVED_ON_VLLM = "our server on vLLM, bfloat16"
 CHOSEN = "chosen by the engine"
-VLLM_SERVER = "vLLM's own server (CPU, eager), bfloat16"
+VLLM_SERVER = "vLLM server (CPU, eager), bfloat16"
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
-    """One row a target: what, wanted, got (None where it was not measured), and whether it is met."""
+    """Return one row per target: `target` (its name), `wanted`, `got` and `met`.
+
+    `got` and `met` are None if the figure was not measured.
+    """
     return [
         {
             "target": text,
@@ -29,7 +37,7 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
 
 
 Row = tuple[str, float, float | None, bool]
-"""What, wanted, got, and whether `wanted` is an upper bound."""
+"""The target's name, the wanted value, the measured value, and whether the wanted value is an upper bound."""
 
 
 def _rows(results: Results) -> Iterator[Row]:
@@ -44,49 +52,62 @@ def _speeds_of_peers(results: Results) -> Iterator[Row]:
     for peer, wanted in {
         "transformers generate, bfloat16": (1.5, 1.3, 1.3),
         "transformers generate, float32": (1.5, 1.3, 1.3),
-        "vLLM (CPU, eager), bfloat16": (1.0, 1.1, 1.1),
+        "vLLM engine (CPU, eager), bfloat16": (1.0, 1.1, 1.1),
         "llama.cpp, bf16": (1.0, 0.9, 1.0),
     }.items():
         for batch, share in zip((1, 8, 32), wanted, strict=True):
             if not (peer.startswith("llama.cpp") and batch == 1):
-                yield f"speed over {peer}, {batch} at once", share, _ratio(results, batch, peer), False
-    yield "goal: over llama.cpp, bf16, 1 at once", 1.0, _ratio(results, 1, "llama.cpp, bf16"), False
+                yield (
+                    f"{_relative_to(peer)}; {counted(batch, 'request')}",
+                    share,
+                    _ratio(results, batch, peer),
+                    False,
+                )
+    peer = "llama.cpp, bf16"
+    yield f"long-term goal: {_relative_to(peer)}; 1 request", 1.0, _ratio(results, 1, peer), False
+    peer = "llama.cpp, q4_0"
     for batch in (8, 32):
-        got = _ratio(results, batch, "llama.cpp, q4_0")
-        yield f"goal: over llama.cpp, q4_0, {batch} at once", 1.0, got, False
+        got = _ratio(results, batch, peer)
+        yield f"long-term goal: {_relative_to(peer)}; {counted(batch, 'request')}", 1.0, got, False
     for dtype in ("bfloat16", "float32"):
         peer = f"transformers continuous batching, {dtype}"
         got = _over(results["arriving"], _alike(peer), peer)
-        yield f"arriving one by one: over {peer}", 2.0, got, False
+        yield f"{_relative_to(peer)}; 32 requests, 50 ms apart", 2.0, got, False
+
+
+def _relative_to(peer: str) -> str:
+    return f"tokens/s of our engine relative to {peer}"
 
 
 def _ours_alone(results: Results) -> Iterator[Row]:
     beside, turn = results["long_prompt_beside"], results["next_turn"][OURS]
     yield (
-        "99th percentile time between tokens while a 2,000-token prompt is read, over the median before",
+        "99th percentile of the time between tokens while a 2,000-token prompt is read, "
+        "relative to the median before it arrives",
         3.0,
         beside["p99_during"] / beside["median_before"],
         True,
     )
     yield (
-        "time to first token of a dialogue's next turn over the cold one",
+        "time to first token of a dialogue's next turn, relative to a dialogue that is not in the cache",
         0.2,
         turn["next_turn"] / turn["cold"],
         True,
     )
     served = _over(results["throughput"]["32"], SERVED, OURS)
-    yield "32 streams over HTTP over the engine alone", 0.9, served, False
+    yield "tokens/s of our server relative to our engine; 32 requests", 0.9, served, False
 
 
 def _served_on_vllm(results: Results) -> Iterator[Row]:
     by_batch = {batch: results["beside_vllm"].get(batch, {}) for batch in results["throughput"]}
     for batch, rows in by_batch.items():
-        got = _over(rows, SERVED_ON_VLLM, VLLM_SERVER)
-        yield f"our server on vLLM over vLLM's own, {batch} at once", 0.95, got, False
+        name = f"tokens/s of our server on vLLM relative to the vLLM server; {counted(batch, 'request')}"
+        yield name, 0.95, _over(rows, SERVED_ON_VLLM, VLLM_SERVER), False
     for batch, rows in by_batch.items():
         first = _of_both(rows, SERVED_ON_VLLM, VLLM_SERVER, "time_to_first_token")
         yield (
-            f"time to first token of our server on vLLM, ms after vLLM's own, {batch} at once",
+            "time to first token of our server on vLLM minus that of the vLLM server, in ms; "
+            f"{counted(batch, 'request')}",
             10.0,
             None if first is None else 1000 * (first[0] - first[1]),
             True,
@@ -96,13 +117,13 @@ def _served_on_vllm(results: Results) -> Iterator[Row]:
 def _long_runs(results: Results) -> Iterator[Row]:
     soak, load = results["soak"], results["load"]["none"]
     yield (
-        "memory after 2,000 requests over that after 200",
+        "resident memory after 2,000 requests relative to that after 200",
         1.05,
         soak["memory_after_last"] / soak["memory_after_first_200"],
         True,
     )
     yield (
-        "loading a 4 GB checkpoint, as a share of the speed of reading it",
+        "speed of loading a 4 GB checkpoint relative to reading its files",
         0.7,
         load["reading"] / load["loading"],
         False,
@@ -112,20 +133,17 @@ def _long_runs(results: Results) -> Iterator[Row]:
 def _busy_cpu(results: Results) -> Iterator[Row]:
     for model, by_batch in results["busy_cpu"]["speeds"].items():
         for batch, speeds in by_batch.items():
-            what = f"{model}, {batch} at once"
+            what = f"{model}, {counted(batch, 'request')}"
             quiet, busy = (against_fixed(speeds, state) for state in ("quiet", "busy"))
-            yield f"{what}, quiet CPU: speed over that with a thread for every core", 0.95, quiet, False
-            yield (
-                f"{what}, beside a busy loop: speed over the better fixed number of threads",
-                0.9,
-                busy,
-                False,
-            )
+            yield f"idle CPU: tokens/s relative to one thread per core; {what}", 0.95, quiet, False
+            yield f"busy CPU: tokens/s relative to the best fixed number of threads; {what}", 0.9, busy, False
 
 
 def against_fixed(speeds: Results, state: str) -> float:
-    """The engine's choice of threads over a fixed number: over all cores on a quiet machine, over whichever
-    is faster on a busy one."""
+    """Return the speed with the engine's own choice of threads relative to that with a fixed number.
+
+    The fixed number is one thread per core on an idle machine, and whichever is fastest on a busy one.
+    """
     *fixed, all_cores = (speed for name, speed in speeds[state].items() if name != CHOSEN)
     return float(speeds[state][CHOSEN] / (all_cores if state == "quiet" else max([*fixed, all_cores])))
 
@@ -135,17 +153,18 @@ def _ratio(results: Results, batch: int, peer: str) -> float | None:
 
 
 def _alike(peer: str) -> str:
-    """Ours in a peer's precision."""
+    """Return the name of our engine in the peer's precision."""
     return OURS_IN_FLOAT32 if peer.endswith("float32") else OURS
 
 
 def _over(rows: Results, ours: str, peer: str) -> float | None:
+    """Return the ratio of two speeds, or None unless both were measured."""
     speeds = _of_both(rows, ours, peer, "tokens_per_second")
     return None if speeds is None else speeds[0] / speeds[1]
 
 
 def _of_both(rows: Results, ours: str, peer: str, figure: str) -> tuple[float, float] | None:
-    """None unless both were measured."""
+    """Return the figure of both engines, or None unless both were measured."""
     if peer not in rows or ours not in rows:
         return None
     return rows[ours][figure], rows[peer][figure]

@@ -1,6 +1,6 @@
-"""The workload's model as a GGUF file, for llama.cpp.
+"""Convert the workload's model to a GGUF file for llama.cpp.
 
-Knows llama.cpp's names and its order of rotary channels; knows nothing of speed.
+Knows llama.cpp's tensor names and its order of rotary channels; knows nothing about speed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FILE_TYPE = {Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16, Kind.Q4_0: gguf.LlamaFi
 
 
 def write_gguf(folder: Path, path: Path, kind: Kind) -> None:
-    """Beside its place, and then moved there."""
+    """Write the file under a temporary name, and then rename it to `path`. Do nothing if `path` exists."""
     if path.is_file():
         return
     config = json.loads((folder / "config.json").read_text())
@@ -61,6 +61,9 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, int]) -> None:
 
 
 def _in_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """llama.cpp rotates neighbouring channels, transformers one from each half."""
+    """Reorder the output channels of a projection.
+
+    llama.cpp rotates pairs of neighbouring channels; transformers pairs a channel of each half.
+    """
     halves = weight.reshape(heads, 2, -1, weight.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))

@@ -1,7 +1,7 @@
-"""The model and the prompts that every peer is given.
+"""The model and the prompts that every peer gets.
 
-A random Llama of 134 million parameters: speed depends on shapes, not on what the weights say. Knows
-files and token ids; knows nothing of peers.
+The model is a random Llama with 134 million parameters: speed depends on shapes, not on the values of the
+weights. Knows files and token ids; knows nothing about peers.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ CONTEXT = 4096
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
 
-_FIRST_WORD = 3 + 256  # control tokens and bytes come before
+_FIRST_WORD = 3 + 256  # ids below this are control tokens and bytes
 
 
 def prompt(tokens: int, seed: int) -> list[int]:
-    """Random token ids; no two seeds share a beginning."""
+    """Return random token ids. Prompts of different seeds have no common prefix beyond BOS."""
     rng = random.Random(seed)
     return [1, *(rng.randrange(_FIRST_WORD, VOCABULARY) for _ in range(tokens - 1))]
 
 
 def as_text(token_ids: list[int]) -> str:
-    """The text that the workload's tokenizer turns into these ids, the first of them BOS."""
+    """Return the text that the workload's tokenizer encodes as these ids. The first one must be BOS."""
     return " ".join(_word(token_id) for token_id in token_ids[1:])
 
 
 def write_model(folder: Path) -> None:
-    """The model in bfloat16, in Hugging Face format, beside its place and then moved there."""
+    """Write the model in bfloat16 and in Hugging Face format. Do nothing if `folder` exists.
+
+    It is written under a temporary name and then renamed.
+    """
     if folder.is_dir():
         return
     import torch
@@ -58,7 +61,10 @@ def write_model(folder: Path) -> None:
 
 
 def write_large(folder: Path, layers: int) -> None:
-    """A checkpoint of some 0.1 GB a layer in several files, to be loaded; the layers are all alike."""
+    """Write a checkpoint of several files, with about 0.1 GB per layer, to measure loading.
+
+    All layers are the same. Do nothing if `folder` exists.
+    """
     if folder.is_dir():
         return
     import torch
@@ -98,7 +104,7 @@ def _word(token_id: int) -> str:
 
 
 def _pieces() -> Iterator[tuple[str, str]]:
-    """Each token and its kind, by id."""
+    """Yield each token and its type, in the order of ids."""
     yield from (("<unk>", "UNKNOWN"), ("<s>", "CONTROL"), ("</s>", "CONTROL"))
     for byte in range(256):
         yield f"<0x{byte:02X}>", "BYTE"
@@ -107,8 +113,10 @@ def _pieces() -> Iterator[tuple[str, str]]:
 
 
 def _write_fast_tokenizer(folder: Path) -> None:
-    """The same tokenizer in Hugging Face's own format, for peers: transformers reads `tokenizer.model` as
-    one that merges characters."""
+    """Write the tokenizer as `tokenizer.json`, for peers.
+
+    transformers would read `tokenizer.model` as a tokenizer that merges characters.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     pieces = {piece: index for index, (piece, _) in enumerate(_pieces())}
@@ -123,7 +131,7 @@ def _write_fast_tokenizer(folder: Path) -> None:
 
 
 def tokenizer_model() -> bytes:
-    """A SentencePiece model of Llama 2's layout, in which every token but control and bytes is a word."""
+    """Return a SentencePiece model with Llama 2's layout. Its tokens are control tokens, bytes and words."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto()

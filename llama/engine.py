@@ -1,7 +1,7 @@
-"""The seam between text and tensors: token ids and sampling parameters in, token ids out.
+"""The interface between text and tensors: token ids and sampling parameters in, token ids out.
 
-`Engine` is what `generation.py` needs of one; `TokenStream` is how an engine's thread hands an
-answer to a caller's. Neither knows text, stop sequences or metrics.
+`Engine` is the interface that `generation.py` uses. `TokenStream` passes an answer from an engine's thread to
+a caller's thread. Neither knows text, stop sequences or metrics.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from llama.sampling_params import SamplingParams
 FinishReason = Literal["stop", "length", "cancelled"]
 
 # Cog's server drops a stream whose reader is 1,024 events behind, and every list of tokens makes two events:
-# text and a metric. At this many seconds between two lists a reader may stand still for 16 seconds.
+# text and a metric. With this many seconds between two lists, a reader may pause for 16 seconds.
 _PACE = 1 / 32
 
 
 class TokenStream:
-    """One request's answer, on its way from an engine's thread to a caller's."""
+    """The answer to one request, passed from an engine's thread to a caller's thread."""
 
     def __init__(self) -> None:
         self._events: SimpleQueue[int | FinishReason | EngineError] = SimpleQueue()
@@ -30,13 +30,13 @@ class TokenStream:
         self._ended = threading.Event()
         self._tell_engine: Callable[[], object] | None = None
         self.finish_reason: FinishReason | None = None
-        """Why the answer ended; None while iterating, and if the request failed."""
+        """Why the answer ended. None until it has ended, and if the request failed."""
         self._error: EngineError | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Lists of token ids, each with all that is ready, without EOS; at most 32 a second.
+        """Yield lists of token ids, at most 32 per second. Each has all tokens that are ready, without EOS.
 
-        Raises an EngineError when the request has failed, and raises it again when iterated again.
+        Raises an EngineError if the request failed, and raises it again if iterated again.
         """
         if self._error is not None:
             raise self._error
@@ -60,8 +60,10 @@ class TokenStream:
                 raise self._error
 
     def cancel(self) -> None:
-        """End the answer here: the caller hears at once, the engine drops it before its next step.
-        Any thread may call this, at any time, more than once."""
+        """End the answer. Iteration stops immediately, and the engine drops the request before its next step.
+
+        Any thread may call this, at any time, and more than once.
+        """
         self._cancelled.set()
         self._end("cancelled")
         if self._tell_engine is not None:
@@ -72,19 +74,19 @@ class TokenStream:
         return self._cancelled.is_set()
 
     def on_cancel(self, tell: Callable[[], object]) -> None:
-        """For an engine that does not look at `cancelled` before each step: call `tell` when it is set."""
+        """Let `cancel` call `tell`, for an engine that does not check `cancelled` before each step."""
         self._tell_engine = tell
 
     def put(self, token_id: int) -> None:
-        """For the engine: the next token."""
+        """Add the next token. Called by the engine."""
         self._events.put(token_id)
 
     def finish(self, reason: FinishReason) -> None:
-        """For the engine: there is no more."""
+        """End the answer. Called by the engine."""
         self._end(reason)
 
     def fail(self, error: EngineError) -> None:
-        """For the engine: there will be no more, and why."""
+        """End the answer with an error. Called by the engine."""
         self._end(error)
 
     def _end(self, event: FinishReason | EngineError) -> None:
@@ -93,38 +95,41 @@ class TokenStream:
 
 
 def check_token_ids(token_ids: Sequence[int], vocabulary: int) -> None:
-    """Raises InvalidInput unless there are token ids and each is below `vocabulary`. On a GPU, another id
-    would end CUDA for the whole process."""
+    """Raise InvalidInput unless there are token ids and each of them is below `vocabulary`.
+
+    On a GPU, any other id would make CUDA unusable for the whole process.
+    """
     if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
         raise InvalidInput(
-            f"the prompt has {len(token_ids)} token ids; send at least one, each from 0 to {vocabulary - 1}"
+            f"the prompt is empty or has an id that is not a token ({len(token_ids)} ids); send at least one "
+            f"id, each from 0 to {vocabulary - 1}"
         )
 
 
 class Engine(Protocol):
-    """Runs many requests at once. Methods may be called from any thread."""
+    """Runs many requests concurrently. Its methods may be called from any thread."""
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer together that one request may have."""
+        """The number of tokens that one request may have, prompt and answer together."""
 
     @property
     def max_requests(self) -> int:
-        """Requests that run at once; others wait, first come, first served."""
+        """The number of requests that run at once. Others wait, first come, first served."""
 
     @property
     def healthy(self) -> bool:
-        """False once requests can no longer be served."""
+        """False if the engine can no longer serve requests."""
 
     def check(self, params: SamplingParams) -> None:
-        """Raises NotSupported for what this engine cannot do."""
+        """Raise NotSupported for parameters that this engine does not support."""
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
-        """Queue a request. `token_ids` and `params.maximum` fit the context together.
+        """Queue a request. The caller ensures that `token_ids` and `params.maximum` together fit the context.
 
-        Raises EngineStopped if the engine takes no more requests, and InvalidInput if `token_ids` is empty or
-        has an id that is no token of the model.
+        Raises EngineStopped if the engine no longer takes requests, and InvalidInput if `token_ids` is empty
+        or has an id that is not a token of the model.
         """
 
     def close(self) -> None:
-        """Stop; whoever still waits gets EngineStopped."""
+        """Stop the engine. Requests that have not ended fail with EngineStopped."""

@@ -1,6 +1,6 @@
-"""What a prediction is billed and judged by.
+"""The metrics of a prediction: token counts, times and the finish reason.
 
-Knows counts and times; knows nothing of Cog but that a scope records a name and a value.
+Knows counts and times. Knows nothing about Cog, except that a scope records a name and a value.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ logger = logging.getLogger(__name__)
 
 
 class Scope(Protocol):
-    """Where metrics go: Cog's prediction scope is one."""
+    """An object that records metrics, such as the scope of a Cog prediction."""
 
     def record_metric(self, name: str, value: float | str) -> None:
-        """Record a value, in place of an earlier one of the same name."""
+        """Record a value, which replaces an earlier one with the same name."""
 
 
 class NoScope:
-    """For use outside Cog: records nothing."""
+    """Records nothing. For use outside Cog."""
 
     def record_metric(self, name: str, value: float | str) -> None:
         pass
 
 
 def guarded(call: Callable[..., object], failure: str) -> Callable[..., None]:
-    """`call`, which may fail: the first failure is logged, and from then on nothing is called. `failure` may
-    name the first argument as `{}`."""
+    """Return a function that calls `call` until a call fails.
+
+    That failure is logged with the text `failure`, in which `{}` stands for the first argument. Later calls
+    do nothing.
+    """
     failed = False
 
     def guard(*arguments: object) -> None:
@@ -48,11 +51,12 @@ def guarded(call: Callable[..., object], failure: str) -> Callable[..., None]:
 
 
 class GuardedScope:
-    """Records in another scope. If that fails, the first failure is logged and the prediction goes on."""
+    """Records metrics in another scope until that fails. It logs the first failure and raises no error."""
 
     def __init__(self, scope: Scope) -> None:
         self._record = guarded(
-            scope.record_metric, "the metric {} could not be recorded; this prediction records no more"
+            scope.record_metric,
+            "the metric {} could not be recorded; no more metrics are recorded for this prediction",
         )
 
     def record_metric(self, name: str, value: float | str) -> None:
@@ -60,7 +64,7 @@ class GuardedScope:
 
 
 class Metrics:
-    """The counts and times of one prediction, from the moment that this object is made."""
+    """The counts and times of one prediction, which starts when this object is created."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -69,20 +73,20 @@ class Metrics:
         self.input_token_count = 0
         self.output_token_count = 0
         self.finish_reason: FinishReason | None = None
-        """None until the answer has ended, and for ever when it failed."""
+        """None until the answer has ended, and if it failed."""
 
     def count_token(self) -> None:
-        """A token of the answer has come."""
+        """Count one token of the answer, and record when the first one arrives."""
         if self._first_token is None:
             self._first_token = time.perf_counter()
         self.output_token_count += 1
 
     def end(self) -> None:
-        """The prediction is over; `values` no longer changes."""
+        """End the prediction: `values` no longer changes."""
         self._ended = time.perf_counter()
 
     def values(self) -> dict[str, float | str]:
-        """The published metrics by name; seconds, and tokens per second over the whole time."""
+        """Return the published metrics by name. Times are in seconds, speeds in tokens/s since the start."""
         elapsed = (time.perf_counter() if self._ended is None else self._ended) - self._started
         values: dict[str, float | str] = {
             "input_token_count": self.input_token_count,
@@ -101,5 +105,5 @@ class Metrics:
             scope.record_metric(name, value)
 
     def record_progress(self, scope: Scope) -> None:
-        """Record the tokens so far, so that they can be billed even if the server is killed."""
+        """Record the number of tokens so far, so that it can be billed even if the server is killed."""
         scope.record_metric("output_token_count", self.output_token_count)

@@ -1,4 +1,4 @@
-"""The default engine over a small model: a batch that a test steps, or a running engine."""
+"""The default engine with a small model: a batch that a test steps, or a running engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POISON_TOKEN = 600
 
 
 class Head(torch.nn.Module):
-    """An output layer that counts the steps, can be held before one, and can fail."""
+    """An output layer that counts the steps, can block before a step, and can fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def batch_of(
     prefix_reuse: bool = True,
     head: Head | None = None,
 ) -> Batch:
-    """A batch without a thread: the tests step it."""
+    """Return a batch without a thread, which the test steps."""
     taken = copy.deepcopy(model)  # a batch takes its model apart
     if head is not None:
         head.inner, taken.lm_head = taken.lm_head, head
@@ -79,7 +79,7 @@ def finish(batch: Batch) -> None:
 
 
 def answers_of(batch: Batch, *requests: tuple[list[int], SamplingParams]) -> list[list[int]]:
-    """The answers to requests that arrive together."""
+    """Return the answers to requests that arrive together."""
     added = [add(batch, *request) for request in requests]
     finish(batch)
     return [request.tokens[request.prompt_length :] for request in added]
@@ -87,7 +87,7 @@ def answers_of(batch: Batch, *requests: tuple[list[int], SamplingParams]) -> lis
 
 @contextmanager
 def running(model: LlamaForCausalLM, **more: Any) -> Iterator[TorchEngine]:
-    """The same on a thread, arguments as in `batch_of`."""
+    """Run an engine with the same arguments as `batch_of`."""
     engine = TorchEngine(lambda: batch_of(model, **more))
     try:
         yield engine
@@ -109,7 +109,7 @@ def collect(stream: TokenStream) -> list[int]:
 
 
 def generate(model: LlamaForCausalLM, prompt: list[int], maximum: int, **more: object) -> list[int]:
-    """The reference: transformers' own `generate`, without EOS."""
+    """Return the answer of `generate` of transformers, without EOS."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids,

@@ -1,6 +1,6 @@
-"""What every engine promises, against transformers' own generation and plain definitions, in float32.
+"""The contract of every engine, compared with transformers and with simple definitions, in float32.
 
-The same tests for each engine; one that is not installed is skipped.
+The same tests run for each engine. An engine that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llama.settings import Settings
 from predict import Predictor
 
 needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; run `make test-vllm`"
 )
 # The tensor-parallel ranks on a CPU are bound to cores, which only Linux can do.
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -45,14 +45,16 @@ ENGINES = [
 CONTEXT = 512
 PLACES = 4
 PROMPT = [1, 300, 301, 302, 303, 304]
-ENDS_AT = 9  # tokens of the greedy answer to PROMPT, when nothing forbids its end
+ENDS_AT = 9  # the number of tokens before EOS in the greedy answer to PROMPT
 SAMPLED = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": 30}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
-    """A model that ends its answer to PROMPT by itself, at ENDS_AT, and whose best ids would often be
-    those that pad its table."""
+    """A model that ends its greedy answer to PROMPT after ENDS_AT tokens.
+
+    Its best ids would often be those that only pad the embedding table.
+    """
     folder = tmp_path_factory.mktemp("contract")
     write_model(folder, vocab_size=VOCABULARY + 64)
     (folder / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
@@ -105,7 +107,7 @@ def load(folder: Path, engine: str) -> Llama:
 
 @torch.inference_mode()
 def logits_after(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
-    """Of what are tokens, [VOCABULARY]."""
+    """Return the logits of the next token, without ids that are not tokens: [VOCABULARY]."""
     logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0, -1, :VOCABULARY]
     return logits
 
@@ -116,7 +118,10 @@ def reference(
     maximum: int,
     adjust: Callable[[torch.Tensor, list[int]], torch.Tensor] = lambda logits, _: logits,
 ) -> list[int]:
-    """Greedy, one whole forward a token, the logits adjusted by what has been answered; no end."""
+    """Decode greedily, with one full forward pass per token, and without stopping at EOS.
+
+    `adjust` changes the logits and gets the answer so far.
+    """
     answer: list[int] = []
     for _ in range(maximum):
         with torch.inference_mode():
@@ -152,11 +157,11 @@ def answer_of(llama: Llama, **inputs: object) -> str:
     return "".join(pieces)
 
 
-def test_it_says_what_it_holds(engine: Engine) -> None:
+def test_an_engine_reports_its_context_and_number_of_requests(engine: Engine) -> None:
     assert (engine.context_length, engine.max_requests, engine.healthy) == (CONTEXT, PLACES, True)
 
 
-def test_every_answer_among_sixteen_at_once_is_the_reference_s(
+def test_sixteen_concurrent_requests_get_the_answers_of_the_reference(
     engine: Engine, model: LlamaForCausalLM
 ) -> None:
     prompts = [prompt_of(seed, 3 + 11 * seed) for seed in range(16)]
@@ -167,19 +172,19 @@ def test_every_answer_among_sixteen_at_once_is_the_reference_s(
         assert answers[seed] == until_its_end(model, reference(model, prompt, 8 + seed))
 
 
-def test_an_answer_stops_at_its_end_which_is_not_part_of_it(engine: Engine, model: LlamaForCausalLM) -> None:
+def test_an_answer_stops_at_eos_and_does_not_include_it(engine: Engine, model: LlamaForCausalLM) -> None:
     stream = engine.submit(PROMPT, greedy(40))
     assert collect(stream) == reference(model, PROMPT, ENDS_AT)
     assert stream.finish_reason == "stop"
 
 
-def test_an_answer_of_the_maximum_says_length(engine: Engine) -> None:
+def test_an_answer_of_maximum_length_finishes_with_length(engine: Engine) -> None:
     stream = engine.submit(PROMPT, greedy(ENDS_AT - 2))
     assert len(collect(stream)) == ENDS_AT - 2
     assert stream.finish_reason == "length"
 
 
-def test_no_end_is_taken_before_the_minimum(engine: Engine, model: LlamaForCausalLM) -> None:
+def test_eos_is_not_generated_before_the_minimum(engine: Engine, model: LlamaForCausalLM) -> None:
     def without_ends(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
         return logits.index_fill(0, torch.tensor(ends(model)), float("-inf")) if len(answer) < 25 else logits
 
@@ -201,7 +206,7 @@ def test_the_repetition_penalty_counts_prompt_and_answer(
     assert collect(engine.submit(PROMPT, greedy(30, repetition_penalty=penalty))) == wanted
 
 
-def test_presence_and_frequency_count_the_answer_alone(engine: Engine, model: LlamaForCausalLM) -> None:
+def test_presence_and_frequency_count_only_the_answer(engine: Engine, model: LlamaForCausalLM) -> None:
     def penalized(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
         for token, count in Counter(answer).items():
             logits[token] -= 0.7 * count + 1.1
@@ -213,7 +218,7 @@ def test_presence_and_frequency_count_the_answer_alone(engine: Engine, model: Ll
 
 
 @pytest.mark.parametrize("off", [{"repetition_penalty": 0.0}, {"top_k": -1}, {"min_new_tokens": -1}])
-def test_what_is_off_changes_nothing(engine: Engine, off: dict[str, float]) -> None:
+def test_a_parameter_that_is_off_changes_nothing(engine: Engine, off: dict[str, float]) -> None:
     params = SamplingParams(**SAMPLED, seed=3)
     wanted = collect(engine.submit(PROMPT, params))
     assert collect(engine.submit(PROMPT, params.model_copy(update=off))) == wanted
@@ -233,7 +238,7 @@ def test_a_seed_gives_the_same_answer_again(engine: Engine, seed: int) -> None:
     assert collect(engine.submit(PROMPT, params)) == collect(engine.submit(PROMPT, params))
 
 
-def test_a_seed_gives_the_same_answer_alone_and_among_others(engine: Engine) -> None:
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(engine: Engine) -> None:
     params = SamplingParams(**SAMPLED, seed=42)
     alone = collect(engine.submit(PROMPT, params))
     others = [engine.submit(prompt_of(s, 9), SamplingParams(**SAMPLED, seed=s)) for s in range(6)]
@@ -243,14 +248,14 @@ def test_a_seed_gives_the_same_answer_alone_and_among_others(engine: Engine) -> 
     assert len({tuple(collect(other)) for other in others}) > 3
 
 
-def test_a_top_k_of_two_takes_one_of_the_best_two(engine: Engine, model: LlamaForCausalLM) -> None:
+def test_a_top_k_of_two_draws_one_of_the_best_two_tokens(engine: Engine, model: LlamaForCausalLM) -> None:
     best = logits_after(model, PROMPT).topk(2).indices.tolist()
     params = [SamplingParams(temperature=2.0, top_k=2, seed=seed, max_new_tokens=1) for seed in range(20)]
     first = {collect(engine.submit(PROMPT, p))[0] for p in params}
     assert first == set(best)
 
 
-def test_an_id_that_pads_the_table_is_never_drawn(engine: Engine, model: LlamaForCausalLM) -> None:
+def test_an_id_that_pads_the_embedding_table_is_never_drawn(engine: Engine, model: LlamaForCausalLM) -> None:
     with torch.inference_mode():
         assert int(model(torch.tensor([PROMPT])).logits[0].argmax(-1).max()) >= VOCABULARY
     params = [SamplingParams(temperature=2.0, seed=s, max_new_tokens=60, min_new_tokens=60) for s in range(4)]
@@ -264,12 +269,14 @@ def test_a_prompt_and_an_answer_fill_the_context_together(engine: Engine, model:
     assert (len(answer), answer[:1]) == (4, reference(model, prompt, 1))
 
 
-def test_who_comes_to_a_full_house_waits_and_is_served(engine: Engine) -> None:
+def test_requests_beyond_the_limit_wait_and_are_served(engine: Engine) -> None:
     streams = [engine.submit(prompt_of(s, 5), greedy(30, min_new_tokens=30)) for s in range(3 * PLACES)]
     assert [len(collect(stream)) for stream in streams] == [30] * (3 * PLACES)
 
 
-def test_a_cancel_makes_room_and_leaves_the_others_alone(engine: Engine, model: LlamaForCausalLM) -> None:
+def test_a_cancelled_request_frees_its_place_and_does_not_affect_others(
+    engine: Engine, model: LlamaForCausalLM
+) -> None:
     long = greedy(CONTEXT - 10, min_new_tokens=CONTEXT - 10)
     house = [engine.submit(prompt_of(seed, 5), long) for seed in range(PLACES)]
     iterators = [iter(stream) for stream in house]
@@ -279,7 +286,7 @@ def test_a_cancel_makes_room_and_leaves_the_others_alone(engine: Engine, model: 
     gone = engine.submit(PROMPT, greedy(20))
     gone.cancel()
     house[1].cancel()
-    assert collect(waiting) == reference(model, PROMPT, ENDS_AT)  # while the three others still run
+    assert collect(waiting) == reference(model, PROMPT, ENDS_AT)  # while three others are still running
     assert (collect(gone), gone.finish_reason) == ([], "cancelled")
     assert len([token for tokens in iterators[1] for token in tokens]) < CONTEXT - 20
     for stream in house:
@@ -288,12 +295,12 @@ def test_a_cancel_makes_room_and_leaves_the_others_alone(engine: Engine, model: 
     assert engine.healthy
 
 
-def test_a_prompt_without_room_for_one_token_is_refused(llama: Llama) -> None:
+def test_a_prompt_that_leaves_no_room_for_a_token_is_refused(llama: Llama) -> None:
     with pytest.raises(PromptTooLong, match="^E1002 PromptTooLong: .*the model's context is 512"):
         answer_of(llama, prompt="word " * 600)
 
 
-def test_a_stop_sequence_ends_the_answer_and_is_not_in_it(llama: Llama) -> None:
+def test_an_answer_ends_at_a_stop_sequence_and_does_not_include_it(llama: Llama) -> None:
     whole = answer_of(llama, prompt="Tell me", max_new_tokens=40)
     stop = whole[20:23]
     assert (
@@ -303,20 +310,20 @@ def test_a_stop_sequence_ends_the_answer_and_is_not_in_it(llama: Llama) -> None:
 
 
 @pytest.mark.parametrize("llama", ["torch"], indirect=True)
-def test_our_engine_takes_every_temperature_of_the_api(llama: Llama) -> None:
+def test_the_torch_engine_supports_every_temperature_of_the_api(llama: Llama) -> None:
     for temperature in (0.001, 5):
         assert answer_of(llama, prompt="Hi", temperature=temperature, max_new_tokens=5, min_new_tokens=5)
 
 
 @pytest.mark.parametrize("llama", ENGINES[1:], indirect=True)
-def test_vllm_refuses_by_name_the_temperatures_that_it_cannot_do(llama: Llama) -> None:
+def test_vllm_refuses_temperatures_that_it_does_not_support(llama: Llama) -> None:
     for temperature in (2.5, 0.001):
-        with pytest.raises(NotSupported, match=f"^E1103 NotSupported: temperature is {temperature:g} and"):
+        with pytest.raises(NotSupported, match=f"^E1103 NotSupported: temperature is {temperature:g}, but"):
             answer_of(llama, prompt="Hi", temperature=temperature)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_closed_engine_tells_those_who_wait_and_those_who_come(folder: Path, name: str) -> None:
+def test_closing_the_engine_fails_its_requests_and_refuses_new_ones(folder: Path, name: str) -> None:
     llama = load(folder, name)
     engine = llama._engine
     streams = [engine.submit(PROMPT, greedy(400, min_new_tokens=400)) for _ in range(PLACES + 2)]

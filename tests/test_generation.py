@@ -239,7 +239,7 @@ def test_a_failing_scope_and_log_do_not_hide_the_engines_error(
         next(pieces)
     assert caplog.messages == [
         "a prediction's log could not be written; no more lines are logged for this prediction",
-        "the metric output_token_count could not be recorded; this prediction records no more",
+        "the metric output_token_count could not be recorded; no more metrics are recorded for this prediction",
     ]
 
 

@@ -1,6 +1,6 @@
-"""llama.cpp: one batch of sequences, all there at once. Runs where llama-cpp-python is installed.
+"""llama.cpp with one static batch of sequences. Needs llama-cpp-python.
 
-Through its C interface, since its Python class answers one request at a time.
+Uses the C interface, because the Python class of llama-cpp-python answers one request at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LlamaCpp:
         self.versions = {"llama-cpp-python": version("llama-cpp-python")}
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
-        # Its own AMX kernels, which take q4_0, end with a protection fault (0.3.36).
+        # With its own AMX kernels for q4_0, the process crashes with a protection fault (0.3.36).
         flags = Path("/proc/cpuinfo")  # only Linux has this file
         params.use_extra_bufts = not flags.is_file() or "amx_int8" not in flags.read_text()
         self._model = lib.llama_model_load_from_file(model.encode(), params)
@@ -35,7 +35,7 @@ class LlamaCpp:
 
     def run(self, requests: Sequence[Request]) -> Times:
         if len({(request.at, len(request.prompt), request.new_tokens) for request in requests}) > 1:
-            raise NotImplementedError("a static batch")
+            raise NotImplementedError("a static batch needs requests of one length that arrive together")
         prompts = [request.prompt for request in requests]
         context = self._context(len(prompts), len(prompts[0]) + requests[0].new_tokens)
         batch = lib.llama_batch_init(len(prompts) * len(prompts[0]), 0, 1)
@@ -60,7 +60,7 @@ class LlamaCpp:
         return lib.llama_init_from_model(self._model, params)
 
     def _step(self, context: Any, batch: Any, chunks: list[list[int]], position: int) -> list[int]:
-        """Read a chunk of every sequence from `position` on; the best next token of each."""
+        """Read a chunk of every sequence, from `position` on. Return the best next token of each."""
         ends = []
         count = 0
         for sequence, chunk in enumerate(chunks):

@@ -1,4 +1,4 @@
-"""Our engine, as the server starts it, without the server. `LLAMA_*` variables say how."""
+"""Our engine without the server. It is configured by the same `LLAMA_*` variables."""
 
 from __future__ import annotations
 

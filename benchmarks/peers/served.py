@@ -1,5 +1,7 @@
-"""Our predictor in Cog's own server: every request a stream over HTTP. `LLAMA_*` variables say how, the
-engine too: vLLM where the interpreter has it."""
+"""Our predictor in Cog's server. Every request is a stream over HTTP.
+
+It is configured by `LLAMA_*` variables, which also select the engine; vLLM needs an interpreter that has it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ class Served:
         return in_threads(self._answer, requests)
 
     def _answer(self, request: Request, clock: Clock) -> list[float]:
-        """A piece of text may hold several tokens, which then have come together."""
+        """Return one time per piece of text, which may have several tokens."""
         inputs = {
             "prompt": as_text(request.prompt),
             "prompt_template": "{prompt}",
@@ -55,7 +57,7 @@ class Served:
         return times
 
     def _stream(self, inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """As a client does: a place may be free a moment after its answer has ended."""
+        """Stream a prediction. Retry while the server is full: it frees a place soon after an answer ends."""
         while True:
             try:
                 yield from self._server.stream(inputs)

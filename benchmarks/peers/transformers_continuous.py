@@ -1,4 +1,4 @@
-"""transformers' own continuous batching."""
+"""Continuous batching by transformers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ContinuousBatching:
     def __init__(self, model: str) -> None:
         self.versions = {name: version(name) for name in ("torch", "transformers")}
         dtype = getattr(torch, os.environ["LLAMA_DTYPE"])
-        # Room for 32 requests of 256 tokens: on a CPU it reads the whole cache for every token, so a
-        # larger one would make it slower.
+        # The cache fits 32 requests of 256 tokens. On a CPU, every token reads the whole cache, so a larger
+        # cache would be slower.
         self._manager = (
             LlamaForCausalLM.from_pretrained(model, dtype=dtype)
             .eval()
@@ -33,14 +33,14 @@ class ContinuousBatching:
 
     def run(self, requests: Sequence[Request]) -> Times:
         if sum(len(request.prompt) + request.new_tokens for request in requests) > 32 * 256:
-            raise NotImplementedError("its cache is sized for the short requests")
+            raise NotImplementedError("the requests do not fit in the cache")
         clock = Clock()
         threading.Thread(target=self._submit, args=(requests, clock)).start()
         times: Times = [[] for _ in requests]
         ended = 0
         while ended < len(requests):
             output = self._manager.get_result()
-            assert output is not None, "the loop has died"
+            assert output is not None, "the generation loop has ended"
             assert output.error is None, output.error
             mine = times[int(output.request_id)]
             mine += [clock()] * (len(output.generated_tokens) - len(mine))

@@ -1,4 +1,4 @@
-"""transformers' own `generate`: one static batch, all prompts of one length, all there at once."""
+"""`generate` of transformers, with one static batch: all prompts have one length and arrive together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LlamaForCausalLM, StoppingCriteria, S
 from benchmarks.protocol import Clock, Request, Times, serve
 
 
-class _NoteTimes(StoppingCriteria):  # type: ignore[misc]
-    """Notes when each step is over; stops nothing."""
+class _RecordTimes(StoppingCriteria):  # type: ignore[misc]
+    """Records the time of each step. It never stops the generation."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -34,21 +34,21 @@ class Generate:
     @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> Times:
         if len({(request.at, len(request.prompt), request.new_tokens) for request in requests}) > 1:
-            raise NotImplementedError("a static batch")
+            raise NotImplementedError("a static batch needs requests of one length that arrive together")
         clock = Clock()
-        note = _NoteTimes(clock)
+        recorder = _RecordTimes(clock)
         count = requests[0].new_tokens
         prompts = torch.tensor([request.prompt for request in requests])
         self._model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            stopping_criteria=StoppingCriteriaList([note]),
+            stopping_criteria=StoppingCriteriaList([recorder]),
             generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0
             ),
         )
-        assert len(note.times) == count
-        return [note.times for _ in requests]
+        assert len(recorder.times) == count
+        return [recorder.times for _ in requests]
 
     def close(self) -> None:
         pass

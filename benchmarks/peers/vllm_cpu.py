@@ -1,4 +1,4 @@
-"""vLLM's asynchronous engine on a CPU, eager. Runs in vLLM's own environment."""
+"""vLLM's asynchronous engine on a CPU, in eager mode. Needs an environment with vLLM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class VLLM:
             dtype=os.environ["LLAMA_DTYPE"],
             max_num_seqs=32,
             enforce_eager=True,
-            # By default vLLM leaves one core to its scheduler, half of a small machine.
+            # By default, vLLM reserves one core for its scheduler, which is half of a small machine.
             distributed_executor_backend=UniProcExecutor,
         )
         self._loop = asyncio.new_event_loop()

@@ -1,4 +1,7 @@
-"""vLLM's own OpenAI server on a CPU, eager: every request a stream over HTTP. Runs in vLLM's environment."""
+"""vLLM's OpenAI server on a CPU, in eager mode. Every request is a stream over HTTP.
+
+Needs an environment with vLLM.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class VLLMServer:
                 *("--host", "127.0.0.1", "--port", str(port)),
                 *("--dtype", os.environ["LLAMA_DTYPE"], "--max-num-seqs", "32", "--enforce-eager"),
                 *("--max-model-len", os.environ["LLAMA_MAX_CONTEXT"]),
-                # By default vLLM leaves one core to its scheduler, half of a small machine.
+                # By default, vLLM reserves one core for its scheduler, which is half of a small machine.
                 *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
                 "--disable-uvicorn-access-log",
             ],

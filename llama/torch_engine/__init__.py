@@ -1,1 +1,1 @@
-"""The default engine: continuous batching on one device over a model that transformers loads."""
+"""The default engine: continuous batching on one device, with a model loaded by transformers."""

@@ -1,8 +1,9 @@
-"""Attention of one layer over the key/value cache, for chunks of prompts and for a decode step.
+"""Attention of one layer over the key/value cache, for prompt chunks and for decode steps.
 
-N is the number of tokens in a step, B of rows, D the head dimension. What is the same for every layer of a
-step is computed once, into an object (`PrefillMetadata`, `DecodeMetadata`) that is passed to every layer.
-Knows the cache's layout; knows nothing of projections, positions in rotary tables, or requests.
+N is the number of tokens in a step, B the number of rows, and D the head dimension. Values that are the same
+for every layer of a step are computed once, into an object (`PrefillMetadata` or `DecodeMetadata`) that is
+passed to every layer. Knows the layout of the cache; knows nothing about projections, rotary tables or
+requests.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from llama.torch_engine.kv_cache import KVCache
 
 
 class Chunk(NamedTuple):
-    """Some tokens of a prompt, to be read into a row."""
+    """Consecutive tokens of a prompt, which one step reads into a row."""
 
     row: int
     start: int
-    """How many tokens of the prompt the row holds already."""
+    """The number of prompt tokens that the row already contains."""
     token_ids: Tensor
     """[N]"""
     stretched: bool = False
-    """Whether its request may end beyond `ModelParts.stretched_from` tokens."""
+    """Whether the request may grow beyond `ModelParts.stretched_from` tokens."""
 
     @property
     def end(self) -> int:
@@ -37,11 +38,11 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PrefillMetadata:
-    """Of chunks that are read in one step."""
+    """What every layer needs in order to read the chunks of one step."""
 
     chunks: Sequence[Chunk]
     masks: Sequence[Tensor]
-    """Of each chunk: which positions its queries see, [query heads per KV head x N, end] bool."""
+    """For each chunk, the positions that its queries attend to: [query heads per KV head x N, end] bool."""
 
     @property
     def lengths(self) -> list[int]:
@@ -50,22 +51,26 @@ class PrefillMetadata:
 
 @dataclass(frozen=True, slots=True)
 class DecodeMetadata:
-    """Of one token for each of the first rows."""
+    """What every layer needs in order to decode one token in each of the first B rows."""
 
     length: int
-    """Cached positions that are read, of every row."""
+    """The number of cached positions that are read in every row."""
     bias: Tensor
-    """Added to the scores: -inf for positions that a row does not see."""
+    """Added to the scores: -inf at positions that a row does not attend to."""
     cells: Tensor
-    """Where the new keys and values go in a layer's cache seen as one list of heads, [B x 2 x KV heads]."""
+    """Where to write the new keys and values: indices into a layer's cache viewed as [-1, D], as a tensor
+    [B x 2 x KV heads]."""
 
 
 class Attention(ABC):
-    """A layer's cache is [2, rows, KV heads, length, D]; queries are [N, heads, D]; keys and values come
-    together, [N, 2, KV heads, D]. The result is [N, heads x D]."""
+    """Attention over a cache whose layers are tensors [2, rows, KV heads, length, D].
+
+    Queries are [N, heads, D]. Keys and values are passed as one tensor, [N, 2, KV heads, D]. The result is
+    [N, heads x D].
+    """
 
     def __init__(self, cache: KVCache, heads: int, scale: float) -> None:
-        """`heads`: of queries. `scale`: of scores."""
+        """`heads` is the number of query heads. `scale` multiplies the scores."""
         self._dtype, self._scale = cache.dtype, scale
         _, rows, self._kv_heads, length, self._head_dim = cache.layers[0].shape
         self._group = heads // self._kv_heads
@@ -74,13 +79,13 @@ class Attention(ABC):
         self._starts = starts.view(2, rows, self._kv_heads).transpose(0, 1)
 
     def prefill_metadata(self, chunks: Sequence[Chunk]) -> PrefillMetadata:
-        """For `prefill` of every layer."""
+        """Return what `prefill` needs for these chunks; it is the same for every layer."""
         return PrefillMetadata(chunks, [self._mask(chunk) for chunk in chunks])
 
     def prefill(
         self, metadata: PrefillMetadata, layer: Tensor, queries: Tensor, keys_values: Tensor
     ) -> Tensor:
-        """Write each chunk into its row and attend to all that the row then holds."""
+        """Write each chunk into its row and attend causally to the row's contents."""
         lengths = metadata.lengths
         return torch.cat(
             [
@@ -96,18 +101,21 @@ class Attention(ABC):
         )
 
     def decode_metadata(self, positions: Tensor, length: int) -> DecodeMetadata:
-        """For `decode` of every layer. `positions` [B]: where each row's new token goes."""
+        """Return what `decode` needs; it is the same for every layer.
+
+        `positions` [B] are the positions of the new tokens in their rows.
+        """
         hidden = self._positions[:length] > positions[:, None]
         bias = torch.zeros_like(hidden, dtype=self._dtype).masked_fill_(hidden, float("-inf"))
         cells = (self._starts[: len(positions)] + positions[:, None, None]).flatten()
         return DecodeMetadata(length, self._shaped_bias(bias), cells)
 
     def decode(self, metadata: DecodeMetadata, layer: Tensor, queries: Tensor, keys_values: Tensor) -> Tensor:
-        """Write one token into each of the first rows and attend to all that the row then holds."""
+        """Write one token into each of the first B rows and attend to the row's contents."""
         batch_size = len(queries)
         layer.view(-1, self._head_dim).index_copy_(0, metadata.cells, keys_values.view(-1, self._head_dim))
         keys, values = layer[:, :batch_size, :, : metadata.length]  # [B, KV heads, length, D]
-        # Query heads that share a KV head become more queries of it, so that nothing is repeated.
+        # Query heads that share a KV head are passed as additional queries, so no key or value is repeated.
         grouped = queries.reshape(batch_size, self._kv_heads, self._group, self._head_dim)
         return self._attend(grouped, keys, values, metadata.bias).reshape(batch_size, -1)
 
@@ -120,7 +128,7 @@ class Attention(ABC):
     ) -> Tensor:
         layer[:, chunk.row, :, chunk.start : chunk.end] = keys_values.permute(1, 2, 0, 3)
         keys, values = layer[:, chunk.row, :, : chunk.end]
-        # Query heads that share a KV head become more queries of it, so that nothing is repeated.
+        # Query heads that share a KV head are passed as additional queries, so no key or value is repeated.
         grouped = queries.view(len(queries), self._kv_heads, self._group, self._head_dim).permute(1, 2, 0, 3)
         attended = F.scaled_dot_product_attention(
             grouped.flatten(1, 2)[None], keys[None], values[None], attn_mask=mask, scale=self._scale
@@ -129,16 +137,19 @@ class Attention(ABC):
 
     @abstractmethod
     def _shaped_bias(self, bias: Tensor) -> Tensor:
-        """[B, length] as `_attend` takes it."""
+        """Reshape a bias [B, length] for `_attend`."""
 
     @abstractmethod
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Queries [B, KV heads, queries of each, D], keys and values [B, KV heads, length, D]. The result has
-        the elements of the queries in their order."""
+        """Attend from queries [B, KV heads, query heads per KV head, D] to keys and values
+        [B, KV heads, length, D].
+
+        The result has as many elements as the queries, in the same order. Its shape may differ.
+        """
 
 
 class FusedAttention(Attention):
-    """Decodes with torch's fused kernel."""
+    """Attention that decodes with torch's fused kernel."""
 
     def _shaped_bias(self, bias: Tensor) -> Tensor:
         return bias[:, None, None]
@@ -148,7 +159,7 @@ class FusedAttention(Attention):
 
 
 class TwoProductAttention(Attention):
-    """Decodes with two batched matrix products."""
+    """Attention that decodes with two batched matrix products."""
 
     def _shaped_bias(self, bias: Tensor) -> Tensor:
         return bias.repeat_interleave(self._kv_heads, dim=0)[:, None]  # [B x KV heads, 1, length]
@@ -161,9 +172,9 @@ class TwoProductAttention(Attention):
 
 
 def attention_for(cache: KVCache, heads: int, scale: float) -> Attention:
-    """The one that decodes faster with this cache (`Placement.cache_dtype` has the figures)."""
+    """Return the attention that decodes faster with this cache (`Placement.cache_dtype` has the figures)."""
     if cache.device.type == "cuda":
-        # On Hopper, torch prefers cuDNN, which plans anew for every length of a prompt.
+        # On Hopper, torch prefers cuDNN, which builds a new plan for every prompt length.
         torch.backends.cuda.enable_cudnn_sdp(False)
     fused = cache.device.type == "cpu" and cache.dtype is torch.bfloat16
     return (FusedAttention if fused else TwoProductAttention)(cache, heads, scale)

@@ -1,8 +1,8 @@
 """The requests of an engine, and one step of the model for all of them.
 
-A step drops the requests that were cancelled, reads some of the prompts, and decodes one token for each
-request whose prompt is read. Knows how the scheduler, the model and the sampler play together; has no thread
-and no lock (`engine.py` has).
+A step drops cancelled requests, reads some of the prompts, and decodes one token for each request whose
+prompt has been read. Knows how the scheduler, the model and the sampler work together; has no thread and no
+lock (`engine.py` has both).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens a step, so that no stream stands still for more than about two decode steps: a share for each
-# prompt that waits, which grows with the number of streams, and a bound on the whole.
+# The prompt tokens of a step are limited, so that no stream pauses for more than about two decode steps. Each
+# prompt gets `base + per_stream x decoding requests` tokens, and MOST_PROMPT_TOKENS limits their sum.
 _SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
 MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
-_SAME_LENGTH = 256  # steps whose longest requests differ by less take about as long
+_SAME_LENGTH = 256  # decode steps whose longest requests differ by less take about the same time
 
 
 class Batch:
-    """Every method belongs to one thread, except `request`."""
+    """Requests that share the steps of one model. Only `request` may be called from any thread."""
 
     def __init__(
         self,
@@ -49,36 +49,36 @@ class Batch:
         prefix_reuse: bool = True,
         threads: ThreadCount | None = None,
     ) -> None:
-        """`vocabulary`: ids below this are tokens; a checkpoint may pad its table. `threads`: adjusts the
-        number of CPU threads to the times of decode steps."""
+        """Ids from `vocabulary` on are not tokens: a checkpoint may pad its embedding table. `threads` adapts
+        the number of CPU threads to the durations of decode steps."""
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
         self._stretched_from, self._device = parts.stretched_from, parts.device
         self._threads = threads
         self.shape = cache.shape
         self.generated = 0
-        """Tokens of all answers so far."""
+        """The number of tokens generated so far, over all requests."""
         rows = Rows(cache)
         self._runner = Runner(parts, rows)
         self._sampler = Sampler(rows, vocabulary, self._eos)
         self._scheduler = Scheduler(cache.shape.rows, rows, prefix_reuse=prefix_reuse)
 
     def capture_graphs(self) -> None:
-        """Replay decode steps from CUDA graphs from now on. Raises EngineNotStarted and OutOfMemoryError."""
+        """Let decode steps replay CUDA graphs from now on. Raises EngineNotStarted or OutOfMemoryError."""
         self._runner.capture()
 
     def run_largest_prefill(self) -> None:
-        """Raises OutOfMemoryError now if there is not enough memory for it, and not in a request."""
+        """Run the largest prefill, so that a lack of memory raises OutOfMemoryError now, not in a request."""
         count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)
         self._runner.prefill([Chunk(0, self.shape.length - count, self._tensor([0] * count))])
 
     def request(self, token_ids: Sequence[int], params: SamplingParams) -> BatchRequest:
-        """A new request, to be given to `add`. Any thread may call this. Raises InvalidInput."""
+        """Return a new request for `add`. Any thread may call this. Raises InvalidInput."""
         check_token_ids(token_ids, self._vocabulary)
         stretched = 0 < self._stretched_from < len(token_ids) + params.maximum
         return BatchRequest(list(token_ids), len(token_ids), params, TokenStream(), stretched)
 
     def add(self, request: BatchRequest) -> None:
-        """Queue a request behind all others."""
+        """Add a request to the end of the queue."""
         self._scheduler.add(request)
 
     @property
@@ -87,42 +87,42 @@ class Batch:
 
     @property
     def running(self) -> int:
-        """Requests that have a row."""
+        """The number of requests that have a row."""
         return len(self._scheduler.running)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a row."""
+        """The number of requests that are waiting for a row."""
         return self._scheduler.waiting
 
     @property
     def cache_use(self) -> float:
-        """The share of the cache that running requests fill."""
+        """The fraction of the cache that running requests fill."""
         used = sum(request.cached for request in self._scheduler.running)
         return used / (self.shape.rows * self.shape.length)
 
     def step(self) -> None:
-        """Decode one token for every request whose prompt is read, and read more prompts.
+        """Decode one token for every request whose prompt has been read, and read more prompts.
 
-        A failure while a prompt is read ends that request alone. If this raises, the whole batch has failed.
+        If reading a prompt fails, only that request fails. If this method raises, all requests have failed.
         """
         self._drop_cancelled()
         self._prefill()
         self._decode()
 
     def _drop_cancelled(self) -> None:
-        """Free the rows of cancelled requests, and drop those that wait."""
+        """Free the rows of cancelled requests, and drop those that are still waiting."""
         self._scheduler.drop_cancelled_waiting()
         running = enumerate(self._scheduler.running)
-        # What a prompt that was not read to its end has in the cache was never seen to be finite.
+        # Until a prompt has been read completely, nothing has checked that its keys and values are finite.
         self._release({row: r.state is RequestState.DECODING for row, r in running if r.stream.cancelled})
 
     def _prefill(self) -> None:
-        """Read prompts, the oldest first, until the step's budget is used up; several at once."""
+        """Read prompts, oldest first and several at once, until the step's budget is used up."""
         left = self._prefill_budget()
         while chunks := self._next_chunks(left):
             left -= sum(len(chunk.token_ids) for chunk in chunks.values())
-            # The last row first: when one ends at its first token, the rows below stay as they are.
+            # Last row first: if its request ends with the first token, the lower rows do not change.
             for request, logits in reversed(self._read(chunks).items()):
                 ended: dict[int, bool] = {}
                 if request.cached == request.prompt_length:
@@ -139,7 +139,7 @@ class Batch:
         return min(budget, MOST_PROMPT_TOKENS[device])
 
     def _next_chunks(self, most: int) -> dict[BatchRequest, Chunk]:
-        """What to read at once: at most `most` tokens."""
+        """Return the chunks to read together, at most `most` tokens."""
         chunks: dict[BatchRequest, Chunk] = {}
         left = most
         while left > 0 and (entry := self._scheduler.next_prefill({chunk.row for chunk in chunks.values()})):
@@ -152,11 +152,12 @@ class Batch:
                 chunks[request] = Chunk(row, request.cached, token_ids, request.stretched)
                 left -= len(token_ids)
             if request not in chunks and row < self.running:
-                chunks, left = {}, most  # it failed, and its row has been given to another request
+                chunks, left = {}, most  # it failed, and its row is free or another's: start again
         return chunks
 
     def _read(self, chunks: dict[BatchRequest, Chunk]) -> dict[BatchRequest, Tensor]:
-        """Read chunks into the cache. Logits [1, V] of the last token of each, without those that failed."""
+        """Read chunks into the cache. Return the logits [1, V] of each chunk's last token, except those of
+        requests that failed."""
         for request, chunk in chunks.items():
             request.cached = chunk.end  # set before reading, so that a partial read is cleared as well
         if len(chunks) > 1:
@@ -166,15 +167,15 @@ class Batch:
             except Exception as error:
                 logger.warning("%d prompts could not be read in one step (%s)", len(chunks), error)
         read: dict[BatchRequest, Tensor] = {}
-        # The highest row first: when one fails, the rows below stay as they are.
+        # Highest row first: if its request fails, the lower rows do not change.
         for request, chunk in sorted(chunks.items(), key=lambda item: -item[1].row):
             with self._isolating_failure(request):
                 read[request] = self._runner.prefill([chunk])
         return read
 
     def _begin_answer(self, request: BatchRequest, logits: Tensor) -> dict[int, bool]:
-        """The prompt is read: let the request take part in decoding, and hand out its first token.
-        Returns what `_emit` returns."""
+        """Let a request whose prompt has been read take part in decoding, and emit its first token. Return
+        what `_emit` returns."""
         row = self._scheduler.running.index(request)
         self._sampler.add(row, self._tensor(request.tokens), request.params)
         self._runner.start_decoding(row, request.cached, stretched=request.stretched)
@@ -183,7 +184,7 @@ class Batch:
 
     @contextmanager
     def _isolating_failure(self, request: BatchRequest) -> Iterator[None]:
-        """An exception inside fails this request and no other."""
+        """If the body raises an exception, fail this request and no other."""
         try:
             yield
         except Exception as error:
@@ -211,8 +212,8 @@ class Batch:
             self._threads.observe(shape, time.perf_counter() - started)
 
     def _emit(self, first: int, requests: Sequence[BatchRequest], logits: Tensor) -> dict[int, bool]:
-        """Sample the next token of the requests in the rows from `first` on, and hand it out to those that
-        decode. The rows of requests that have ended, and whether their keys and values are finite."""
+        """Sample the next token for the rows from `first` on, and hand it out to requests that are decoding.
+        Return the rows of requests that have ended, and whether the keys and values of each are finite."""
         decoding = [request.params for request in requests if request.state is RequestState.DECODING]
         tokens = self._sampler.sample(logits[:, : self._vocabulary], first, decoding)
         self._runner.feed(first, tokens)
@@ -223,10 +224,10 @@ class Batch:
         return ended
 
     def _hand_out(self, request: BatchRequest, token: int) -> bool:
-        """Give a request its next token. Whether that ends it."""
+        """Put the next token into a request's stream. Return whether the request has ended."""
         stream, params = request.stream, request.params
         if token == NOT_FINITE:
-            stream.fail(GenerationFailed("the model's output is not finite; try a wider LLAMA_DTYPE"))
+            stream.fail(GenerationFailed("the model's logits are not finite; try a wider LLAMA_DTYPE"))
             return True
         if token in self._eos and request.generated >= params.minimum:
             stream.finish("stop")
@@ -240,7 +241,7 @@ class Batch:
         return True
 
     def _release(self, ended: dict[int, bool]) -> None:
-        """Take requests out of their rows. The highest first, so that few others have to move."""
+        """Free rows, highest first, so that few other requests have to move."""
         for row in sorted(ended, reverse=True):
             self._scheduler.release(row, sound=ended[row])
 

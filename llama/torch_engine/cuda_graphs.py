@@ -1,7 +1,7 @@
-"""CUDA graphs of the decode step: one for each batch size and length of the cache, replayed whole.
+"""CUDA graphs of the decode step, one for each captured batch size and cache length.
 
-Without them a step of 80 layers waits for its 2,000 launches. Knows shapes and memory of the device;
-knows nothing of what a step computes.
+Without a graph, a step of 80 layers is limited by the time that its 2,000 kernel launches take. Knows shapes
+and device memory; knows nothing about what a step computes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 Step = Callable[[int, int], Tensor]
-"""Batch size and length to logits [batch size, V]; reads and writes tensors that stay where they are."""
+"""Takes a batch size and a length, and returns logits [batch size, V]. It must read and write tensors whose
+addresses do not change."""
 
 _SHORTEST = 256
 
 
 def doubling(first: int, last: int) -> list[int]:
-    """Sizes that are captured, up to `last`: a smaller one is filled up to the next.
+    """Return the sizes to capture, from `first` to `last`. Any other size is rounded up to one of these.
 
-    30 graphs for the 70B with 32 rows; lengths by 512 from 1,024 on would be 54, at the cache's expense.
+    The 70B with 32 rows needs 30 graphs. If the lengths from 1,024 on increased by 512, it would need 54, and
+    less memory would be left for the key/value cache.
     """
     result = [min(first, last)]
     while result[-1] < last:
@@ -32,15 +34,17 @@ def doubling(first: int, last: int) -> list[int]:
 
 
 class StepGraphs:
-    """A step, captured at every batch size and length; call it with any."""
+    """A step that was captured at several batch sizes and lengths, and can be called with any."""
 
     def __init__(self, step: Step, rows: int, context: int) -> None:
-        """Takes about a tenth of a second a graph. After an error torch is not fit to compute any more: it
-        ends neither the capture's hold on the allocator nor its stream."""
+        """Capture all graphs, which takes about 0.1 s per graph.
+
+        After an error, torch cannot be used any more: its allocator and stream stay in the failed capture.
+        """
         self._batch_sizes, self._lengths = doubling(1, rows), doubling(_SHORTEST, context)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
-        # The largest first: the others find their memory in its pool.
+        # Largest first: the other graphs then reuse its memory from the pool.
         for shape in reversed(list(product(self._batch_sizes, self._lengths))):
             self._graphs[shape] = _captured(step, shape, pool)
 
@@ -52,7 +56,7 @@ class StepGraphs:
 
 
 def _captured(step: Step, shape: tuple[int, int], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    step(*shape)  # kernels are chosen and workspaces made before anything is captured
+    step(*shape)  # chooses kernels and allocates workspaces before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

@@ -1,6 +1,6 @@
 """TorchEngine: one background thread that takes requests from a queue and steps a batch.
 
-Knows threads, queues and failures; what a step does is in `batch.py`.
+Knows threads, queues and failures; knows nothing about what a step does, which is in `batch.py`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class TorchEngine:
     """An `Engine` on one device."""
 
     def __init__(self, load: Callable[[], Batch]) -> None:
-        """Waits until the model is loaded; raises what `load` raises.
+        """Wait until the model is loaded. Raises what `load` raises.
 
-        `load` runs on the engine's thread. OpenMP gives every thread that computes a team of its own, and
-        once there are more workers than cores they wait for each other (measured on two cores: 32 ms a step,
-        not 20). So one thread computes everything.
+        `load` runs on the engine's thread, so that a single thread computes everything. OpenMP gives every
+        computing thread its own team of workers, and if there are more workers than cores, they wait for each
+        other: on two cores, a step took 32 ms instead of 20 ms.
         """
         self._arrivals: SimpleQueue[BatchRequest | None] = SimpleQueue()
         self._streams: WeakSet[TokenStream] = WeakSet()
         self._lock = threading.Lock()
-        self._stopped = False  # under the lock: nothing is queued after the loop's last look
+        self._stopped = False  # guarded by the lock, so that no request is queued after the loop has ended
         loaded: Future[Batch] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(load, loaded), name="llama-engine", daemon=True
@@ -60,7 +60,7 @@ class TorchEngine:
         return not self._stopped and self._thread.is_alive()
 
     def check(self, params: SamplingParams) -> None:
-        """There is nothing in the API that it cannot do."""
+        """Accept all parameters: this engine supports the whole API."""
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
         request = self._batch.request(token_ids, params)
@@ -81,8 +81,8 @@ class TorchEngine:
         except torch.OutOfMemoryError as error:
             loaded.set_exception(
                 DoesNotFit(
-                    f"the memory of the device does not hold the cache and the largest step ({error}); set a "
-                    "smaller LLAMA_CACHE_MEMORY or LLAMA_MAX_CONTEXT"
+                    "the device does not have enough memory for the key/value cache and the largest step "
+                    f"({error}); set a smaller LLAMA_CACHE_MEMORY or LLAMA_MAX_CONTEXT"
                 )
             )
             return
@@ -96,18 +96,18 @@ class TorchEngine:
         except Exception as error:
             logger.exception("the engine's loop failed")
             failure = GenerationFailed(
-                f"a step of the engine failed with {type(error).__name__} and the engine has stopped; "
-                "see the server's log and restart it"
+                f"a step of the engine failed with {type(error).__name__}, and the engine has stopped; "
+                "see the server's log and restart the server"
             )
         finally:
             with self._lock:
                 self._stopped = True
-            for stream in self._streams:  # no effect on a stream that has ended
-                # Each has an exception of its own: a raised one carries the traceback of its caller's thread.
+            for stream in self._streams:  # this has no effect on streams that have ended
+                # Each stream gets its own exception, because raising one adds the traceback of that thread.
                 stream.fail(type(failure)(failure.message))
 
     def _serve(self, batch: Batch) -> None:
-        """Step until the engine is closed, with a line in the log every minute while there is work."""
+        """Step until the engine is closed. Log one line per minute while there is work."""
         reported, generated = time.monotonic(), 0
         while self._take_arrivals(batch):
             batch.step()
@@ -123,7 +123,10 @@ class TorchEngine:
                 )
 
     def _take_arrivals(self, batch: Batch) -> bool:
-        """Queue what has arrived, waiting for it while there is nothing else to do. False: stop."""
+        """Queue the requests that have arrived. If there is nothing else to do, wait for one.
+
+        Returns False if the engine is to stop.
+        """
         while True:
             try:
                 request = self._arrivals.get(block=batch.idle)

@@ -1,7 +1,7 @@
-"""The key/value cache: one preallocated tensor a layer, divided into rows of one context each.
+"""The key/value cache: one preallocated tensor per layer, divided into rows of one context each.
 
-Knows shapes and bytes; knows nothing of requests (`scheduler.py` gives rows out) nor of what is worth
-keeping (`prefix_cache.py`).
+Knows shapes and bytes; knows nothing about requests (`scheduler.py` assigns rows to them) or about which
+contents to keep (`prefix_cache.py`).
 """
 
 from __future__ import annotations
@@ -22,30 +22,33 @@ SMALLEST_CONTEXT = 64
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """How a memory budget is divided: `rows` requests at once, `length` tokens each."""
+    """How a memory budget is divided: `rows` concurrent requests of `length` tokens each."""
 
     rows: int
     length: int
 
 
 def fit_cache(config: LlamaConfig, dtype: torch.dtype, *, budget: int, context: int, rows: int) -> CacheShape:
-    """At most `rows` requests of `context` tokens in `budget` bytes; a shorter context when not even
-    one fits. Raises DoesNotFit when that would be too short to be of use."""
+    """Return a shape of at most `budget` bytes, for at most `rows` requests of `context` tokens.
+
+    If not even one such request fits, the context is shorter. Raises DoesNotFit if it would be shorter than
+    SMALLEST_CONTEXT.
+    """
     per_token = bytes_per_token(config, dtype)
     length = min(context, budget // per_token)
     if length < min(context, SMALLEST_CONTEXT):
         raise DoesNotFit(
-            f"the key/value cache may take {budget} bytes and one token needs {per_token}; "
-            f"give it at least {per_token * SMALLEST_CONTEXT} bytes (LLAMA_CACHE_MEMORY) or a smaller model"
+            f"the key/value cache may use {budget} bytes, and each token needs {per_token} bytes; set "
+            f"LLAMA_CACHE_MEMORY to at least {per_token * SMALLEST_CONTEXT} bytes, or use a smaller model"
         )
     return CacheShape(rows=min(rows, budget // (per_token * length)), length=length)
 
 
 class KVCache:
-    """`layers[i]`: [2 (keys, values), rows, KV heads, length, head_dim], zeros at first.
+    """`layers[i]` is [2 (keys, values), rows, KV heads, length, head_dim], initially all zeros.
 
-    A request's last token is never read by the model, so the last position of a row is free. A step writes
-    there for rows that do not decode.
+    The model never reads a request's last token, so no request uses the last position of a row. A decode step
+    writes there for rows that are not decoding.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class KVCache:
         self.layers = [_zeros(size, dtype, device) for _ in range(config.num_hidden_layers)]
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Copy the first `count` positions of a row to another."""
+        """Copy the first `count` positions of a row to another row."""
         for layer in self.layers:
             layer[:, target, :, :count] = layer[:, source, :, :count]
 
@@ -69,17 +72,23 @@ class KVCache:
             layer[:, b, :, :count] = kept
 
     def clear(self, row: int, count: int) -> None:
-        """Overwrite the first `count` positions of a row, and the last. Between healthy requests that is not
-        needed, since what a mask hides has weight zero. But zero times NaN is NaN, so a failed request's keys
-        and values must go."""
+        """Set the first `count` positions of a row, and its last position, to zero.
+
+        This is needed only after a failed request. Masked positions have weight zero, so finite values of an
+        earlier request have no effect, but zero times NaN is NaN.
+        """
         for layer in self.layers:
             layer[:, row, :, :count] = 0
             layer[:, row, :, -1] = 0
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU, map the memory lazily: `torch.zeros` would commit all of it at once. Use small pages: with
-    huge ones, the first 25 tokens of a row took a second, in which the kernel wrote zeros around them."""
+    """Return a tensor of zeros.
+
+    On a CPU, map the memory lazily: `torch.zeros` would commit all of it at once. Use small pages: with huge
+    ones, the first 25 tokens of a row took one second, because the operating system cleared the memory around
+    them.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

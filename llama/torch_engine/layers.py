@@ -1,7 +1,8 @@
 """The parts of a transformers LlamaForCausalLM that a step calls, taken out of the model.
 
-Projections of the same input are joined and, on a CPU, packed (`linears.py`). The model gives its
-layers away, so that no weight is held twice. Knows transformers' names; knows nothing of attention.
+Projections of the same input are joined and, on a CPU, packed (`linears.py`). The layers are removed from the
+model, so that no weight is in memory twice. Knows the attributes of transformers' modules; knows nothing
+about attention.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llama.torch_engine.linears import joined, packed
 
 
 class Norm:
-    """A LlamaRMSNorm, by torch's own kernel."""
+    """A LlamaRMSNorm that uses torch's own kernel."""
 
     def __init__(self, norm: Any, dtype: torch.dtype) -> None:
         self._weight, self._epsilon = norm.weight.detach().to(dtype), norm.variance_epsilon
@@ -31,11 +32,11 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer; each call takes [N, its input width] and gives [N, its output width]."""
+    """One decoder layer. Each call takes [N, its input width] and returns [N, its output width]."""
 
     attention_norm: Norm
     qkv: nn.Module
-    """To queries, keys and values side by side: (heads + 2 x KV heads) x head_dim."""
+    """Returns queries, keys and values, concatenated: [N, (heads + 2 x KV heads) x head_dim]."""
     output: nn.Module
     mlp_norm: Norm
     gate_up: nn.Module
@@ -50,29 +51,30 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """A whole model. Arithmetic is in `dtype`, whatever the weights are held in."""
+    """A complete model. It computes in `dtype`, whatever the type of the stored weights is."""
 
     embedding: nn.Module
     cos: Tensor
-    """[positions, 1, head_dim], any rope scaling included; so is `sin`."""
+    """[positions, 1, head_dim], including any rope scaling. `sin` has the same shape."""
     sin: Tensor
     stretched_from: int
-    """If rope scaling depends on a request's length, the rows from here on are the positions, from 0 on, of
-    requests that may end beyond as many tokens; otherwise 0."""
+    """0 if rope scaling does not depend on the length of a request. Otherwise, the rows of `cos` and `sin`
+    before this index are for requests of at most this many tokens, and the rows from this index on are for
+    longer requests. Both parts start with position 0."""
     layers: list[Layer]
     norm: Norm
     head: nn.Module
     heads: int
-    """Of queries."""
+    """The number of query heads."""
     dtype: torch.dtype
     device: torch.device
     scale: float
-    """Of attention scores."""
+    """The factor of attention scores."""
 
 
 @torch.inference_mode()
 def take_apart(model: LlamaForCausalLM, placement: Placement) -> ModelParts:
-    """The parts of a model that is placed like this. The model is not usable afterwards."""
+    """Return the parts of a model that was loaded with `placement`. The model cannot be used afterwards."""
     dtype, device = placement.arithmetic, placement.device
     cos, sin, stretched_from = _rotary_tables(model, placement.context, dtype)
     scale = model.model.layers[0].self_attn.scaling
@@ -92,9 +94,12 @@ def take_apart(model: LlamaForCausalLM, placement: Placement) -> ModelParts:
 
 
 def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """The tables of `ModelParts`. transformers changes dynamic scaling with every token beyond the trained
-    positions, which a cache of rotated keys cannot follow: here such requests are stretched for the whole
-    context from their beginning."""
+    """Return `cos`, `sin` and `stretched_from` of `ModelParts`.
+
+    In transformers, dynamic scaling changes with every token beyond the trained positions. Keys that are
+    already rotated and cached cannot change with it. So here, a request that may grow beyond the trained
+    positions uses the scaling for the whole context from its first token on.
+    """
     config, device = model.config, model.device
     scaling, trained = config.rope_parameters, int(config.max_position_embeddings)
     if scaling["rope_type"] == "longrope":
@@ -108,8 +113,8 @@ def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> 
             tables.append(model.model.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions[None]))
     except RuntimeError as error:
         raise DoesNotFit(
-            f"the memory does not hold position tables for {length} tokens of context ({error}); set a "
-            "smaller LLAMA_MAX_CONTEXT"
+            f"there is not enough memory for position tables for a context of {length} tokens ({error}); "
+            "set a smaller LLAMA_MAX_CONTEXT"
         ) from error
     cos, sin = (torch.cat(table, dim=1)[0, :, None] for table in zip(*tables, strict=True))
     return cos, sin, stretched_from
@@ -127,7 +132,8 @@ def _take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype) -> Layer:
         activation=mlp.act_fn,
         down=packed(mlp.down_proj, dtype),
     )
-    layers[index] = nn.Identity()  # lets go of the weights that were copied
-    # At once: the next layer's joined weights would split what is free into pieces too small for a cache.
-    torch.cuda.empty_cache()  # nothing where CUDA is not in use
+    layers[index] = nn.Identity()  # releases the weights that were copied
+    # Before the next layer: otherwise its joined weights would fragment the free memory, and a cache needs
+    # large blocks. Has no effect if CUDA is not in use.
+    torch.cuda.empty_cache()
     return taken

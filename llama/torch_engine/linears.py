@@ -1,8 +1,8 @@
-"""The linear layers of a step: joined where they are plain, packed for the CPU where that is quicker.
+"""The linear layers of a step: plain ones are joined and, on a CPU, packed for a faster kernel.
 
-Takes modules of a loaded model and gives back modules that compute the same. Other quantized layers
-than FP8, and adapted ones, are left as they come. Knows weights and kernels; knows nothing of attention or
-requests.
+Takes modules of a loaded model and returns modules that compute the same. FP8 layers are joined too; other
+quantized layers and layers with adapters are used unchanged. Knows weights and kernels; knows nothing about
+attention or requests.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from llama.model.fp8_linear import Fp8Linear
 from llama.model.quantized_layers import linear
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
-_BATCH_HINT = 32  # rows that oneDNN lays a packed weight out for; any number is computed right
+_BATCH_HINT = 32  # the number of rows for which oneDNN packs a weight; results are correct for any number
 
 
 def joined(modules: Sequence[nn.Module]) -> nn.Module:
-    """One module for several over the same input: outputs side by side, [N, sum of their widths].
+    """Return one module that replaces several with the same input. Its output is theirs, concatenated.
 
-    The weights of plain and FP8 layers are copied into one; the caller lets go of the originals.
+    The weights of plain and FP8 layers are copied into one tensor; the caller should release the originals.
     """
     fp8 = [module for module in modules if isinstance(module, Fp8Linear)]
     if len(fp8) == len(modules):
@@ -39,12 +39,15 @@ def joined(modules: Sequence[nn.Module]) -> nn.Module:
 
 def _joined_biases(layers: Sequence[nn.Linear] | Sequence[Fp8Linear]) -> Tensor | None:
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    assert len(biases) in (0, len(layers))  # one flag of the configuration is for all
+    assert len(biases) in (0, len(layers))  # the configuration has one flag for all of them
     return torch.cat(biases) if biases else None
 
 
 def packed(module: nn.Module, arithmetic: torch.dtype) -> nn.Module:
-    """A plain layer on a CPU in its quickest kernel's form, for inputs of `arithmetic`; else as it is."""
+    """Pack a plain layer on a CPU for its fastest kernel, with inputs of type `arithmetic`.
+
+    Any other module is returned unchanged.
+    """
     if not _is_plain(module) or module.weight.device.type != "cpu":
         return module
     weight = module.weight.detach()
@@ -57,8 +60,10 @@ def packed(module: nn.Module, arithmetic: torch.dtype) -> nn.Module:
 
 
 class _HalfLinear(nn.Module):
-    """FBGEMM: weights in float16, half the bytes to read; inputs, sums and outputs in float32. Every
-    float16 weight is kept as it is, and every bfloat16 one down to float16's smallest."""
+    """FBGEMM with weights in float16, which halves the bytes to read; inputs, sums and outputs are float32.
+
+    float16 weights are stored exactly, and so are bfloat16 weights down to float16's smallest number.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -70,7 +75,7 @@ class _HalfLinear(nn.Module):
 
 
 class _OneDNNLinear(nn.Module):
-    """oneDNN: inputs, weights and outputs of one type, weights laid out once for its kernels."""
+    """oneDNN with inputs, weights and outputs of one type, and weights in the layout of its kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -83,7 +88,7 @@ class _OneDNNLinear(nn.Module):
 
 
 class _SideBySide(nn.Module):
-    """Layers that cannot be one, called one after the other."""
+    """Layers that cannot be joined. They are called one after the other."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Which prefixes of earlier requests the free rows of the key/value cache hold, and which of them to reuse.
+"""The prefixes of earlier requests that are still in free rows of the key/value cache.
 
-A finished request's keys and values stay in a row until the row is needed. A later prompt with the same
-prefix starts from a copy. Knows token ids and rows; knows nothing of tensors: it says what to copy.
+The keys and values of a finished request stay in a row until the row is needed. A later prompt with the same
+prefix starts from a copy. Knows token ids and rows; knows nothing about tensors: it returns which rows to
+copy.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Fewer shared tokens than this are computed again: every prompt shares its first with every other.
+# A shorter prefix is computed again: all prompts share their first tokens.
 _WORTH_A_COPY = 16
 
 
 class Copy(NamedTuple):
-    """The first `length` positions of row `source`, to be copied to row `target`."""
+    """Copy the first `length` positions of row `source` to row `target`."""
 
     source: int
     target: int
@@ -24,18 +25,18 @@ class Copy(NamedTuple):
 
 
 class PrefixCache:
-    """Token ids by row, for rows without a running request; the least recently used go first."""
+    """The cached token ids of rows without a request. The least recently used are overwritten first."""
 
     def __init__(self, rows: int) -> None:
         self._kept: list[list[int]] = [[] for _ in range(rows)]
-        self._used = [0] * rows  # when a row's contents last served, on the clock below
+        self._used = [0] * rows  # the value of `_clock` when each row was last used
         self._clock = 0
 
     def __getitem__(self, row: int) -> list[int]:
         return self._kept[row]
 
     def keep(self, row: int, token_ids: list[int]) -> None:
-        """A row holds the keys and values of `token_ids` from here on, and no request."""
+        """Record that a row has no request, and has the keys and values of `token_ids`."""
         self._kept[row] = token_ids
         self._touch(row)
 
@@ -43,7 +44,7 @@ class PrefixCache:
         """Return the copies, in order, that give the free row `home` the longest cached prefix of `prompt`,
         and the length of that prefix. It never includes the last token, whose logits are needed.
 
-        `running` are the cached token ids of the rows below `home`.
+        `running` has the cached token ids of the rows below `home`.
         """
         source, shared = self._best_match(prompt, running)
         if shared and source >= home:
@@ -57,13 +58,19 @@ class PrefixCache:
         return copies, shared
 
     def _best_match(self, prompt: list[int], running: Sequence[list[int]]) -> tuple[int, int]:
-        """The row that shares most of its beginning with `prompt`, and how much: a free one if equal."""
+        """Return the row that has the longest prefix of `prompt`, and its length; (-1, 0) if no row has one.
+
+        A free row is preferred to a running one with the same length.
+        """
         contents = [*running, *self._kept[len(running) :]]
         shared, row = max((_shared_length(prompt[:-1], held), row) for row, held in enumerate(contents))
         return (row, shared) if shared else (-1, 0)
 
     def _rescue(self, home: int, source: int) -> list[Copy]:
-        """Move what `home` holds over what was used least of all, unless that is `home` itself."""
+        """Move the contents of `home` to the least recently used free row, unless that is `home` itself.
+
+        Returns the copies that this needs.
+        """
         others = [row for row in range(home + 1, len(self._kept)) if row != source]
         oldest = min(others, key=lambda row: self._used[row] if self._kept[row] else -1, default=home)
         if oldest == home or (self._kept[oldest] and self._used[oldest] > self._used[home]):
@@ -77,12 +84,12 @@ class PrefixCache:
 
 
 def shares_prefix(a: list[int], b: list[int]) -> bool:
-    """Whether two lists of token ids share a prefix that is long enough to be copied."""
+    """Return whether two lists of token ids share a prefix that is long enough to be copied."""
     return len(a) > _WORTH_A_COPY and a[:_WORTH_A_COPY] == b[:_WORTH_A_COPY]
 
 
 def _shared_length(wanted: list[int], held: list[int]) -> int:
-    """How many token ids two sequences have in common from the beginning; 0 when hardly any."""
+    """Return the length of the common prefix of two lists of token ids, or 0 if it is not worth a copy."""
     if len(wanted) < _WORTH_A_COPY or wanted[:_WORTH_A_COPY] != held[:_WORTH_A_COPY]:
         return 0
     count = min(len(wanted), len(held))

@@ -1,7 +1,7 @@
 """Everything that belongs to a row of the batch: keys and values, the next token, sampling parameters.
 
-One object moves a request from one row to another, so that nothing of it is left behind. Knows tensors whose
-first dimension is the row; knows nothing of what they mean.
+A request moves to another row in one call, so that all of its state moves together. Knows tensors whose first
+dimension is the row; knows nothing about what they mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llama.torch_engine.kv_cache import KVCache
 
 
 class Rows:
-    """The cache, and the tensors that `tensor` has made."""
+    """The key/value cache, and the tensors that `tensor` has created."""
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
@@ -27,10 +27,12 @@ class Rows:
         fill: float = 0,
         idle: float | None = None,
     ) -> Tensor:
-        """A new tensor [rows, *shape] that moves with its requests. `idle`: what a row without a request must
-        hold; None if that does not matter."""
+        """Create a tensor [rows, *shape] whose contents move with the requests.
+
+        Rows without a request always contain `idle`, unless it is None.
+        """
         size = (self.cache.shape.rows, *shape)
-        assert idle is None or fill == 0  # one of them is the first content
+        assert idle is None or fill == 0  # each sets the initial value
         tensor = torch.full(size, fill if idle is None else idle, dtype=dtype, device=self.cache.device)
         self._tensors.append(tensor)
         if idle is not None:
@@ -38,25 +40,25 @@ class Rows:
         return tensor
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
-        """Copy the first `count` keys and values of a row to another."""
+        """Copy the first `count` keys and values of a row to another row."""
         self.cache.copy(source, target, count)
 
     def swap(self, source: int, target: int, count: int) -> None:
-        """Move a request to another row, and the first `count` keys and values there to its own."""
+        """Move a request to row `target`, and exchange the first `count` keys and values of both rows."""
         self.cache.swap(source, target, count)
         self._move_state(source, target)
 
     def move(self, source: int, target: int, count: int) -> None:
-        """Move a request with `count` keys and values to another row, whose contents are lost."""
+        """Move a request with `count` keys and values to another row, and overwrite that row's contents."""
         self.cache.copy(source, target, count)
         self._move_state(source, target)
 
     def clear(self, row: int, count: int) -> None:
-        """Overwrite the first `count` keys and values of a row, which may not be finite."""
+        """Overwrite the first `count` keys and values of a row, because they may not be finite."""
         self.cache.clear(row, count)
 
     def vacate(self, row: int) -> None:
-        """The row has no request any more. Its keys and values stay."""
+        """Record that a row no longer has a request. Its keys and values stay."""
         for tensor, value in self._idle:
             tensor[row] = value
 

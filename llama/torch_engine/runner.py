@@ -1,8 +1,8 @@
-"""One step of the model: a forward of our own over the layers of `layers.py`.
+"""One step of the model: our own forward pass over the layers of `layers.py`.
 
-Keeps, on the device, the next token and position of every row of the batch, so that a decode step needs
-nothing from the host. Knows tensors, positions and rows; knows nothing of requests. Its reference in
-the tests is `model(ids).logits`.
+Keeps the next token and position of every row on the device, so that a decode step needs nothing from the
+host. Knows tensors, positions and rows; knows nothing about requests. The tests compare it with
+`model(ids).logits`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,32 @@ from llama.torch_engine.layers import Layer, ModelParts
 from llama.torch_engine.rows import Rows
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A layer's cache, queries [N, heads, D], keys and values [N, 2, KV heads, D] to [N, heads x D]."""
+"""Takes a layer's cache, queries [N, heads, D], and keys and values [N, 2, KV heads, D]; returns
+[N, heads x D]."""
 
-_ROUND_UP = 16  # cached positions are read in multiples, so that few shapes occur
+_ROUND_UP = 16  # the number of cached positions is rounded up to a multiple, so that few shapes occur
 
 
 class Runner:
-    """N is the number of tokens in a step, V the vocabulary, D the head dimension."""
+    """Runs prefill and decode steps.
+
+    N is the number of tokens in a step, V the vocabulary size, and D the head dimension.
+    """
 
     def __init__(self, parts: ModelParts, rows: Rows) -> None:
         self._parts, self._cache = parts, rows.cache
         self._attention = attention_for(rows.cache, parts.heads, parts.scale)
-        self._last = rows.cache.shape.length - 1  # the position of rows that do not decode
+        self._last = rows.cache.shape.length - 1  # the position of rows that are not decoding
         self._tokens = rows.tensor(dtype=torch.long)
         self._positions = rows.tensor(dtype=torch.long, idle=self._last)
-        # What is added to a position to find it in the rotary tables.
+        # Added to a position to get its index in the rotary tables.
         self._stretches = rows.tensor(dtype=torch.long)
         _, _, self._kv_heads, _, self._head_dim = rows.cache.layers[0].shape
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Put each chunk into its row, after what is there. Logits of the last token of each: [chunks, V]."""
+        """Read each chunk into its row, and return the logits of each chunk's last token: [chunks, V]."""
         metadata = self._attention.prefill_metadata(chunks)
         positions = torch.cat([self._rotary_positions(chunk) for chunk in chunks])
         token_ids = torch.cat([chunk.token_ids for chunk in chunks])
@@ -51,8 +55,11 @@ class Runner:
 
     @torch.inference_mode()
     def decode(self, batch_size: int, longest: int) -> Tensor:
-        """One token for each of the first `batch_size` rows, of which none is longer than `longest` with it.
-        Logits [batch_size, V]; those of rows that do not decode mean nothing."""
+        """Decode one token for each of the first `batch_size` rows, and return the logits [batch_size, V].
+
+        The logits of rows that are not decoding are meaningless. `longest` is the number of tokens in the
+        longest row, including its new token.
+        """
         length = min(-(-longest // _ROUND_UP) * _ROUND_UP, self._cache.shape.length)
         step = self._graphs or self._step
         logits = step(batch_size, length)
@@ -61,33 +68,33 @@ class Runner:
 
     @torch.inference_mode()
     def feed(self, first: int, tokens: Tensor) -> None:
-        """Set the tokens [B] that the rows from `first` on read next."""
+        """Set the tokens [B] that the next step reads in the rows from `first` on."""
         self._tokens[first : first + len(tokens)] = tokens.clamp(min=0)
 
     def start_decoding(self, row: int, position: int, *, stretched: bool = False) -> None:
-        """Let a row take part in decoding from `position` on. `stretched`: as in `Chunk`."""
+        """Let a row take part in decoding from `position` on. `stretched` is as in `Chunk`."""
         self._positions[row] = position
         self._stretches[row] = stretched * self._parts.stretched_from
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Replay decode steps from CUDA graphs from now on. Raises EngineNotStarted and OutOfMemoryError."""
+        """Let decode steps replay CUDA graphs from now on. Raises EngineNotStarted or OutOfMemoryError."""
         try:
-            torch.cuda.set_device(self._parts.device)  # this thread's: graphs are captured there
+            torch.cuda.set_device(self._parts.device)  # for this thread, which captures the graphs
             self._graphs = StepGraphs(self._step, self._cache.shape.rows, self._cache.shape.length)
         except Exception as error:
-            # What goes wrong within a capture ends in an error of the capture itself: the first says why.
+            # An error during a capture causes an error of the capture itself; the first one has the reason.
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            # Not a step without graphs instead: torch's allocator and stream are left as in the capture.
+            # Do not continue without graphs: torch's allocator and stream are still in the failed capture.
             raise EngineNotStarted(
-                f"a step cannot be captured as a CUDA graph ({cause}); set LLAMA_CUDA_GRAPHS to 0, which is "
-                "slower, or another LLAMA_QUANTIZATION"
+                f"a decode step cannot be captured as a CUDA graph ({cause}); set LLAMA_CUDA_GRAPHS to 0, "
+                "which is slower, or choose another LLAMA_QUANTIZATION"
             ) from error
 
     def _rotary_positions(self, chunk: Chunk) -> Tensor:
-        """Where a chunk's tokens are in the rotary tables: [N]."""
+        """Return the indices of a chunk's tokens in the rotary tables: [N]."""
         first = chunk.start + chunk.stretched * self._parts.stretched_from
         return torch.arange(first, first + len(chunk.token_ids), device=self._parts.device)
 
@@ -99,7 +106,7 @@ class Runner:
         return self._logits(self._hidden(self._tokens[:batch_size], positions, attend))
 
     def _hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states after the last layer, not yet normalised: [N, hidden]."""
+        """Return the hidden states after the last layer, before the final norm: [N, hidden]."""
         parts = self._parts
         cos, sin = parts.cos[positions], parts.sin[positions]
         x: Tensor = parts.embedding(token_ids).to(parts.dtype)
@@ -110,8 +117,10 @@ class Runner:
         return x
 
     def _projected(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [N, heads, D], keys and values [N, 2, KV heads, D], rotated by their positions, as the
-        cache holds them."""
+        """Return queries [N, heads, D], and keys and values [N, 2, KV heads, D], in the type of the cache.
+
+        Queries and keys are rotated by their positions.
+        """
         kv_heads = self._kv_heads
         heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self._head_dim)
         turned = _rotated(heads[:, :-kv_heads], cos, sin)
@@ -125,6 +134,6 @@ class Runner:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of [N, heads, D] in the half-split layout of transformers."""
+    """Apply rotary position embedding to [N, heads, D], in the half-split layout of transformers."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,9 +1,9 @@
-"""From logits to tokens, for a whole batch, with every parameter per request, on the model's device.
+"""Sample the next tokens of a batch from logits, on the model's device. Every request has its own parameters.
 
-The rules are functions with one parameter a row, applied in the order of the API: repetition,
-frequency, presence, minimum tokens, temperature, top_k, top_p. `Sampler` keeps their parameters by row
-of the batch, as tensors, so that a step needs nothing from the host. A seeded request's noise depends
-on its seed and its own position alone.
+The rules are functions with one parameter per row. They are applied in the order of the API: repetition,
+frequency, presence, minimum tokens, temperature, top_k, top_p. `Sampler` keeps the parameters of each row in
+tensors, so that a step needs nothing from the host. The noise of a seeded request depends only on its seed
+and on the token's position in the answer.
 """
 
 from __future__ import annotations
@@ -18,37 +18,49 @@ from llama.sampling_params import SamplingParams
 from llama.torch_engine.rows import Rows
 
 NOT_FINITE = -1
-"""In place of a token, where a row of logits is not finite."""
+"""Returned in place of a token if a row of logits is not finite."""
 
-# On a CPU the best few are looked at first: sorting 32,000 logits takes longer than all the rest.
+# On a CPU, only the best logits are sorted at first: sorting all 32,000 takes longer than everything else.
 _SHORTLIST = 256
-# float32 cannot hold every number that a caller may send; below this a rule has done all it can
+# A lower temperature is raised to this one: a caller may send a number that float32 cannot represent, and
+# sampling at this temperature is practically greedy already.
 _COLDEST = 1e-6
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Divide what is positive and multiply what is negative, for tokens of prompt and answer
-    (`seen` [B, V] bool). Source: CTRL, arXiv:1909.05858, as in transformers."""
+    """Divide positive logits by the penalty, and multiply negative logits by it, for tokens that were seen.
+
+    `seen` [B, V] bool marks the tokens of prompt and answer. Source: CTRL, arXiv:1909.05858, as in
+    transformers.
+    """
     penalty = penalty[:, None]
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def penalize_counts(logits: Tensor, counts: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
-    """Subtract `frequency` for each time a token is in the answer (`counts` [B, V]) and `presence`
-    once when it is there at all."""
+    """Subtract `frequency` for each occurrence of a token in the answer, and `presence` once if it occurs.
+
+    `counts` [B, V] has the number of occurrences.
+    """
     return logits - counts * frequency[:, None] - (counts > 0) * presence[:, None]
 
 
 def keep_top_k(ordered: Tensor, top_k: Tensor) -> Tensor:
-    """Which of the logits, best first, are among the k best or equal the k-th: [B, S] bool. Below 1: all."""
+    """Return which logits are among the k best or equal to the k-th best, [B, S] bool.
+
+    `ordered` [B, S] is sorted, best first. If k is below 1, all are kept.
+    """
     size = ordered.shape[-1]
     k = torch.where(top_k < 1, size, top_k.clamp(max=size))
     return ordered >= ordered.gather(-1, k[:, None] - 1)
 
 
 def keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Which tokens, likeliest first, have less than p of the probability before them: [B, S] bool. The
-    first always stays, and from 1 on all do."""
+    """Return which tokens have less than p of the probability before them, [B, S] bool.
+
+    `probabilities` [B, S] are sorted, highest first. The first token is always kept. If p is 1 or more, all
+    are kept.
+    """
     before = probabilities.cumsum(dim=-1) - probabilities
     keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     keep[:, 0] = True
@@ -56,19 +68,19 @@ def keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The index at which the cumulative sum of `weights` [B, S] passes the share `uniform` [B] of it.
+    """Return the index at which the cumulative sum of `weights` [B, S] exceeds `uniform` [B] times the total.
 
-    Both in float64: a sum over tens of thousands of float32 terms would move with the order of adding.
+    Both are float64: a sum of tens of thousands of float32 terms would depend on the order of addition.
     """
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # the product may round up to the total
+    below = torch.nextafter(total, torch.zeros_like(total))  # the product below may round up to the total
     index = torch.searchsorted(cumulative, torch.minimum(uniform[:, None] * total, below), right=True)
-    return index[:, 0].clamp(max=weights.shape[-1] - 1)  # weights that are not finite lead outside
+    return index[:, 0].clamp(max=weights.shape[-1] - 1)  # needed if weights are not finite
 
 
 class Sampler:
-    """Sampling parameters, token counts and noise of the requests in a batch, by row."""
+    """The sampling parameters, token counts and noise of the requests in a batch, by row."""
 
     def __init__(self, rows: Rows, vocabulary: int, eos_token_ids: Collection[int]) -> None:
         device = rows.cache.device
@@ -85,7 +97,7 @@ class Sampler:
 
     @torch.inference_mode()
     def add(self, row: int, prompt: Tensor, params: SamplingParams) -> None:
-        """Start a request in a row, whose prompt [N] is read and whose first token comes next."""
+        """Start a request in a row. Its prompt [N] has been read, and its first token is sampled next."""
         self._greedy[row] = params.greedy
         self._repetition[row] = params.repetition
         self._frequency[row], self._presence[row] = params.frequency_penalty, params.presence_penalty
@@ -96,17 +108,18 @@ class Sampler:
         self._seen[row].zero_().index_fill_(0, prompt, True)
         self._counts[row].zero_()
         if not params.greedy:
-            assert params.seed is not None  # drawn where the request was read
-            # One number a position from a counter-based generator, keyed by the seed alone.
+            assert params.seed is not None  # a missing seed is drawn before the request is submitted
+            # One number per position, from a counter-based generator whose key is the seed alone.
             generator = np.random.Generator(np.random.Philox(key=params.seed % 2**128))
             self._uniforms[row, : params.maximum] = torch.from_numpy(generator.random(params.maximum))
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, first: int, params: Sequence[SamplingParams]) -> Tensor:
-        """The next tokens [B] of the rows from `first` on, NOT_FINITE where logits are not finite.
+        """Return the next tokens [B] of the rows from `first` on, or NOT_FINITE if logits are not finite.
 
-        `logits` [B, V] float32. `params`: of the requests in these rows that have been added, so that rules
-        which none of them uses are left out. Other rows get some token. On a GPU this waits for nothing.
+        `logits` is [B, V] float32. `params` has the parameters of the requests in these rows that have been
+        added; a rule that none of them uses is skipped. Other rows get an arbitrary token. On a GPU, this
+        does not wait for the device.
         """
         rows = slice(first, first + len(logits))
         usable = logits.sum(dim=-1).isfinite()
@@ -147,18 +160,22 @@ class Sampler:
         size = min(self._shortlist, scaled.shape[-1])
         values, ids = scaled.topk(size)
         weights, settled = self._kept(values, scaled, rows)
-        # Only a CPU asks, and seldom in vain: a GPU would have to wait, and sorts them all at once.
+        # Only on a CPU, where the shortlist is rarely too short. On a GPU, the shortlist has all logits,
+        # because this check would have to wait for the device.
         if size < scaled.shape[-1] and not (settled | self._greedy[rows]).all():
             values, ids = scaled.sort(dim=-1, descending=True)
             weights, _ = self._kept(values, scaled, rows)
-        # In the order of their ids: an order by weight would change where two are as good as equal.
+        # Draw in the order of token ids: the order by weight may change if two weights are nearly equal.
         ids, order = ids.sort(dim=-1)
         index = draw(weights.gather(-1, order), uniform)
         return ids.gather(-1, index[:, None])[:, 0]
 
     def _kept(self, values: Tensor, scaled: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """What top_k and top_p leave of the best logits of each row, best first: their weights [B, S]
-        float64, zero where not kept, and whether nothing beyond the S can be kept either [B]."""
+        """Apply top_k and top_p to `values` [B, S], the best logits of each row, sorted best first.
+
+        Returns two tensors: the weights [B, S] float64, which are zero for tokens that are not kept; and, for
+        each row, whether top_k and top_p keep no token outside of `values` [B].
+        """
         top_k = self._top_k[rows]
         among_k = keep_top_k(values, top_k)
         weights = (values - values[:, :1]).double().exp() * among_k

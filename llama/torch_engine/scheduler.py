@@ -1,8 +1,8 @@
-"""Which request has which row: requests wait in order, take a free row, and give it back when they end.
+"""Assign rows to requests: requests wait in order, take a free row, and return it when they end.
 
 Running requests always have the lowest rows, without a gap, so that a step works on the first rows of every
-tensor. Knows requests and rows. Knows nothing of tensors, whose owner (`RowStorage`) it tells what to copy
-and to move, nor of why a request ends, which the batch decides.
+tensor. Knows requests and rows. Knows nothing about tensors (it tells their owner, a `RowStorage`, what to
+copy and move) or about why a request ends (the batch decides that).
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from llama.torch_engine.prefix_cache import PrefixCache, shares_prefix
 
 
 class RequestState(Enum):
-    """Of a request, in the order in which it passes through them."""
+    """The states of a request, in order. A request may end in any state."""
 
     WAITING = auto()
-    """It waits for a row."""
+    """The request is waiting for a row."""
     READING = auto()
-    """Its prompt is read into its row."""
+    """Its prompt is being read into its row."""
     DECODING = auto()
-    """It gets one token a step."""
+    """It gets one token per step."""
     ENDED = auto()
 
 
 @dataclass(slots=True, eq=False)
 class BatchRequest:
-    """One request on its way through the engine."""
+    """One request in the engine."""
 
     tokens: list[int]
-    """Prompt and answer so far."""
+    """The prompt, and the answer so far."""
     prompt_length: int
     params: SamplingParams
     stream: TokenStream
     stretched: bool = False
-    """Whether its positions are stretched, so that its keys are of use only to requests of the same kind."""
+    """Whether its positions are stretched (`ModelParts.stretched_from`). If so, only other stretched requests
+    can reuse its keys."""
     state: RequestState = RequestState.WAITING
     cached: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """The number of tokens whose keys and values are in the cache."""
 
     @property
     def generated(self) -> int:
@@ -51,36 +52,36 @@ class BatchRequest:
 
     @property
     def prefix_key(self) -> list[int]:
-        """Its tokens as the prefix cache knows them: stretched ones have other numbers than plain ones."""
+        """Its tokens for the prefix cache. A stretched request has negative ones, which match no others."""
         return [~token for token in self.tokens] if self.stretched else self.tokens
 
 
 class RowStorage(Protocol):
-    """Everything that belongs to a row. The first `count` keys and values are meant."""
+    """Everything that belongs to a row. `count` is a number of keys and values, from the first on."""
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Copy keys and values to another row."""
 
     def swap(self, source: int, target: int, count: int) -> None:
-        """Move a request to another row, and the keys and values of that row to its own."""
+        """Move a request to row `target`, and exchange the keys and values of both rows."""
 
     def move(self, source: int, target: int, count: int) -> None:
-        """Move a request to another row, whose contents are lost."""
+        """Move a request to another row, and overwrite that row's contents."""
 
     def clear(self, row: int, count: int) -> None:
-        """Overwrite keys and values, which may not be finite."""
+        """Overwrite keys and values, because they may not be finite."""
 
     def vacate(self, row: int) -> None:
-        """The row has no request any more."""
+        """Record that a row no longer has a request."""
 
 
 class Scheduler:
     """Strictly first come, first served. A request is waiting or in exactly one row."""
 
     def __init__(self, limit: int, rows: RowStorage, *, prefix_reuse: bool) -> None:
-        """`limit`: the number of rows."""
+        """`limit` is the number of rows."""
         self.running: list[BatchRequest] = []
-        """By row."""
+        """The running requests, by row."""
         self._limit = limit
         self._waiting: deque[BatchRequest] = deque()
         self._rows = rows
@@ -88,15 +89,15 @@ class Scheduler:
         self._prefix_reuse = prefix_reuse
 
     def add(self, request: BatchRequest) -> None:
-        """Queue a request behind all others."""
+        """Add a request to the end of the queue."""
         self._waiting.append(request)
 
     def next_prefill(self, beside: Collection[int] = ()) -> tuple[int, BatchRequest] | None:
-        """The row and request whose prompt is read next: one that has begun, otherwise the one that has
-        waited longest, if a row is free.
+        """Return the row and request whose prompt is read next, or None.
 
-        `beside` are rows that are read in the same step. A request that could reuse a prefix of one of them
-        waits for it.
+        This is a request whose prompt has been read in part. If there is none, and a row is free, it is the
+        request that has waited longest. `beside` has the rows that are read in the same step. A request that
+        could reuse a prefix of one of them waits for it.
         """
         for row, request in enumerate(self.running):
             if request.state is RequestState.READING and row not in beside:
@@ -112,7 +113,7 @@ class Scheduler:
         return row, request
 
     def reuse_prefix(self, row: int) -> None:
-        """Let the request in the last row begin with the longest prefix of its prompt that is cached."""
+        """Copy the longest cached prefix of a request's prompt into its row, which must be the last."""
         assert row == len(self.running) - 1
         if not self._prefix_reuse:
             return
@@ -128,8 +129,11 @@ class Scheduler:
         self._prefixes = PrefixCache(self._limit)
 
     def release(self, row: int, *, sound: bool = True) -> None:
-        """Take a request out of its row, into which the last running one moves. Its keys and values stay for
-        others to reuse, unless they are not `sound`."""
+        """Take a request out of its row, and move the last running request there.
+
+        If its keys and values are `sound`, they stay in the cache for other requests to reuse. Otherwise,
+        they are overwritten.
+        """
         request, last = self.running[row], self.running[-1]
         end = len(self.running) - 1
         keep = sound and self._prefix_reuse
@@ -146,7 +150,7 @@ class Scheduler:
         request.state = RequestState.ENDED
 
     def drop_cancelled_waiting(self) -> None:
-        """Drop requests that were cancelled before they had a row."""
+        """Drop requests that were cancelled before they got a row."""
         for request in self._waiting:
             if request.stream.cancelled:
                 request.state = RequestState.ENDED
@@ -154,7 +158,7 @@ class Scheduler:
 
     @property
     def decoding(self) -> int:
-        """The number of requests that take one token a step."""
+        """The number of requests that get one token per step."""
         return sum(request.state is RequestState.DECODING for request in self.running)
 
     @property

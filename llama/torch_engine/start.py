@@ -1,6 +1,6 @@
-"""Start a TorchEngine for a folder of weights: load the model, and give the cache the memory that is left.
+"""Start a TorchEngine for a weights folder: load the model, and use the remaining memory for the cache.
 
-Knows settings and memory; knows nothing of requests.
+Knows settings and memory; knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def start_engine(
     vocabulary: int,
     eos_token_ids: Collection[int],
 ) -> TorchEngine:
-    """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
+    """Load the weights in `folder` according to the settings, and start an engine. Raises a WeightsError."""
     _refuse_settings_of_vllm(settings)
     placement = place(settings, config)
 
@@ -49,7 +49,7 @@ def start_engine(
             model = load_model(folder, config, placement)
         logger.info("loaded %s: %s", folder.resolve().name, placement)
         parts = take_apart(model, placement)
-        del model  # what was joined or packed is there once
+        del model  # so that joined and packed weights are in memory only once
         batch = Batch(
             parts,
             _make_cache(parts, config, placement, settings),
@@ -77,12 +77,13 @@ def _refuse_settings_of_vllm(settings: Settings) -> None:
     ):
         if is_vllms:
             raise BadSettings(
-                f"LLAMA_{name.upper()} is {getattr(settings, name)}; set LLAMA_ENGINE to vllm, or unset it"
+                f"LLAMA_{name.upper()} is {getattr(settings, name)}, which only the vllm engine supports; "
+                "unset it, or set LLAMA_ENGINE to vllm"
             )
 
 
 def _thread_count(placement: Placement, settings: Settings) -> ThreadCount | None:
-    """None where the number of CPU threads is fixed, or does not matter."""
+    """Return None if the number of CPU threads is fixed or has no effect."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
         return None
@@ -92,7 +93,7 @@ def _thread_count(placement: Placement, settings: Settings) -> ThreadCount | Non
 
 
 def _make_cache(parts: ModelParts, config: LlamaConfig, placement: Placement, settings: Settings) -> KVCache:
-    """The cache that fits beside a model that is taken apart. Raises DoesNotFit."""
+    """Create the key/value cache, in the memory that the model leaves. Raises DoesNotFit."""
     budget = settings.cache_memory
     shape = fit_cache(
         config,
@@ -105,18 +106,24 @@ def _make_cache(parts: ModelParts, config: LlamaConfig, placement: Placement, se
 
 
 def _free_memory(parts: ModelParts, config: LlamaConfig, placement: Placement) -> int:
-    """Bytes that the cache may take. On a GPU: what is free, less a reserve. On a CPU, whose memory other
-    programs use too: half of what is available."""
+    """Return how many bytes the cache may use.
+
+    On a GPU, this is the free memory minus a reserve. On a CPU, it is half of the available memory, because
+    other programs use that memory too.
+    """
     if placement.device.type != "cuda":
         return available_memory() // 2
     _run_once(parts, config, placement)
-    torch.cuda.empty_cache()  # what loading has left there is free, and not seen to be
+    torch.cuda.empty_cache()  # otherwise, unused memory that torch has kept would not count as free
     free, _ = torch.cuda.mem_get_info(placement.device)
     return max(int(free) - RESERVE["torch"], 0)
 
 
 def _run_once(parts: ModelParts, config: LlamaConfig, placement: Placement) -> None:
-    """A prompt and a step in a small cache: what libraries then keep, such as workspaces, is not free."""
+    """Run one prefill and one decode step with a small cache.
+
+    Libraries then allocate what they keep, such as workspaces, so that it does not count as free memory.
+    """
     length = min(MOST_PROMPT_TOKENS["cuda"], placement.context)
     cache = KVCache(config, CacheShape(1, length), placement.cache_dtype, placement.device)
     runner = Runner(parts, Rows(cache))

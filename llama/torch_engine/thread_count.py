@@ -1,11 +1,11 @@
-"""How many threads a decode step uses on a CPU that other programs use too.
+"""Choose the number of threads for decode steps on a CPU that other programs use too.
 
-OpenMP's threads wait for each other by spinning. On a quiet machine that is fastest; but as soon as another
-program takes one of their cores, all of them wait for the thread that lost it, and a step takes several times
-as long. With one thread fewer nothing waits. So the number is found by trial: from time to time a few steps
-are taken with one thread fewer or one more, and the number stays if steps of the same shape became faster.
+OpenMP's threads wait for each other by spinning. On an idle machine, that is fastest. But if another program
+takes one of their cores, all threads wait for the one that lost its core, and a step takes several times as
+long. With one thread fewer, no thread waits. The number is found by trial: from time to time, a few steps run
+with one thread more or fewer, and the new number stays if steps of the same shape are faster.
 
-Knows step times and numbers of threads; knows nothing of models or tensors.
+Knows step times and numbers of threads; knows nothing about models or tensors.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-_RECENT = 8  # steps whose mean stands for the present
-_TRIAL = 4  # steps of a trial, unless the first ones are clearly slower
-_FASTER = 0.95  # a trial must take at most this share of the time before it
-_DEGRADED = 1.25  # slower than the best by this factor: something has changed
-_TRY_AGAIN_EVERY = 0.3  # seconds, when something has changed
-_TRY_MORE_EVERY = 1.7  # seconds: how long a core that has become free may stay unused
-_TRY_FEWER_EVERY = 10.0  # seconds: a trial on a quiet machine costs time and gains nothing
+_RECENT = 8  # the current speed is the mean over this many steps
+_TRIAL = 4  # steps in a trial, unless the first ones are clearly slower
+_FASTER = 0.95  # a new number is kept if a step takes less than this fraction of the time before
+_DEGRADED = 1.25  # if steps become slower than the best mean by this factor, the load has changed
+_TRY_AGAIN_EVERY = 0.3  # seconds between trials of fewer threads after the load has changed
+_TRY_MORE_EVERY = 1.7  # seconds between trials of more threads: a core that becomes free is used after that
+_TRY_FEWER_EVERY = 10.0  # seconds between trials of fewer threads: on an idle machine, they only cost time
 
 
 @dataclass(slots=True)
 class _Trial:
-    """Steps with another number of threads than `usual`, whose steps took `before` seconds."""
+    """Steps with another number of threads than `usual`, with which a step took `before` seconds."""
 
     usual: int
     before: float
@@ -35,7 +35,7 @@ class _Trial:
 
 
 class ThreadCount:
-    """Chooses a number of threads from 1 to `most`. `apply` is called with every new one."""
+    """Chooses a number of threads from 1 to `most`, and calls `apply` with every new number."""
 
     def __init__(
         self, most: int, apply: Callable[[int], object], clock: Callable[[], float] = time.monotonic
@@ -44,14 +44,14 @@ class ThreadCount:
         self.current = most
         self._shape: Hashable = None
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._best = math.inf  # the fastest mean of this shape with the current number
-        self._leap = False  # whether to try half as many next: several cores may be busy
-        self._means: dict[int, float] = {}  # the latest mean of this shape by number of threads
+        self._best = math.inf  # the fastest mean of this shape with the current number of threads
+        self._leap = False  # whether to try half as many threads next, because several cores may be busy
+        self._means: dict[int, float] = {}  # the latest mean of this shape, by number of threads
         self._trial: _Trial | None = None
         self._tried_more = self._tried_fewer = clock() - _TRY_FEWER_EVERY
 
     def observe(self, shape: Hashable, seconds: float) -> None:
-        """A step has taken so long. Only steps of one shape are compared."""
+        """Record the duration of a step. Only steps of the same shape are compared."""
         if self._most == 1:
             return
         if shape != self._shape:
@@ -100,7 +100,7 @@ class ThreadCount:
         self._best = math.inf
 
     def _forget(self, shape: Hashable) -> None:
-        """Steps of another shape follow: what was measured says nothing of them."""
+        """Discard all measurements, because the next steps have another shape."""
         if self._trial is not None:
             self._use(self._trial.usual)
             self._trial = None

@@ -1,1 +1,1 @@
-"""The `Engine` protocol on vLLM, for more than one GPU or machine."""
+"""The `Engine` protocol on vLLM, for several GPUs or machines."""

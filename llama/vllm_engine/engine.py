@@ -1,7 +1,7 @@
-"""VLLMEngine: the `Engine` protocol on vLLM, for more than one GPU or machine.
+"""VLLMEngine: the `Engine` protocol on vLLM, for several GPUs or machines.
 
-A background thread runs an event loop with vLLM's asynchronous engine; token ids go in and come out.
-Knows vLLM's parameters and errors, which become ours here; knows nothing of text, stop sequences or
+A background thread runs an event loop with vLLM's asynchronous engine, which takes and returns token ids.
+Translates between our parameters and errors and those of vLLM. Knows nothing about text, stop sequences or
 metrics, which are the same for every engine.
 """
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What vLLM takes; between 0 and the coldest it would raise the temperature without a word to the caller.
+# The temperatures that vLLM supports, besides 0. It would silently raise a lower one to _COLDEST.
 _COLDEST, _HOTTEST = 0.01, 2.0
 _LARGEST_SEED = 2**63
 _LARGEST_TOP_K = 2**31 - 1
@@ -42,19 +42,21 @@ _REPORT_EVERY = 60.0  # seconds
 
 
 class VLLMEngine:
-    """An `Engine` whose work is done by vLLM's own processes."""
+    """An `Engine` that runs the model in vLLM's own processes."""
 
     def __init__(
         self, arguments: AsyncEngineArgs, *, vocabulary: int, eos_token_ids: Collection[int]
     ) -> None:
-        """Waits until the model is loaded. Raises EngineNotStarted. `vocabulary`: ids below this are tokens;
-        a checkpoint may pad its table."""
+        """Wait until the model is loaded. Raises EngineNotStarted.
+
+        Ids from `vocabulary` on are not tokens: a checkpoint may pad its embedding table.
+        """
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
         self._tokens = 0
         self._ids = count()
         self._answers: set[asyncio.Task[Any]] = set()
         self._lock = threading.Lock()
-        self._stopped = False  # under the lock: nothing is queued behind the end
+        self._stopped = False  # guarded by the lock, so that no request is queued after the end
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llama-vllm", daemon=True)
         self._thread.start()
@@ -63,9 +65,9 @@ class VLLMEngine:
         except Exception as error:
             self._end_loop()
             raise EngineNotStarted(
-                f"vLLM has not started ({type(error).__name__}: {error}); its own log says why"
+                f"vLLM did not start ({type(error).__name__}: {error}); its log has the reason"
             ) from error
-        except BaseException:  # Ctrl-C: vLLM's processes would load to their end before ours may end
+        except BaseException:  # Ctrl-C: otherwise, our process could not exit before vLLM's have loaded
             self._abandon()
             raise
         self._reporting = asyncio.run_coroutine_threadsafe(self._report(), self._loop)
@@ -84,14 +86,14 @@ class VLLMEngine:
 
     @property
     def _padding(self) -> range:
-        """Ids that are no tokens."""
+        """The ids in the embedding table that are not tokens."""
         return range(self._vocabulary, int(self._vllm.model_config.get_vocab_size()))
 
     def check(self, params: SamplingParams) -> None:
         if not params.greedy and not _COLDEST <= params.temperature <= _HOTTEST:
             raise NotSupported(
-                f"temperature is {params.temperature:g} and the engine vLLM takes 0 and {_COLDEST:g} to "
-                f"{_HOTTEST:g}; send one of these"
+                f"temperature is {params.temperature:g}, but the vllm engine supports only 0 and "
+                f"{_COLDEST:g} to {_HOTTEST:g}; send one of these"
             )
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
@@ -116,7 +118,7 @@ class VLLMEngine:
             self._end_loop()
 
     async def _answer(self, prompt: TokensInput, params: SamplingParams, stream: TokenStream) -> None:
-        """Hand out tokens until there are no more. Being cancelled takes the request out of vLLM."""
+        """Put tokens into the stream until the request ends. Cancelling this task aborts vLLM's request."""
         task = asyncio.current_task()
         assert task is not None
         self._answers.add(task)
@@ -144,7 +146,7 @@ class VLLMEngine:
             stream.fail(GenerationFailed(f"vLLM ended the request ({reason}); try again"))
 
     async def _report(self) -> None:
-        """A line a minute while there is work."""
+        """Log one line per minute while there is work."""
         while True:
             before = self._tokens
             await asyncio.sleep(_REPORT_EVERY)
@@ -168,7 +170,7 @@ class VLLMEngine:
         self._loop.close()
 
     def _abandon(self) -> None:
-        """End what is still starting."""
+        """Kill the processes that are still starting, and stop the event loop."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         while self._thread.is_alive():
             for process in multiprocessing.active_children():
@@ -177,9 +179,12 @@ class VLLMEngine:
 
 
 async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
-    """Inside the loop, which vLLM's engine then belongs to; the usage decides how much it reads in a step."""
-    # A terminal's Ctrl-C goes to vLLM's processes too, which would end; they inherit what is blocked here.
-    resource_tracker.ensure_running()  # which unblocks it when it is started
+    """Start vLLM's engine in the running event loop.
+
+    The usage context determines how many tokens vLLM reads per step.
+    """
+    # Ctrl-C in a terminal goes to vLLM's processes too, and would end them. They inherit the blocked signal.
+    resource_tracker.ensure_running()  # before blocking the signal: starting the tracker unblocks it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
 
@@ -187,8 +192,10 @@ async def _start(arguments: AsyncEngineArgs) -> AsyncLLM:
 def vllm_params(
     params: SamplingParams, eos_token_ids: Collection[int], padding: Collection[int] = ()
 ) -> VLLMParams:
-    """A request's parameters in vLLM's words: what is off here is off there. `padding`: ids that are no
-    tokens."""
+    """Translate a request's parameters for vLLM. A rule that is off stays off.
+
+    `padding` has the ids in the embedding table that are not tokens.
+    """
     return VLLMParams(
         temperature=0.0 if params.greedy else params.temperature,
         top_p=params.top_p or 1.0,  # 0 is greedy
@@ -196,11 +203,11 @@ def vllm_params(
         repetition_penalty=params.repetition,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
-        # vLLM takes -1 for none, and 64 bits.
+        # For vLLM, -1 means no seed, and a seed has 64 bits.
         seed=None if params.seed is None else params.seed % _LARGEST_SEED,
         max_tokens=params.maximum,
         min_tokens=params.minimum,
-        # Ends are ours to name: one rule for all engines.
+        # We pass the EOS tokens ourselves, so that the same rule applies to all engines.
         ignore_eos=True,
         stop_token_ids=sorted(eos_token_ids),
         logit_bias=dict.fromkeys(padding, float("-inf")) or None,
@@ -211,5 +218,5 @@ def vllm_params(
 
 def _translated(error: Exception) -> EngineError:
     if isinstance(error, EngineDeadError):
-        return GenerationFailed("vLLM's engine has died; see the server's log and restart it")
+        return GenerationFailed("vLLM's engine has died; see the server's log and restart the server")
     return GenerationFailed(f"vLLM failed the request with {type(error).__name__}; see the server's log")

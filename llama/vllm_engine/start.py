@@ -1,6 +1,6 @@
-"""Start a VLLMEngine for a folder of weights: which GPUs, in which precision, in how many parts.
+"""Start a VLLMEngine for a weights folder: choose the GPUs, the precision and the number of workers.
 
-Knows settings, GPUs and vLLM's arguments; knows nothing of requests.
+Knows settings, GPUs and vLLM's arguments; knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from llama.model.quantized_layers import Quantization
 from llama.settings import Settings
 from llama.setup_times import SetupTimes
 
-# Before vLLM is imported, and for its processes: it starts them by itself, tells nobody of its use, and
-# looks for nothing on a hub.
+# These must be set before vLLM is imported, and its processes inherit them: vLLM spawns its workers, sends no
+# usage statistics, and does not contact the Hugging Face hub.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -39,7 +39,7 @@ from llama.vllm_engine.engine import VLLMEngine
 logger = logging.getLogger(__name__)
 
 _NAMES: dict[Quantization, str | None] = {"none": None, "fp8": "fp8_per_channel"}
-_BLOCK = 128  # tokens of cache that vLLM gives out at a time on a CPU
+_BLOCK = 128  # tokens per block of vLLM's cache on a CPU
 
 
 def start_engine(
@@ -51,14 +51,18 @@ def start_engine(
     vocabulary: int,
     eos_token_ids: Collection[int],
 ) -> VLLMEngine:
-    """Load `folder` as the settings say and start serving it. Raises a WeightsError."""
+    """Load the weights in `folder` according to the settings, and start an engine. Raises a WeightsError."""
     if settings.device != "auto":
         raise BadSettings(
-            "LLAMA_DEVICE is for the torch engine; unset it, and name GPUs in CUDA_VISIBLE_DEVICES"
+            f"LLAMA_DEVICE is {settings.device}, which only the torch engine supports; unset it, and select "
+            "GPUs with CUDA_VISIBLE_DEVICES"
         )
     if settings.threads is not None:
-        raise BadSettings("LLAMA_THREADS is for the torch engine; unset it, or set OMP_NUM_THREADS")
-    checkpoint = Checkpoint(folder)  # in vLLM's processes a damaged file would be an error without a name
+        raise BadSettings(
+            f"LLAMA_THREADS is {settings.threads}, which only the torch engine supports; unset it, or set "
+            "OMP_NUM_THREADS instead"
+        )
+    checkpoint = Checkpoint(folder)  # checks the files: vLLM's error would not name a damaged file
     gpus = gpus_for_vllm(settings)
     arguments = engine_arguments(folder, planner_for(settings, config, gpus, "vllm"), settings)
     if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
@@ -71,17 +75,20 @@ def start_engine(
         "GPUs" if gpus else "the CPU",
     )
     with times.part("engine"):
-        os.environ.pop("HF_TOKEN", None)  # which Ray would hand to every machine
+        os.environ.pop("HF_TOKEN", None)  # Ray would copy it to every machine
         return VLLMEngine(arguments, vocabulary=vocabulary, eos_token_ids=eos_token_ids)
 
 
 def gpus_for_vllm(settings: Settings) -> list[Gpu]:
-    """Cards, with what vLLM may take of each. Asked of the driver: a process that has used CUDA itself
-    holds memory on a card that its children need. Raises BadSettings."""
+    """Return this machine's GPUs, each with the memory that vLLM may use. Raises BadSettings.
+
+    This asks the driver, not CUDA: a process that has used CUDA occupies GPU memory that its child processes
+    need.
+    """
     from vllm.platforms import current_platform
 
     if current_platform.is_unspecified():
-        raise BadSettings("LLAMA_ENGINE is vllm, which finds no GPU; start the container with --gpus all")
+        raise BadSettings("LLAMA_ENGINE is vllm, but vLLM found no GPU; start the container with --gpus all")
     if not current_platform.is_cuda_alike():
         return []
     gpus = []
@@ -96,7 +103,10 @@ def gpus_for_vllm(settings: Settings) -> list[Gpu]:
 
 
 def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> AsyncEngineArgs:
-    """What vLLM is started with on the planner's GPUs, which are this machine's; none means the CPU."""
+    """Return vLLM's arguments for the planner's GPUs, which are those of this machine. Raises BadSettings.
+
+    Without GPUs, vLLM uses the CPU.
+    """
     config, gpus = planner.config, planner.gpus
     pipeline, tensor = parallel_sizes(
         config, len(gpus), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel
@@ -105,7 +115,10 @@ def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> Asyn
     cache: int | None = settings.cache_memory
     if not gpus:
         if "memory_fraction" in settings.model_fields_set:
-            raise BadSettings("LLAMA_MEMORY_FRACTION is for GPUs; set LLAMA_CACHE_MEMORY, or unset it")
+            raise BadSettings(
+                f"LLAMA_MEMORY_FRACTION is {settings.memory_fraction}, which applies to GPUs only; unset it, "
+                "or set LLAMA_CACHE_MEMORY instead"
+            )
         if cache is None:
             cache = _cache_on_a_cpu(planner, settings)
     return AsyncEngineArgs(
@@ -113,7 +126,7 @@ def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> Asyn
         skip_tokenizer_init=True,
         dtype=str(planner.dtype).removeprefix("torch."),
         quantization=_quantization(replace(planner, gpus=assume_identical(gpus, workers)), settings),
-        # vLLM's word for the FP8 of `weights pack`
+        # This is vLLM's name for the FP8 format of `weights pack`.
         allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
@@ -124,66 +137,70 @@ def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> Asyn
         disable_log_stats=True,
         gpu_memory_utilization=settings.memory_fraction,
         kv_cache_memory_bytes=None if cache is None else cache // workers,
-        # Compiling for a CPU takes a minute a start.
+        # Compiling for a CPU would take one minute at every start.
         enforce_eager=not (gpus and settings.cuda_graphs),
-        # On a CPU a seeded request whose prompt was read in parts would end vLLM (0.32: torch has no such
-        # generator). None: vLLM's own choice.
+        # On a CPU, a seeded request whose prompt is read in several chunks would end vLLM 0.32, because torch
+        # lacks the generator. None leaves the choice to vLLM.
         enable_chunked_prefill=None if gpus else False,
     )
 
 
 def _context(planner: Planner, settings: Settings) -> int:
-    """-1: as much of the model's own as the cache holds."""
+    """Return the context length; -1 means the model's context, or as much of it as fits in the cache."""
     config = planner.config
     if config.rope_parameters["rope_type"] == "dynamic":
-        # vLLM (0.32) allows the stretched context, but has rotary tables for the trained positions only.
+        # vLLM 0.32 accepts the stretched context, but its rotary tables have only the trained positions.
         return min(planner.context, int(config.max_position_embeddings))
     return planner.context if settings.max_context else -1
 
 
 def _backend(settings: Settings, workers: int, gpus: Sequence[Gpu]) -> str | type[Executor] | None:
-    """Ray where there are more workers than GPUs in this machine. Raises BadSettings."""
+    """Return vLLM's executor: Ray if there are more workers than GPUs in this machine. Raises BadSettings."""
     wanted = settings.distributed
     if wanted == "auto":
         wanted = "ray" if workers > len(gpus) > 0 else "mp"
     if wanted == "ray" and not gpus:
-        raise BadSettings("LLAMA_DISTRIBUTED is ray, which vLLM has on GPUs only; unset it")
+        raise BadSettings("LLAMA_DISTRIBUTED is ray, which vLLM supports only on GPUs; unset it")
     if wanted == "mp" and workers > len(gpus) > 0:
         raise BadSettings(
-            f"LLAMA_DISTRIBUTED is mp and {workers} workers have {len(gpus)} GPUs here; set it to ray, or "
-            "ask for fewer with LLAMA_TENSOR_PARALLEL and LLAMA_PIPELINE_PARALLEL"
+            f"LLAMA_DISTRIBUTED is mp, but this machine has {len(gpus)} GPUs for {workers} workers; set it "
+            "to ray, or use fewer workers (LLAMA_TENSOR_PARALLEL, LLAMA_PIPELINE_PARALLEL)"
         )
     if workers > 1 or settings.distributed != "auto":
         return wanted
-    # On a CPU vLLM gives even one worker a process of its own, and the two then wait for each other by
-    # yielding their cores all the time: streams stood still for seconds on two cores. A class is left alone.
+    # By default on a CPU, vLLM runs even a single worker in a separate process. The two processes then wait
+    # for each other by yielding their cores all the time: on two cores, streams paused for seconds. vLLM does
+    # not replace an executor that is passed as a class.
     return None if gpus else UniProcExecutor
 
 
 def _method(config: LlamaConfig) -> str | None:
-    """In what way a checkpoint comes quantized."""
+    """Return how a checkpoint is quantized, or None."""
     raw = getattr(config, "quantization_config", None) or {}
     return raw.get("quant_method")
 
 
 def _quantization(planner: Planner, settings: Settings) -> str | None:
-    """In vLLM's words. A checkpoint that comes quantized stays so, AWQ and GPTQ too: vLLM reads which."""
+    """Return the quantization in vLLM's terms. Raises BadSettings.
+
+    A quantized checkpoint keeps its quantization, which may be AWQ or GPTQ: vLLM reads the configuration.
+    """
     if (method := _method(planner.config)) is not None:
         if method == "bitsandbytes":
             raise BadSettings(
-                "the checkpoint is bitsandbytes', which vLLM does not read any more; set LLAMA_ENGINE to "
-                "torch, or LLAMA_WEIGHTS to plain, AWQ, GPTQ or FP8 weights"
+                "the checkpoint is quantized with bitsandbytes, which vLLM no longer supports; set "
+                "LLAMA_ENGINE to torch, or set LLAMA_WEIGHTS to plain, AWQ, GPTQ or FP8 weights"
             )
         if settings.quantization not in ("auto", planner.stored):
             raise BadSettings(
-                f"LLAMA_QUANTIZATION is {settings.quantization} and the checkpoint is quantized otherwise; "
-                "unset it"
+                f"LLAMA_QUANTIZATION is {settings.quantization}, but the checkpoint is quantized with "
+                f"{method}; unset it"
             )
         return None
     if not planner.gpus:
         if settings.quantization not in ("auto", "none"):
             raise BadSettings(
-                f"LLAMA_QUANTIZATION is {settings.quantization}, which vLLM cannot do on a CPU; "
+                f"LLAMA_QUANTIZATION is {settings.quantization}, which vLLM does not support on a CPU; "
                 "set it to none"
             )
         return None
@@ -191,7 +208,10 @@ def _quantization(planner: Planner, settings: Settings) -> str | None:
 
 
 def _cache_on_a_cpu(planner: Planner, settings: Settings) -> int:
-    """Bytes for all requests, or half of what is free. vLLM gives them out by blocks, and keeps one."""
+    """Return the bytes that all requests need, but at most half of the available memory.
+
+    vLLM assigns the cache in blocks, and keeps one block for itself.
+    """
     blocks = settings.max_concurrency * -(-planner.context // _BLOCK) + 1
     wanted = blocks * _BLOCK * bytes_per_token(planner.config, planner.dtype)
     return min(wanted, available_memory() // 2)

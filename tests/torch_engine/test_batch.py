@@ -1,4 +1,4 @@
-"""A batch that is stepped by hand: every request is as if it were alone."""
+"""A batch that the tests step: every request gets the answer that it would get alone."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from llama.torch_engine.layers import take_apart
 from llama.torch_engine.scheduler import RequestState
 
 
-def test_every_request_of_a_mixed_batch_is_what_generate_gives(model: LlamaForCausalLM) -> None:
-    lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more than there are rows
+def test_every_answer_of_a_mixed_batch_equals_that_of_generate(model: LlamaForCausalLM) -> None:
+    lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more requests than rows
     requests = [(prompt_of(i, length), greedy(20 + 5 * i)) for i, length in enumerate(lengths)]
     expected = [generate(model, prompt, params.maximum) for prompt, params in requests]
     assert answers_of(batch_of(model, rows=5), *requests) == expected
@@ -40,7 +40,7 @@ def test_every_request_of_a_mixed_batch_is_what_generate_gives(model: LlamaForCa
         assert [collect(stream) for stream in streams] == expected
 
 
-def test_requests_that_join_while_others_run_change_nothing(model: LlamaForCausalLM) -> None:
+def test_requests_that_join_a_running_batch_do_not_change_its_answers(model: LlamaForCausalLM) -> None:
     batch = batch_of(model)
     first = add(batch, prompt_of(1, 30), greedy(120))
     for _ in range(3):
@@ -59,7 +59,7 @@ def test_a_request_passes_through_its_states_one_step_at_a_time(model: LlamaForC
     while not batch.idle:
         states.append((long.state.name, next_one.state.name, batch.running, batch.waiting))
         batch.step()
-    # 501 tokens of a prompt fit one step, which also decodes the second token.
+    # A prompt of 501 tokens fits in one step, which also decodes the second token.
     assert states == [
         ("WAITING", "WAITING", 0, 2),
         ("DECODING", "WAITING", 1, 1),
@@ -69,7 +69,7 @@ def test_a_request_passes_through_its_states_one_step_at_a_time(model: LlamaForC
     assert (long.state, next_one.state, batch.generated) == (RequestState.ENDED, RequestState.ENDED, 6)
 
 
-def test_a_long_prompt_is_read_in_several_steps_beside_running_requests(model: LlamaForCausalLM) -> None:
+def test_a_long_prompt_is_read_in_several_steps_while_other_requests_decode(model: LlamaForCausalLM) -> None:
     batch = batch_of(model, rows=2)
     first = add(batch, prompt_of(1, 5), greedy(100))
     batch.step()
@@ -78,7 +78,7 @@ def test_a_long_prompt_is_read_in_several_steps_beside_running_requests(model: L
     while long.state in (RequestState.WAITING, RequestState.READING):
         batch.step()
         steps += 1
-    # 36 prompt tokens a step beside one stream, twice as many while another prompt waits.
+    # 36 prompt tokens per step while one request decodes, and twice as many while a prompt waits for a row.
     assert 8 <= steps <= 12
     assert first.generated == before + steps
     finish(batch)
@@ -87,13 +87,13 @@ def test_a_long_prompt_is_read_in_several_steps_beside_running_requests(model: L
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
-def test_the_repetition_penalty_is_that_of_generate(model: LlamaForCausalLM, penalty: float) -> None:
+def test_the_repetition_penalty_equals_that_of_generate(model: LlamaForCausalLM, penalty: float) -> None:
     prompt = prompt_of(4, 30)
     (answer,) = answers_of(batch_of(model), (prompt, greedy(40, repetition_penalty=penalty)))
     assert answer == generate(model, prompt, 40, repetition_penalty=penalty)
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_among_others(model: LlamaForCausalLM) -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(model: LlamaForCausalLM) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, seed=42, max_new_tokens=60)
     prompt, batch = prompt_of(9, 20), batch_of(model, rows=8)
     (alone,) = answers_of(batch, (prompt, params))
@@ -109,7 +109,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_others(model: LlamaForCaus
     assert answers_of(batch, (prompt, params.model_copy(update={"seed": 43}))) != [alone]
 
 
-def test_an_answer_ends_at_eos_which_is_not_part_of_it(model: LlamaForCausalLM) -> None:
+def test_an_answer_ends_at_eos_and_does_not_include_it(model: LlamaForCausalLM) -> None:
     prompt = prompt_of(5, 12)
     answer = generate(model, prompt, 30)
     eos = answer[10]
@@ -120,7 +120,7 @@ def test_an_answer_ends_at_eos_which_is_not_part_of_it(model: LlamaForCausalLM) 
     assert request.stream.finish_reason == "stop"
 
 
-def test_no_eos_ends_an_answer_before_its_minimum(model: LlamaForCausalLM) -> None:
+def test_eos_does_not_end_an_answer_before_its_minimum(model: LlamaForCausalLM) -> None:
     prompt = prompt_of(5, 12)
     eos = generate(model, prompt, 30)[4]
     (answer,) = answers_of(batch_of(model, eos=(eos,)), (prompt, greedy(30, min_new_tokens=25)))
@@ -128,7 +128,7 @@ def test_no_eos_ends_an_answer_before_its_minimum(model: LlamaForCausalLM) -> No
     assert eos not in answer[:25]
 
 
-def test_an_answer_of_the_maximum_says_length(model: LlamaForCausalLM) -> None:
+def test_an_answer_of_maximum_length_finishes_with_length(model: LlamaForCausalLM) -> None:
     batch = batch_of(model)
     request = add(batch, prompt_of(5, 12), greedy(7))
     finish(batch)
@@ -143,7 +143,7 @@ def test_a_prompt_and_an_answer_can_fill_the_context_together(model: LlamaForCau
     assert [len(answer) for answer in answers] == [1, LENGTH - 1]
 
 
-def test_a_full_house_queues_and_drains_in_order(model: LlamaForCausalLM) -> None:
+def test_requests_beyond_the_rows_are_queued_and_served_in_order(model: LlamaForCausalLM) -> None:
     batch = batch_of(model, rows=1)
     requests = [add(batch, prompt_of(i, 5), greedy(20)) for i in range(6)]
     finished: list[int] = []
@@ -154,7 +154,7 @@ def test_a_full_house_queues_and_drains_in_order(model: LlamaForCausalLM) -> Non
     assert finished == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_cancelled_request_leaves_the_batch_and_the_others_go_on(model: LlamaForCausalLM) -> None:
+def test_a_cancelled_request_leaves_the_batch_and_the_others_continue(model: LlamaForCausalLM) -> None:
     batch = batch_of(model, rows=2)
     leaving, staying = add(batch, prompt_of(1, 5), greedy(400)), add(batch, prompt_of(2, 5), greedy(60))
     for _ in range(5):
@@ -179,7 +179,7 @@ def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) 
     assert collect(first.stream) == generate(model, prompt_of(1, 5), 100)
 
 
-def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> None:
+def test_many_short_requests_lose_no_row(model: LlamaForCausalLM) -> None:
     batch = batch_of(model, rows=3)
     for round_ in range(30):
         requests = [add(batch, prompt_of(i, 3 + i), greedy(3)) for i in range(5)]
@@ -192,7 +192,7 @@ def test_no_place_is_lost_over_many_short_requests(model: LlamaForCausalLM) -> N
 
 
 def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM) -> None:
-    """A dialogue of five turns, a shared beginning in each other's company, and a second dialogue."""
+    """A dialogue of five turns, concurrent requests with a common prefix, and a sampled next turn."""
     system = prompt_of(1, 60)
     answers: dict[bool, list[list[int]]] = {}
     for reuse in (True, False):
@@ -212,7 +212,7 @@ def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM) -
 
 
 class CountedEmbedding(torch.nn.Module):
-    """Token embeddings that count the tokens that they are asked for."""
+    """Token embeddings that count the tokens that they embed."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class CountedEmbedding(torch.nn.Module):
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_the_next_turn_of_a_dialogue_reads_only_what_is_new(model: LlamaForCausalLM, reuse: bool) -> None:
+def test_the_next_turn_of_a_dialogue_reads_only_its_new_tokens(model: LlamaForCausalLM, reuse: bool) -> None:
     counted = copy.deepcopy(model)
     embedding = CountedEmbedding(counted.model.embed_tokens)
     first = prompt_of(1, 300)
@@ -237,6 +237,6 @@ def test_the_next_turn_of_a_dialogue_reads_only_what_is_new(model: LlamaForCausa
     following = first + answer + prompt_of(2, 30)
     before = embedding.count
     assert answers_of(batch, (following, greedy(20))) == [generate(model, following, 20)]
-    # The last token of the first answer was never read; of the second neither.
+    # The model never reads the last token of an answer, neither of the first answer nor of the second.
     new = len(following) - (len(first) + len(answer) - 1 if reuse else 0)
     assert embedding.count - before == new + 19

@@ -1,4 +1,4 @@
-"""The default engine's thread: callers that leave, steps that fail, and its end."""
+"""The thread of the default engine: cancelled requests, failed steps, and closing the engine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from transformers import LlamaForCausalLM
 from llama.errors import EngineStopped, GenerationFailed
 
 
-def test_a_cancelled_request_frees_its_place_within_one_step(model: LlamaForCausalLM) -> None:
+def test_a_cancelled_request_frees_its_row_within_one_step(model: LlamaForCausalLM) -> None:
     head = Head()
     with running(model, rows=1, head=head) as engine:
         leaving = engine.submit(prompt_of(1, 5), greedy(400))
         waiting = engine.submit(prompt_of(2, 5), greedy(1))
         next(iter(leaving))
-        head.open.clear()  # the engine stands before or in a step
+        head.open.clear()  # the engine stops before or in a step
         leaving.cancel()
         steps = head.steps
         head.open.set()
         assert collect(waiting) == generate(model, prompt_of(2, 5), 1)
-        # At most the step in flight, one that had begun to be counted, and the one that answered.
+        # At most the current step, one that was about to be counted, and the one that answers `waiting`.
         assert head.steps <= steps + 3
 
 
-def test_a_failed_step_fails_everybody_loudly_and_the_next_request_does_not_hang(
+def test_a_failed_step_fails_all_requests_and_the_next_one_is_refused(
     model: LlamaForCausalLM,
 ) -> None:
     head = Head()
@@ -49,7 +49,7 @@ def test_a_failed_step_fails_everybody_loudly_and_the_next_request_does_not_hang
             engine.submit(prompt_of(1, 5), greedy(5))
 
 
-def test_a_closed_engine_tells_those_who_wait_and_those_who_come(model: LlamaForCausalLM) -> None:
+def test_closing_the_engine_fails_its_requests_and_refuses_new_ones(model: LlamaForCausalLM) -> None:
     with running(model, rows=1) as engine:
         streams = [engine.submit(prompt_of(i, 5), greedy(400)) for i in range(3)]
         assert engine.healthy
@@ -61,7 +61,7 @@ def test_a_closed_engine_tells_those_who_wait_and_those_who_come(model: LlamaFor
         engine.submit([1], greedy(1))
 
 
-def test_a_request_whose_numbers_break_down_fails_alone_and_leaves_nothing_behind(
+def test_a_request_with_logits_that_are_not_finite_fails_alone_and_its_row_is_cleared(
     model: LlamaForCausalLM,
 ) -> None:
     embeddings = model.get_input_embeddings().weight
@@ -73,7 +73,7 @@ def test_a_request_whose_numbers_break_down_fails_alone_and_leaves_nothing_behin
             with pytest.raises(GenerationFailed, match="not finite"):
                 collect(engine.submit([1, POISON_TOKEN, 5], greedy(20)))
             assert collect(neighbour) == generate(model, prompt_of(2, 5), 60)
-            # Shorter than what the failed one had written, in the row that it left, and in the other.
+            # Shorter than the failed request: one in the row that it had, and one in the other row.
             after = [engine.submit([1], greedy(30)) for _ in range(2)]
             assert [collect(stream) for stream in after] == [generate(model, [1], 30)] * 2
             assert engine.healthy

@@ -1,4 +1,4 @@
-"""What goes wrong for one request of the default engine, wherever it does, stays with that request."""
+"""A failure that concerns one request of the default engine fails only that request, wherever it happens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llama.sampling_params import SamplingParams
 from llama.torch_engine.engine import TorchEngine
 
 Place = tuple[str, str, int]
-"""A line of the engine: file, function, number."""
+"""A line of the engine: file, function and line number."""
 
-# Reached only while one request's prompt is prepared or read.
+# Functions that run only while the prompt of one request is prepared or read.
 PROMPTS = {
     ("scheduler.py", "reuse_prefix"),
     ("prefix_cache.py", "reuse"),
@@ -41,10 +41,10 @@ class Fault(Exception):
 
 
 class Saboteur:
-    """Follows the loop of the engine's thread line by line and raises once, at one of them."""
+    """Traces the loop of the engine's thread, and raises once, at one line."""
 
     def __init__(self, at: Place | None = None, hit: int = 1) -> None:
-        """`hit`: the time at which the line is reached when it raises."""
+        """Raise when the line `at` is reached for the `hit`-th time."""
         self.at, self.left, self.seen = at, hit, dict[Place, None]()
         self.raised, self.started = False, False
 
@@ -66,7 +66,7 @@ class Saboteur:
 
 @contextmanager
 def sabotaged(saboteur: Saboteur) -> Iterator[None]:
-    """The engines that are started in here are followed."""
+    """Trace the engines that are started in the body."""
     before = threading.gettrace()
     threading.settrace(saboteur)
     try:
@@ -76,7 +76,7 @@ def sabotaged(saboteur: Saboteur) -> Iterator[None]:
 
 
 def submitted(engine: TorchEngine, request: tuple[list[int], SamplingParams]) -> TokenStream:
-    """A request's stream: a failed one where the engine takes no more requests."""
+    """Return the stream of a request; if the engine has stopped, return a stream that has failed."""
     try:
         return engine.submit(*request)
     except EngineStopped as error:
@@ -86,7 +86,7 @@ def submitted(engine: TorchEngine, request: tuple[list[int], SamplingParams]) ->
 
 
 def outcome(stream: TokenStream) -> list[int] | str:
-    """The tokens, or the error's code. Hangs, and is ended, when there is neither."""
+    """Return the tokens, or the error code. If the stream never ends, this hangs, and the test times out."""
     try:
         return collect(stream)
     except EngineError as error:
@@ -105,7 +105,7 @@ REQUESTS = [
 
 
 def life(engine: TorchEngine) -> list[list[int] | str]:
-    """Requests that meet: a shared beginning, a full house, different ends; then one that comes later."""
+    """Run concurrent requests, more than there are rows and some with a common prefix, and then one more."""
     streams = [submitted(engine, request) for request in REQUESTS]
     outcomes = [outcome(stream) for stream in streams]
     return [*outcomes, outcome(submitted(engine, REQUESTS[3]))]
@@ -122,7 +122,7 @@ def undisturbed(model: LlamaForCausalLM) -> tuple[list[list[int] | str], list[Pl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hit", [1, 3])
-def test_a_failure_at_any_line_ends_every_request_and_spoils_none(
+def test_a_failure_at_any_line_lets_every_request_end_and_corrupts_no_answer(
     model: LlamaForCausalLM, undisturbed: tuple[list[list[int] | str], list[Place]], hit: int
 ) -> None:
     answers, places = undisturbed
@@ -140,18 +140,18 @@ def test_a_failure_at_any_line_ends_every_request_and_spoils_none(
         assert healthy == (len(failed) <= 1 and outcomes[-1] != "E2002"), (place, outcomes)
         if place[:2] in PROMPTS:
             assert healthy, (place, outcomes)
-    # Which lines are reached how often depends a little on when requests arrive.
+    # How often a line is reached depends on when requests arrive.
     assert raised > 0.8 * len(places)
 
 
-def test_every_part_of_a_prompts_life_is_among_the_lines(
+def test_the_traced_lines_include_every_function_that_handles_prompts(
     undisturbed: tuple[list[list[int] | str], list[Place]],
 ) -> None:
     assert {place[:2] for place in undisturbed[1]} >= PROMPTS
 
 
 class Fussy(torch.nn.Module):
-    """Token embeddings that cannot read one token."""
+    """Token embeddings that raise an error for one token."""
 
     BAD = 77
 
@@ -161,12 +161,12 @@ class Fussy(torch.nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         if bool((token_ids == self.BAD).any()):
-            raise RuntimeError("this token cannot be read")
+            raise RuntimeError("this token cannot be embedded")
         result: torch.Tensor = self.inner(token_ids)
         return result
 
 
-def test_prompts_that_are_read_together_with_one_that_fails_are_answered(model: LlamaForCausalLM) -> None:
+def test_prompts_that_are_read_together_with_a_failing_one_are_answered(model: LlamaForCausalLM) -> None:
     inner = model.model.embed_tokens
     good = [[token for token in prompt_of(i, 12) if token != Fussy.BAD] for i in range(4)]
     model.model.embed_tokens = Fussy(inner)
@@ -187,14 +187,14 @@ def test_prompts_that_are_read_together_with_one_that_fails_are_answered(model: 
 
 
 @pytest.mark.parametrize("token_ids", [[], [1, -1], [1, 700], [1, 2**40]])
-def test_invalid_token_ids_are_refused_at_once(model: LlamaForCausalLM, token_ids: list[int]) -> None:
+def test_invalid_token_ids_are_refused_immediately(model: LlamaForCausalLM, token_ids: list[int]) -> None:
     with running(model) as engine:
         with pytest.raises(InvalidInput, match="^E1000 "):
             engine.submit(token_ids, greedy(3))
         assert collect(engine.submit([1, 5], greedy(3))) == generate(model, [1, 5], 3)
 
 
-def test_a_failed_stream_says_so_each_time_that_it_is_asked() -> None:
+def test_a_failed_stream_raises_its_error_every_time_it_is_iterated() -> None:
     stream = TokenStream()
     stream.put(5)
     stream.fail(GenerationFailed("it broke; try again"))

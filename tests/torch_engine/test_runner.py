@@ -1,4 +1,4 @@
-"""The step of our own against the model's own forward: `model(ids).logits`, in float32."""
+"""Our forward pass, compared with that of transformers, `model(ids).logits`, in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIANTS = {
     "no groups": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "tied embeddings": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
-    "a head dimension of its own": {"head_dim": 24},
+    "an explicit head dimension": {"head_dim": 24},
     "linear rope scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "llama 3 rope scaling": {
         "rope_parameters": {
@@ -76,7 +76,7 @@ class RunnerAndRows(Runner):
 def make_runner(
     model: LlamaForCausalLM, rows: int = 4, length: int = 200, cached: torch.dtype | None = None
 ) -> RunnerAndRows:
-    """`cached`: of keys and values; by default what this machine takes."""
+    """`cached` is the type of keys and values; by default, the one that is used on this machine."""
     placement = Placement(model.device, model.dtype, "none", length)
     parts = take_apart(copy.deepcopy(model), placement)
     shape, cached = CacheShape(rows, length), cached or placement.cache_dtype
@@ -84,7 +84,7 @@ def make_runner(
 
 
 def decode(runner: RunnerAndRows, entries: dict[int, tuple[int, int]]) -> dict[int, torch.Tensor]:
-    """One step for rows that read a token at a position: the logits of each."""
+    """Run one step. `entries` has a token and its position for each row; return the logits of each row."""
     for row, (token, position) in entries.items():
         runner.feed(row, torch.tensor([token]))
         runner.start_decoding(row, position)
@@ -99,7 +99,7 @@ def random_ids(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
-def test_prefill_and_decode_give_the_logits_of_the_model(overrides: dict[str, object]) -> None:
+def test_prefill_and_decode_return_the_logits_of_the_model(overrides: dict[str, object]) -> None:
     model = make_model(**overrides)
     runner, ids = make_runner(model), random_ids(90)
     expected = model(ids[None]).logits[0]
@@ -109,7 +109,7 @@ def test_prefill_and_decode_give_the_logits_of_the_model(overrides: dict[str, ob
         torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
 
 
-def test_positions_go_on_by_themselves_from_step_to_step() -> None:
+def test_positions_advance_with_every_step() -> None:
     model = make_model()
     runner, ids = make_runner(model), random_ids(30)
     expected = model(ids[None]).logits[0]
@@ -122,7 +122,7 @@ def test_positions_go_on_by_themselves_from_step_to_step() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[1], [7, 8], [64], [1, 2, 3], list(range(1, 80, 13))])
-def test_a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once(cuts: list[int]) -> None:
+def test_a_prompt_read_in_chunks_gives_the_same_logits_as_read_at_once(cuts: list[int]) -> None:
     model = make_model()
     runner, ids = make_runner(model), random_ids(80)
     for start, end in zip([0, *cuts], [*cuts, 80], strict=True):
@@ -130,11 +130,11 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_prompt_at_once(cuts: list[in
     torch.testing.assert_close(logits[0], model(ids[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_that_are_read_together_are_what_they_are_alone() -> None:
+def test_prompts_that_are_read_together_give_the_same_logits_as_alone() -> None:
     model = make_model()
     runner = make_runner(model, rows=6)
     prompts = {4: random_ids(50, 4), 0: random_ids(7, 1), 2: random_ids(1, 2), 5: random_ids(129, 5)}
-    runner.prefill([Chunk(4, 0, prompts[4][:20])])  # of which one has begun
+    runner.prefill([Chunk(4, 0, prompts[4][:20])])  # one of them has been read in part
     logits = runner.prefill(
         [Chunk(row, 20 if row == 4 else 0, ids[20 if row == 4 else 0 :]) for row, ids in prompts.items()]
     )
@@ -142,10 +142,10 @@ def test_prompts_that_are_read_together_are_what_they_are_alone() -> None:
         torch.testing.assert_close(mine, model(prompts[row][None]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_requests_of_different_lengths_in_any_rows_do_not_touch_each_other() -> None:
+def test_requests_of_different_lengths_in_any_rows_do_not_affect_each_other() -> None:
     model = make_model()
     runner = make_runner(model, rows=6)
-    lengths = {5: 3, 0: 70, 3: 129}  # row: prompt length, with holes between
+    lengths = {5: 3, 0: 70, 3: 129}  # row: prompt length; the rows between are free
     prompts = {row: random_ids(length + 1, row) for row, length in lengths.items()}
     for row, ids in prompts.items():
         runner.prefill([Chunk(row, 0, ids[:-1])])
@@ -155,10 +155,10 @@ def test_requests_of_different_lengths_in_any_rows_do_not_touch_each_other() -> 
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_with_nothing_to_say_leave_their_contents_alone() -> None:
+def test_rows_that_are_not_decoding_keep_their_contents() -> None:
     model = make_model()
     runner, ids = make_runner(model), random_ids(41)
-    runner.prefill([Chunk(0, 0, ids[:40])])  # row 0 only waits while row 1 decodes
+    runner.prefill([Chunk(0, 0, ids[:40])])  # row 0 waits while row 1 decodes
     runner.prefill([Chunk(1, 0, random_ids(60, seed=3))])
     for position in range(60, 70):
         decode(runner, {1: (5, position)})
@@ -166,7 +166,7 @@ def test_rows_with_nothing_to_say_leave_their_contents_alone() -> None:
     torch.testing.assert_close(decode(runner, {0: (int(ids[40]), 40)})[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_moved_row_goes_on_where_it_was() -> None:
+def test_a_request_that_moves_to_another_row_continues_where_it_was() -> None:
     model = make_model()
     runner, ids = make_runner(model), random_ids(42)
     expected = model(ids[None]).logits[0]
@@ -180,7 +180,7 @@ def test_a_moved_row_goes_on_where_it_was() -> None:
     torch.testing.assert_close(runner.decode(1, 42)[0], expected[41], rtol=1e-4, atol=1e-4)
 
 
-def test_what_an_earlier_request_left_in_a_row_is_not_seen() -> None:
+def test_the_contents_of_an_earlier_request_in_a_row_have_no_effect() -> None:
     model = make_model()
     runner, fresh = make_runner(model), make_runner(model)
     runner.prefill([Chunk(1, 0, random_ids(150, seed=7))])
@@ -201,7 +201,7 @@ def test_the_last_position_that_a_request_reads_can_be_used() -> None:
 
 
 class Adapted(torch.nn.Module):
-    """What an adapter makes of a layer: no plain linear any more."""
+    """A layer with an adapter, which is no longer a plain linear layer."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Adapted(torch.nn.Module):
         return output
 
 
-def test_layers_that_are_not_plain_are_called_as_they_come() -> None:
+def test_layers_that_are_not_plain_are_called_unchanged() -> None:
     model = make_model(attention_bias=True)
     ids = random_ids(30)
     expected = model(ids[None]).logits[0, -1]
@@ -234,7 +234,7 @@ def test_layers_that_are_not_plain_are_called_as_they_come() -> None:
         (torch.float16, torch.float32),
     ],
 )
-def test_with_16_bit_weights_the_step_is_near_their_exact_product(
+def test_with_16_bit_weights_the_logits_are_close_to_the_exact_ones(
     dtype: torch.dtype, cached: torch.dtype
 ) -> None:
     ids = random_ids(60)
@@ -244,13 +244,13 @@ def test_with_16_bit_weights_the_step_is_near_their_exact_product(
     runner.prefill([Chunk(0, 0, ids[:-1])])
     step = decode(runner, {0: (int(ids[-1]), 59)})[0]
     own_error = (model(ids[None]).logits[0, -1].float() - exact).norm()
-    # Quick bfloat16 rounds to bfloat16 in every layer, as the model itself does; other kernels do not.
+    # Fast bfloat16 kernels round to bfloat16 in every layer, like the model itself; other kernels do not.
     rounded = cached is torch.bfloat16 or (dtype is torch.bfloat16 and has_fast_bfloat16())
     share = 1.5 if rounded else 0.25
     assert (step - exact).norm() < share * own_error
 
 
-def test_weights_beyond_float16_are_not_bent() -> None:
+def test_weights_beyond_the_range_of_float16_are_not_clipped() -> None:
     model = make_model()
     model.lm_head.weight *= 1e6
     model = model.to(torch.bfloat16)
@@ -274,13 +274,13 @@ def test_captured_sizes_double_up_to_the_largest(first: int, last: int, sizes: l
     assert doubling(first, last) == sizes
 
 
-def test_a_step_is_captured_on_a_gpu_or_an_error() -> None:
+def test_capturing_a_step_without_a_gpu_is_an_error() -> None:
     with pytest.raises(EngineNotStarted, match="^E3010 EngineNotStarted: .*Expected a cuda device"):
         make_runner(make_model()).capture()
 
 
-def test_a_runner_is_gone_with_its_last_reference() -> None:
-    """Its cache is free at once, without the garbage collector."""
+def test_deleting_a_runner_frees_its_cache() -> None:
+    """The cache is freed immediately, without the garbage collector."""
     gc.collect()
     gc.disable()
     try:

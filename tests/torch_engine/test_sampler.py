@@ -1,4 +1,4 @@
-"""The sampler's rules against transformers' own processors and against plain references."""
+"""The sampler's rules, compared with the logits processors of transformers and with simple references."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def random_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tor
 
 
 class FilledSampler:
-    """A sampler with a request in every row of a cache of no layers."""
+    """A sampler with a request in every row. Its cache has no layers."""
 
     def __init__(self, params: list[SamplingParams], prompts: list[list[int]], vocabulary: int) -> None:
         shape = CacheShape(len(params), 64)
@@ -56,7 +56,7 @@ def sampler_with(
 
 
 def top_k_of(logits: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
-    """The rule applied to logits in the order of their ids, as transformers' processor is."""
+    """Apply `keep_top_k` to logits that are not sorted, as the processor of transformers does."""
     ordered, order = logits.sort(dim=-1, descending=True)
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, keep_top_k(ordered, top_k))
     return logits.masked_fill(~keep, float("-inf"))
@@ -69,7 +69,7 @@ def top_p_of(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 2.0])
-def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+def test_the_repetition_penalty_equals_that_of_transformers(penalty: float) -> None:
     logits, seen_ids = random_logits(4), torch.randint(0, VOCABULARY, (4, 9))
     seen = torch.zeros(4, VOCABULARY, dtype=torch.bool).scatter_(1, seen_ids, True)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(seen_ids, logits.clone())
@@ -77,9 +77,9 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 49, 50])
-def test_top_k_is_that_of_transformers(top_k: int) -> None:
+def test_top_k_equals_that_of_transformers(top_k: int) -> None:
     logits = random_logits(4)
-    logits[0, :5] = 1.25  # what equals the k-th stays
+    logits[0, :5] = 1.25  # logits equal to the k-th are kept
     expected = TopKLogitsWarper(top_k)(None, logits.clone())
     torch.testing.assert_close(top_k_of(logits, torch.full((4,), top_k)), expected)
 
@@ -91,7 +91,7 @@ def test_a_top_k_below_one_is_off(off: int) -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
-def test_top_p_is_that_of_transformers(top_p: float) -> None:
+def test_top_p_equals_that_of_transformers(top_p: float) -> None:
     logits = random_logits(4)
     expected = TopPLogitsWarper(top_p)(None, logits.clone())
     torch.testing.assert_close(top_p_of(logits, torch.full((4,), top_p)), expected)
@@ -113,7 +113,7 @@ def test_frequency_counts_each_time_and_presence_counts_once() -> None:
     assert result[7:10].tolist() == [-(3 * 0.5 + 0.25), -(0.5 + 0.25), 0]
 
 
-def test_draw_follows_the_distribution_and_never_takes_what_has_no_weight() -> None:
+def test_draw_follows_the_distribution_and_never_draws_a_token_of_weight_zero() -> None:
     weights = torch.tensor([[0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
     uniform = torch.arange(0, 1, 1 / 1000, dtype=torch.float64)
     counts = torch.bincount(draw(weights.expand(1000, -1), uniform), minlength=4)
@@ -122,7 +122,7 @@ def test_draw_follows_the_distribution_and_never_takes_what_has_no_weight() -> N
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("weight", [1.0, 0.1, 1 / 3, 1e-9, 0.7 + 2**-52])
-def test_draw_stays_inside_at_the_ends_of_the_interval(uniform: float, weight: float) -> None:
+def test_draw_returns_a_valid_index_at_the_ends_of_the_interval(uniform: float, weight: float) -> None:
     weights = torch.tensor([[0.0, 0.0, weight, 0.0]], dtype=torch.float64)
     assert draw(weights, torch.tensor([uniform], dtype=torch.float64)).tolist() == [2]
 
@@ -148,7 +148,7 @@ CHAINS = [
 
 
 def reference_tokens(rows: list[torch.Tensor], prompt: list[int], p: SamplingParams) -> list[int]:
-    """The whole chain for one request, in the API's order, with transformers' parts where it has them."""
+    """Apply all rules to one request, in the order of the API. Use the rules of transformers if it has them."""
     uniforms = np.random.Generator(np.random.Philox(key=p.seed or 0)).random(len(rows))
     answer: list[int] = []
     for position, row in enumerate(rows):
@@ -170,7 +170,7 @@ def reference_tokens(rows: list[torch.Tensor], prompt: list[int], p: SamplingPar
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 3000])  # shorter than the shortlist, and longer
-def test_the_whole_chain_is_the_plain_reference_for_every_request_of_a_mixed_batch(vocabulary: int) -> None:
+def test_every_request_of_a_mixed_batch_gets_the_tokens_of_the_reference(vocabulary: int) -> None:
     params = [SamplingParams(seed=seed, max_new_tokens=12, **chain) for seed, chain in enumerate(CHAINS)]
     prompts = [[1, 5 + row, 9, 9] for row in range(len(params))]
     sampler = sampler_with(params, prompts, vocabulary)
@@ -182,8 +182,8 @@ def test_the_whole_chain_is_the_plain_reference_for_every_request_of_a_mixed_bat
 
 
 @pytest.mark.parametrize("chain", [*CHAINS, {"temperature": 2.0, "top_k": 1000, "top_p": 0.999}])
-def test_a_request_alone_is_what_it_is_in_a_batch(chain: dict[str, float]) -> None:
-    """Alone, the batch takes other short cuts: no filter, no penalty, the shortlist."""
+def test_a_request_alone_gets_the_tokens_of_the_reference(chain: dict[str, float]) -> None:
+    """With a single request, the sampler can skip other rules than in a mixed batch."""
     p = SamplingParams(seed=3, max_new_tokens=20, **chain)
     steps = [random_logits(1, seed, 3000) for seed in range(20)]
     sampler = sampler_with([p], [[1, 7]], 3000)
@@ -195,19 +195,19 @@ def test_a_request_alone_is_what_it_is_in_a_batch(chain: dict[str, float]) -> No
 @pytest.mark.parametrize(
     "chain", [{"top_k": 256}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 255, "top_p": 0.5}]
 )
-def test_what_the_shortlist_does_not_hold_can_still_be_drawn(chain: dict[str, float], flat: float) -> None:
-    """All logits equal, or nearly: many more are kept than the shortlist has."""
+def test_tokens_outside_of_the_shortlist_can_be_drawn(chain: dict[str, float], flat: float) -> None:
+    """All logits are equal, or nearly so, so that top_k and top_p keep more tokens than the shortlist has."""
     p = SamplingParams(temperature=1.0, seed=1, max_new_tokens=40, **chain)
     steps = [random_logits(1, seed, 3000) * flat for seed in range(40)]
     sampler = sampler_with([p], [[1]], 3000)
     sampled = [sampler.sample(logits)[0] for logits in steps]
-    if flat:  # else which ones top_p cuts among equals is nobody's rule
+    if flat:  # otherwise, it is not defined which of the equal tokens top_p keeps
         assert sampled == reference_tokens([logits[0] for logits in steps], [1], p)
     elif "top_p" not in chain:
         assert max(sampled) > 2000 > 1000 > min(sampled)
 
 
-def test_a_request_that_moves_to_another_row_goes_on_as_it_would_have() -> None:
+def test_a_request_that_moves_to_another_row_gets_the_same_tokens() -> None:
     params = [SamplingParams(seed=seed, max_new_tokens=12, **chain) for seed, chain in enumerate(CHAINS[:4])]
     steps = [random_logits(4, seed) for seed in range(12)]
     sampler = sampler_with(params, [[1, 7]] * 4)
@@ -237,7 +237,7 @@ def test_numbers_beyond_float32_and_int64_still_give_a_token(chain: dict[str, fl
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_is_told_apart_and_its_neighbour_is_not_touched(poison: float) -> None:
+def test_a_row_that_is_not_finite_is_reported_and_does_not_affect_other_rows(poison: float) -> None:
     logits = random_logits(2)
     logits[0, 3] = poison
     params = SamplingParams(temperature=0.8, seed=1, max_new_tokens=4)

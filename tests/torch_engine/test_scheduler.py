@@ -1,4 +1,4 @@
-"""Who has which row, and what the rows hold: random joining, stepping, leaving and cancelling."""
+"""Which request has which row, and what the rows contain, for random arrivals, steps and cancellations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SYSTEM = list(range(100, 120))
 
 
 class SymbolicRows:
-    """Rows that hold the token ids whose keys and values they would hold; None for what was never written."""
+    """Rows that contain token ids in place of their keys and values, or None where nothing was written."""
 
     def __init__(self, rows: int) -> None:
         self.held: list[list[int | None]] = [[None] * LENGTH for _ in range(rows)]
@@ -53,7 +53,7 @@ prompts = st.builds(
 
 
 class Serving(RuleBasedStateMachine):
-    """What the engine does with a scheduler, with any requests in any order."""
+    """Uses a scheduler as the engine does, with any requests in any order."""
 
     @initialize(rows=st.integers(1, 5), reuse=st.booleans())
     def start(self, rows: int, reuse: bool) -> None:
@@ -118,13 +118,13 @@ class Serving(RuleBasedStateMachine):
 
     @precondition(lambda self: self.scheduler.running)
     @rule(data=st.data(), sound=st.booleans())
-    def a_running_one_leaves(self, data: st.DataObject, sound: bool) -> None:
+    def a_running_request_ends(self, data: st.DataObject, sound: bool) -> None:
         row = data.draw(st.integers(0, len(self.scheduler.running) - 1))
         self.release(row, sound=sound)
 
     @precondition(lambda self: self.scheduler.waiting)
     @rule(data=st.data())
-    def one_that_waits_gives_up(self, data: st.DataObject) -> None:
+    def a_waiting_request_is_cancelled(self, data: st.DataObject) -> None:
         waiting = [s for s in self.arrived if s not in self.admitted and not s.stream.cancelled]
         data.draw(st.sampled_from(waiting)).stream.cancel()
         self.scheduler.drop_cancelled_waiting()
@@ -144,25 +144,25 @@ class Serving(RuleBasedStateMachine):
             assert self.rows.held[row][: sequence.cached] == sequence.tokens[: sequence.cached]
 
     @invariant()
-    def what_belongs_to_a_request_is_in_its_row(self) -> None:
+    def every_running_request_has_its_state_in_its_row(self) -> None:
         running = self.scheduler.running
         assert self.rows.request == [*running, *[None] * (self.limit - len(running))]
 
     @invariant()
-    def every_free_row_holds_what_is_said_of_it(self) -> None:
+    def every_free_row_contains_the_tokens_that_the_prefix_cache_has_for_it(self) -> None:
         for row in range(len(self.scheduler.running), self.limit):
             kept = self.scheduler._prefixes._kept[row]
             assert self.rows.held[row][: len(kept)] == kept
 
     @invariant()
-    def nobody_is_lost_and_no_row_is_given_twice(self) -> None:
+    def no_request_is_lost_and_no_row_is_assigned_twice(self) -> None:
         running = self.scheduler.running
         assert len(running) <= self.limit
         assert len(set(map(id, running))) == len(running)
         assert len(self.arrived) == len(running) + self.scheduler.waiting + self.left
 
     @invariant()
-    def the_first_to_come_is_the_first_to_be_served(self) -> None:
+    def requests_are_served_in_the_order_of_arrival(self) -> None:
         places = [self.arrived.index(sequence) for sequence in self.admitted]
         assert places == sorted(places)
         overtaken = [s for s in self.arrived[: max(places, default=0)] if s not in self.admitted]
@@ -175,7 +175,7 @@ TestServing.settings = settings(max_examples=150, stateful_step_count=40, deadli
 
 @given(st.lists(prompts, min_size=1, max_size=12), st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
-def test_whatever_arrives_at_a_full_house_is_served_in_the_end(queue: list[list[int]], rows: int) -> None:
+def test_requests_that_wait_for_a_row_are_all_served_in_the_end(queue: list[list[int]], rows: int) -> None:
     scheduler = Scheduler(rows, SymbolicRows(rows), prefix_reuse=True)
     for prompt in queue:
         scheduler.add(request(prompt))
@@ -190,7 +190,7 @@ def test_whatever_arrives_at_a_full_house_is_served_in_the_end(queue: list[list[
     assert served == len(queue)
 
 
-def test_a_dialogue_goes_on_in_its_own_row_without_a_copy() -> None:
+def test_a_dialogue_continues_in_its_own_row_without_a_copy() -> None:
     prefixes = PrefixCache(4)
     history = list(range(40))
     prefixes.keep(0, history)
@@ -203,7 +203,7 @@ def test_the_last_token_of_a_prompt_is_always_read() -> None:
     assert prefixes.reuse(0, list(range(40)), [])[1] == 39
 
 
-def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
+def test_a_request_that_shares_a_prefix_with_one_that_is_being_read_waits_for_it() -> None:
     scheduler = Scheduler(4, SymbolicRows(4), prefix_reuse=True)
     for prompt in ([*SYSTEM, 1], [*SYSTEM, 2], [*SYSTEM, 3]):
         scheduler.add(request(prompt))
@@ -220,12 +220,12 @@ def test_who_shares_a_beginning_with_what_is_being_read_waits_for_it() -> None:
     assert (row, second.cached) == (1, len(SYSTEM))
 
 
-def test_a_shared_beginning_is_copied_from_a_running_request() -> None:
+def test_a_common_prefix_is_copied_from_a_running_request() -> None:
     prefixes = PrefixCache(4)
     assert prefixes.reuse(1, [*SYSTEM, 5, 6], [[*SYSTEM, 9, 9]]) == ([Copy(0, 1, len(SYSTEM))], len(SYSTEM))
 
 
-def test_what_a_new_request_would_overwrite_moves_over_what_was_used_least() -> None:
+def test_a_prefix_that_a_new_request_would_overwrite_moves_to_the_least_recently_used_row() -> None:
     prefixes = PrefixCache(3)
     first, second, third = ([number] * 30 for number in (1, 2, 3))
     for row, tokens in ((1, first), (2, second), (0, third)):
@@ -234,7 +234,7 @@ def test_what_a_new_request_would_overwrite_moves_over_what_was_used_least() -> 
     assert (prefixes._kept[1], prefixes._kept[2]) == (third, second)
 
 
-def test_a_row_that_was_used_least_itself_is_simply_overwritten() -> None:
+def test_the_least_recently_used_row_is_overwritten_without_saving_its_prefix() -> None:
     prefixes = PrefixCache(2)
     prefixes.keep(0, [1] * 30)
     prefixes.keep(1, [2] * 30)
@@ -242,7 +242,7 @@ def test_a_row_that_was_used_least_itself_is_simply_overwritten() -> None:
     assert prefixes._kept[1] == [2] * 30
 
 
-def test_a_beginning_of_a_few_tokens_is_not_worth_a_copy() -> None:
+def test_a_prefix_of_a_few_tokens_is_not_copied() -> None:
     prefixes = PrefixCache(2)
     prefixes.keep(1, list(range(15)))
     assert prefixes.reuse(0, list(range(30)), []) == ([], 0)

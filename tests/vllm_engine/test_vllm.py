@@ -1,4 +1,4 @@
-"""What is vLLM's alone: its parameters, how it is divided among GPUs, and what becomes of a dead one."""
+"""What only the vLLM engine has: its parameters, its division among GPUs, and its processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed; run `make test-vllm`")
 
 from server_clients import until  # noqa: E402
 from test_contract import CONTEXT, PROMPT, collect, greedy, load, prompt_of  # noqa: E402
@@ -38,7 +38,7 @@ SMALL = Gpu("L4", 21 * 10**9, (8, 9))
 
 
 def engine_cores(pid: int | None = None) -> list[psutil.Process]:
-    """vLLM's own processes below this one, or another."""
+    """Return vLLM's engine processes that are descendants of this process, or of `pid`."""
     children = psutil.Process(pid).children(recursive=True)
     return [
         p for p in children if p.status() != psutil.STATUS_ZOMBIE and "EngineCore" in "".join(p.cmdline())
@@ -61,7 +61,7 @@ def engine_cores(pid: int | None = None) -> list[psutil.Process]:
         ({"repetition_penalty": 1.2}, "repetition_penalty", 1.2),
         ({"presence_penalty": -2.0}, "presence_penalty", -2.0),
         ({"frequency_penalty": 2.0}, "frequency_penalty", 2.0),
-        ({"seed": -1}, "seed", 2**63 - 1),  # which vLLM would take for none
+        ({"seed": -1}, "seed", 2**63 - 1),  # vLLM would read -1 as no seed
         ({"seed": 0}, "seed", 0),
         ({"seed": 2**100 + 5}, "seed", 5),
         ({}, "seed", None),
@@ -71,7 +71,7 @@ def engine_cores(pid: int | None = None) -> list[psutil.Process]:
         ({"min_tokens": 7}, "min_tokens", 7),
     ],
 )
-def test_a_parameter_is_said_in_vllms_words(ours: dict[str, float], name: str, theirs: float | None) -> None:
+def test_parameters_are_translated_for_vllm(ours: dict[str, float], name: str, theirs: float | None) -> None:
     params = vllm_params(SamplingParams(**ours), [7, 2])
     assert getattr(params, name) == theirs
     assert params.logit_bias is None
@@ -95,17 +95,17 @@ def arguments_for(folder: Path, config: LlamaConfig, settings: Settings, gpus: l
         ([HOPPER] * 4, {"quantization": "fp8"}, "fp8_per_channel"),
     ],
 )
-def test_the_precision_is_what_all_gpus_together_hold(
+def test_the_precision_depends_on_the_memory_of_all_gpus_together(
     tmp_path: Path, gpus: list[Gpu], settings: dict[str, Any], quantization: str | None
 ) -> None:
     arguments = arguments_for(tmp_path, LLAMA_2_70B, Settings(**settings), gpus)
     assert arguments.quantization == quantization
     assert arguments.tensor_parallel_size == len(gpus)
-    assert arguments.max_model_len == -1  # the model's own, or as much of it as the cache holds
+    assert arguments.max_model_len == -1  # the model's context, or as much of it as fits in the cache
     assert arguments.gpu_memory_utilization == 0.9
 
 
-def test_graphs_are_captured_on_gpus_unless_told_otherwise(tmp_path: Path) -> None:
+def test_cuda_graphs_are_used_on_gpus_unless_they_are_turned_off(tmp_path: Path) -> None:
     eager = [
         arguments_for(tmp_path, LLAMA_2_70B, settings, gpus).enforce_eager
         for settings, gpus in (
@@ -117,7 +117,7 @@ def test_graphs_are_captured_on_gpus_unless_told_otherwise(tmp_path: Path) -> No
     assert eager == [False, True, True]
 
 
-def test_more_workers_than_the_machine_has_gpus_are_rays(tmp_path: Path) -> None:
+def test_ray_is_used_if_there_are_more_workers_than_gpus(tmp_path: Path) -> None:
     two_machines = Settings(tensor_parallel=4, pipeline_parallel=2)
     assert (
         arguments_for(tmp_path, LLAMA_2_70B, two_machines, [HOPPER] * 4).distributed_executor_backend == "ray"
@@ -127,7 +127,7 @@ def test_more_workers_than_the_machine_has_gpus_are_rays(tmp_path: Path) -> None
     assert arguments_for(tmp_path, LLAMA_2_70B, asked, [HOPPER] * 4).distributed_executor_backend == "ray"
 
 
-def test_what_the_gpus_cannot_hold_is_refused_with_what_would(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: no precision fits on"):
         arguments_for(tmp_path, LLAMA_2_70B, Settings(), [SMALL])
     with pytest.raises(
@@ -138,24 +138,26 @@ def test_what_the_gpus_cannot_hold_is_refused_with_what_would(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
-def test_a_checkpoint_that_comes_quantized_stays_so(tmp_path: Path, method: str) -> None:
+def test_a_quantized_checkpoint_keeps_its_quantization(tmp_path: Path, method: str) -> None:
     config = LlamaConfig(
         **{**LLAMA_2_70B.to_dict(), "quantization_config": {"quant_method": method, "bits": 4}}
     )
     assert arguments_for(tmp_path, config, Settings(), [HOPPER]).quantization is None
 
 
-def test_a_checkpoint_of_bitsandbytes_is_refused(tmp_path: Path) -> None:
+def test_a_bitsandbytes_checkpoint_is_refused(tmp_path: Path) -> None:
     stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config = LlamaConfig(**{**LLAMA_2_70B.to_dict(), "quantization_config": stored})
-    with pytest.raises(BadSettings, match="bitsandbytes', which vLLM does not read any more"):
+    with pytest.raises(BadSettings, match="quantized with bitsandbytes, which vLLM no longer supports"):
         arguments_for(tmp_path, config, Settings(), [HOPPER])
 
 
-def test_a_backend_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadSettings, match="LLAMA_DISTRIBUTED is ray, which vLLM has on GPUs only"):
+def test_an_impossible_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match="LLAMA_DISTRIBUTED is ray, which vLLM supports only on GPUs"):
         arguments_for(tmp_path, LLAMA_2_70B, Settings(distributed="ray", tensor_parallel=2), [])
-    with pytest.raises(BadSettings, match="LLAMA_DISTRIBUTED is mp and 8 workers have 4 GPUs here"):
+    with pytest.raises(
+        BadSettings, match="LLAMA_DISTRIBUTED is mp, but this machine has 4 GPUs for 8 workers"
+    ):
         arguments_for(tmp_path, LLAMA_2_70B, Settings(distributed="mp", tensor_parallel=8), [HOPPER] * 4)
 
 
@@ -165,23 +167,27 @@ def test_the_cache_is_divided_among_the_workers(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_other_engine_are_refused(llama_folder: Path) -> None:
-    with pytest.raises(BadSettings, match="LLAMA_DEVICE is for the torch engine"):
+    with pytest.raises(BadSettings, match="LLAMA_DEVICE is cpu, which only the torch engine supports"):
         load_llama(Settings(weights=llama_folder, engine="vllm", device="cpu"))
-    with pytest.raises(BadSettings, match="LLAMA_THREADS is for the torch engine"):
+    with pytest.raises(BadSettings, match="LLAMA_THREADS is 1, which only the torch engine supports"):
         load_llama(Settings(weights=llama_folder, engine="vllm", threads=1))
-    with pytest.raises(BadSettings, match="LLAMA_TENSOR_PARALLEL is 2; set LLAMA_ENGINE to vllm"):
+    with pytest.raises(BadSettings, match="LLAMA_TENSOR_PARALLEL is 2, which only the vllm engine supports"):
         load_llama(Settings(weights=llama_folder, engine="torch", tensor_parallel=2))
-    with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 0.5; set LLAMA_ENGINE to vllm"):
+    with pytest.raises(
+        BadSettings, match="LLAMA_MEMORY_FRACTION is 0.5, which only the vllm engine supports"
+    ):
         load_llama(Settings(weights=llama_folder, engine="torch", memory_fraction=0.5))
-    with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 1.0; set LLAMA_ENGINE to vllm"):
+    with pytest.raises(
+        BadSettings, match="LLAMA_MEMORY_FRACTION is 1.0, which only the vllm engine supports"
+    ):
         load_llama(Settings(weights=llama_folder, engine="torch", memory_fraction=1))
-    with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is for GPUs"):
+    with pytest.raises(BadSettings, match="LLAMA_MEMORY_FRACTION is 0.5, which applies to GPUs only"):
         load_llama(Settings(weights=llama_folder, engine="vllm", memory_fraction=0.5))
-    with pytest.raises(BadSettings, match="LLAMA_QUANTIZATION is nf4, which vLLM cannot do on a CPU"):
+    with pytest.raises(BadSettings, match="LLAMA_QUANTIZATION is nf4, which vLLM does not support on a CPU"):
         load_llama(Settings(weights=llama_folder, engine="vllm", quantization="nf4"))
 
 
-def test_a_cache_that_is_too_small_is_known_at_setup(llama_folder: Path) -> None:
+def test_a_cache_that_is_too_small_fails_at_setup(llama_folder: Path) -> None:
     with pytest.raises(EngineNotStarted, match="^E3010 EngineNotStarted: "):
         load_llama(
             Settings(
@@ -195,13 +201,13 @@ def test_a_cache_that_is_too_small_is_known_at_setup(llama_folder: Path) -> None
 @pytest.mark.parametrize(
     ("scaling", "context", "lengths"), [("linear", 512, (40, 299)), ("dynamic", 256, (40, 199))]
 )
-def test_a_stored_output_layer_and_stretched_positions_are_as_in_the_other_engine(
+def test_an_untied_output_layer_and_rope_scaling_give_the_answers_of_the_torch_engine(
     llama_folder: Path, tmp_path: Path, scaling: str, context: int, lengths: tuple[int, ...]
 ) -> None:
     folder = shutil.copytree(llama_folder, tmp_path / "wild")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config |= {
-        "tie_word_embeddings": True,  # and the file has an lm_head of its own
+        "tie_word_embeddings": True,  # although the file has a separate lm_head
         "max_position_embeddings": 256,
         "rope_parameters": {"rope_type": scaling, "rope_theta": 1e4, "factor": 2.0},
     }
@@ -219,7 +225,7 @@ def test_a_stored_output_layer_and_stretched_positions_are_as_in_the_other_engin
     assert answers[0] == answers[1]
 
 
-def test_ctrl_c_while_it_loads_ends_it_and_what_it_started(llama_folder: Path) -> None:
+def test_ctrl_c_while_loading_ends_the_command_and_its_processes(llama_folder: Path) -> None:
     environment = {**os.environ, "LLAMA_ENGINE": "vllm", "LLAMA_WEIGHTS": str(llama_folder)}
     command = [sys.executable, "-m", "llama", "complete", "Hi!"]
     with subprocess.Popen(
@@ -232,7 +238,7 @@ def test_ctrl_c_while_it_loads_ends_it_and_what_it_started(llama_folder: Path) -
     assert psutil.wait_procs(cores, timeout=60)[1] == []
 
 
-def test_a_killed_engine_fails_who_is_served_and_who_comes_and_hangs_nobody(llama_folder: Path) -> None:
+def test_killing_the_engine_fails_running_requests_and_refuses_new_ones(llama_folder: Path) -> None:
     llama = load(llama_folder, "vllm")
     engine = llama._engine
     try:
