@@ -1,10 +1,9 @@
-"""What Cog and people read without running it: predict.py, cog.yaml, the schema, pins and documents."""
+"""What Cog and pip read without running it: predict.py, cog.yaml, the schema and the pins."""
 
 from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,11 +17,10 @@ import yaml
 from small_models import SHARED
 
 import llama
-from benchmarks.report import markdown, targets_table, throughput_table
 from llama import ROOT
 from llama.serving.schema import input_properties, openapi_schema, write_schema
 from llama.serving.server import server_environment
-from llama.settings import DEFAULT_CONCURRENCY, Settings
+from llama.settings import DEFAULT_CONCURRENCY
 from predict import Predictor
 
 # The inputs of the published API, in order: name, JSON type, default, minimum, maximum.
@@ -205,69 +203,12 @@ def test_importing_predict_warns_of_nothing_and_loads_no_model_code() -> None:
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 
-def test_the_readme_has_every_setting_input_and_error_code() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    settings = {f"LLAMA_{name.upper()}" for name in Settings.model_fields}
-    settings -= {"LLAMA_MAX_CONCURRENCY", "LLAMA_HF_TOKEN"}
-    codes = set(re.findall(r'code = "(E\d+)"', (ROOT / "llama" / "errors.py").read_text("utf-8")))
-    assert len(codes) >= 14
-    names = {
-        f"`{name}`"
-        for name in [*settings, "COG_MAX_CONCURRENCY", "HF_TOKEN", *(row[0] for row in PUBLISHED), *codes]
-    }
-    assert sorted(name for name in names if name not in readme) == []
-
-
 def test_every_error_code_is_used_once_and_its_tree_is_drawn() -> None:
     source = (ROOT / "llama" / "errors.py").read_text("utf-8")
     codes = re.findall(r'class (\w+)\(\w+\):\n    """[^"]*"""\n\n    code = "(E\d+)"', source)
     assert len({code for _, code in codes}) == len(codes)
     for name, code in codes:
         assert re.search(rf"── {name} +{code}\n", source), f"{name} is not in the drawing"
-
-
-def test_the_plan_in_the_readme_is_what_the_command_prints() -> None:
-    command = [sys.executable, "-m", "llama", "plan", "--gpus", "85"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert f"$ python -m llama plan --gpus 85\n{result.stdout}```" in readme
-
-
-def test_the_speeds_in_the_readme_are_the_measured_ones_and_no_miss_is_left_out() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text("utf-8"))
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert throughput_table(results) in readme
-    missed = [target for target in results["targets"] if target["met"] is False]
-    assert targets_table({"targets": missed}) in readme
-    report = (ROOT / "benchmarks" / "results" / "cpu.md").read_text("utf-8")
-    assert report == markdown(results, "cpu")
-
-
-def test_the_kubernetes_manifest_packs_once_and_lets_only_a_gateway_in() -> None:
-    text = (ROOT / "docs" / "kubernetes.yaml").read_text("utf-8")
-    parts = {(part["kind"], part["metadata"]["name"]): part for part in yaml.safe_load_all(text)}
-    job, server = parts["Job", "llama-weights"]["spec"], parts["Deployment", "llama"]["spec"]
-    pods = [job["template"]["spec"], server["template"]["spec"]]
-    containers = [c for pod in pods for c in (*pod["initContainers"], *pod["containers"])]
-    for container in containers:
-        assert ":" in container["image"].rpartition("/")[2]
-        assert container["resources"]["requests"]["cpu"]
-        assert container["securityContext"]["allowPrivilegeEscalation"] is False
-    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods)
-    # The server waits for what the Job packs, longer than that takes, and never sees the token.
-    (packed,) = {e["value"] for e in containers[-1]["env"] if e["name"] == "LLAMA_WEIGHTS"}
-    assert f"weights pack {packed} " in containers[1]["command"][-1]
-    assert f"test -d {packed};" in containers[2]["command"][-1]
-    assert server["progressDeadlineSeconds"] >= 3600
-    assert [c["name"] for c in containers if any(e["name"] == "HF_TOKEN" for e in c.get("env", ()))] == [
-        "pull"
-    ]
-    policy = parts["NetworkPolicy", "llama"]["spec"]
-    assert policy["podSelector"]["matchLabels"] == server["template"]["metadata"]["labels"]
-    (rule,) = policy["ingress"]
-    assert rule["from"] == [{"podSelector": {"matchLabels": {"app": "llama-gateway"}}}]
-    assert rule["ports"][0]["port"] == containers[-1]["ports"][0]["containerPort"]
 
 
 def without_descriptions(value: Any) -> Any:
@@ -284,20 +225,6 @@ def test_the_schema_is_the_one_that_cog_itself_makes() -> None:
     golden = json.loads((SHARED / "cog_golden" / "openapi_schema.json").read_text("utf-8"))
     ours = json.loads(json.dumps(openapi_schema(Predictor.run)))
     assert without_descriptions(ours) == without_descriptions(golden)
-
-
-def test_the_commands_of_the_readme_are_targets_of_the_makefile() -> None:
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    commands = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text("utf-8")))
-    assert commands >= {"predict", "serve", "test", "check"}
-    assert commands <= targets
-
-
-def test_the_architecture_names_every_module() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    modules = {path.name for path in ROOT.glob("llama/**/*.py")} - {"__init__.py"}
-    assert sorted(name for name in modules if name not in text) == []
 
 
 # --- the layers of the package
