@@ -1,4 +1,4 @@
-"""What the documents claim, compared with the code: inputs, errors, settings, commands, speeds and links."""
+"""The documents compared with the code: inputs, errors, settings, commands, examples, speeds and links."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def section(title: str, level: int = 2) -> str:
 
 
 def table_rows(markdown_text: str) -> list[list[str]]:
-    """The cells of all Markdown tables in a text, without the heads."""
+    """The cells of all rows of Markdown tables whose first cell is code."""
     lines = markdown_text.splitlines()
     rows = [line.strip("|").split("|") for line in lines if line.startswith("| `")]
     return [[cell.strip() for cell in row] for row in rows]
@@ -221,7 +221,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_relative_link_of_a_document_leads_somewhere(name: str) -> None:
+def test_every_relative_link_of_a_document_has_a_target(name: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", read(name)):
         if re.match(r"[a-z]+:", link):
             continue
@@ -231,7 +231,7 @@ def test_every_relative_link_of_a_document_leads_somewhere(name: str) -> None:
         assert not anchor or anchor in anchors(target.read_text("utf-8")), link
 
 
-def test_the_newest_version_of_the_changelog_is_the_packages() -> None:
+def test_the_newest_version_of_the_changelog_is_that_of_the_package() -> None:
     newest = re.search(r"^## \[([\d.]+)\]", read("CHANGELOG.md"), re.MULTILINE)
     assert newest
     assert newest[1] == __version__
@@ -254,7 +254,7 @@ def test_the_kubernetes_manifest_packs_once_and_lets_only_a_gateway_in() -> None
         assert container["resources"]["requests"]["cpu"]
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods)
-    # The server waits for what the Job packs, longer than that takes, and never sees the token.
+    # The server waits for the folder that the Job packs, with a deadline that is long enough, and has no token.
     (packed,) = {e["value"] for e in containers[-1]["env"] if e["name"] == "LLAMA_WEIGHTS"}
     assert f"weights pack {packed} " in containers[1]["command"][-1]
     assert f"test -d {packed};" in containers[2]["command"][-1]
