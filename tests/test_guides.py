@@ -77,3 +77,18 @@ def test_the_guide_has_examples_of_both_kinds_of_model() -> None:
     examples = list(tokenize_examples())
     assert len(examples) >= 15
     assert {example.weights for example in examples} == {WEIGHTS, None}
+
+
+def test_every_name_that_the_contributing_guide_places_in_a_file_is_in_that_file() -> None:
+    text = (ROOT / "docs" / "contributing.md").read_text("utf-8")
+    places = re.findall(r"`([A-Za-z_.]+)`(?: \([^)]*\))?\s+in\s+`([\w./]+\.(?:py|toml))`", text)
+    assert len(places) >= 20
+    for name, path in places:
+        assert name.rpartition(".")[2] in (ROOT / path).read_text("utf-8"), f"{name} in {path}"
+
+
+def test_every_file_that_the_contributing_guide_names_exists() -> None:
+    text = (ROOT / "docs" / "contributing.md").read_text("utf-8")
+    named = set(re.findall(r"`((?:llama|tests|benchmarks)(?:/\w+)*(?:/|\.\w+)?)`", text))
+    assert len(named) >= 30
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []
