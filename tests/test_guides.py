@@ -16,7 +16,7 @@ from small_models import LLAMA_2_TOKENIZER, needs_embedded, needs_llama_2_tokeni
 from llama import ROOT
 
 WEIGHTS = "weights/llama-2-70b-chat"
-"""Where the guides have the folder of the real tokenizer."""
+"""The folder that the guides name for the real tokenizer."""
 
 
 class Example(NamedTuple):
@@ -58,12 +58,12 @@ def marked(example: Example) -> object:
 def test_every_tokenize_example_prints_what_the_guide_shows(example: Example) -> None:
     assert example.command.startswith("python -m llama tokenize <<")
     folder = str(LLAMA_2_TOKENIZER) if example.weights == WEIGHTS else ""
-    others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_") or k == "LLAMA_CACHE_DIR"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", "-c", example.command],
         cwd=ROOT,
-        env={**others, "PATH": path, "LLAMA_WEIGHTS": folder},
+        env={**kept, "PATH": path, "LLAMA_WEIGHTS": folder},
         capture_output=True,
         text=True,
         check=False,
