@@ -22,12 +22,12 @@ from threading import Event
 from types import TracebackType
 from typing import IO, Any, Self
 
-import httpx
+import httpx2
 
 from llama.settings import DEFAULT_CONCURRENCY, ROOT
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-_NO_TIMEOUT = httpx.Timeout(None, connect=10)
+_NO_TIMEOUT = httpx2.Timeout(None, connect=10)
 
 
 class ServerFailed(Exception):
@@ -83,11 +83,11 @@ class ChildServer(ABC):
         self.port, self._grace = port, grace
         self._command, self._environment, self._output = command, environment, output
         # Not by the environment's proxies, which cannot reach this machine's loopback.
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT, trust_env=False)
+        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT, trust_env=False)
 
     @abstractmethod
     def ready(self) -> bool:
-        """Whether it answers. Raises httpx.TransportError while it does not listen, ServerFailed when it
+        """Whether it answers. Raises httpx2.TransportError while it does not listen, ServerFailed when it
         never will."""
 
     def __enter__(self) -> Self:
@@ -125,7 +125,7 @@ class ChildServer(ABC):
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerFailed(f"the server ended with exit code {self.process.returncode}")
-            with suppress(httpx.TransportError):
+            with suppress(httpx2.TransportError):
                 if self.ready():
                     return
             time.sleep(0.05)
@@ -163,12 +163,14 @@ class CogServer(ChildServer):
 
     def stream(self, inputs: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Run a prediction over SSE: the name and data of each event, as they come."""
-        headers = {"Accept": "text/event-stream"}
-        with self.client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
-            if response.status_code != 200:
-                response.read()
-            response.raise_for_status()
-            yield from read_events(response.iter_bytes())
+        # No limit on an event: the last one repeats the whole answer.
+        request = self.client.sse("/predictions", method="POST", json={"input": inputs}, max_event_size=None)
+        with request as source:
+            if source.response.status_code != 200:
+                source.response.read()
+            source.response.raise_for_status()
+            for event in source:
+                yield event.event, event.json()
 
 
 def print_setup(output: IO[bytes], answering: Event) -> None:
@@ -192,30 +194,6 @@ def _setup_message(line: bytes) -> str | None:
         if entry["target"] in ("coglet::setup", "coglet::user"):
             return str(entry["fields"]["message"])
     return None
-
-
-def read_events(chunks: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The server-sent events in a response's body."""
-    event, data = "", list[str]()
-    for line in _lines(chunks):
-        field, _, value = line.partition(":")
-        if field == "event":
-            event = value.strip()
-        elif field == "data":
-            data.append(value.removeprefix(" "))
-        elif not line and data:
-            yield event, json.loads("\n".join(data))
-            event, data = "", []
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Lines of UTF-8 that end with a line feed, as Cog's server writes them. httpx's own `iter_lines` would
-    also split at U+2028, U+2029 and U+0085, which are characters of an answer."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r").decode()
 
 
 def _dying_with_parent() -> Callable[[], None] | None:

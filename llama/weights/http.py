@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Self
 
-import httpx
+import httpx2
 
 from llama.errors import BadSettings, DownloadFailed
 
@@ -43,7 +43,7 @@ class Transient(Exception):
 class ResponseHead:
     """The head of a response, its body still to come."""
 
-    response: httpx.Response
+    response: httpx2.Response
     same_origin: bool
     """From the server that was asked, not from one that it sent us on to."""
     linked_sha256: str | None
@@ -114,12 +114,12 @@ class Transport:
     def __init__(self, timeout: float) -> None:
         """Raises BadSettings when the environment's proxies or certificates cannot be used."""
         try:
-            self._client = httpx.Client(
-                timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
+            self._client = httpx2.Client(
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
                 headers={"Accept-Encoding": "identity", "User-Agent": "llama-2-70b-chat"},
                 follow_redirects=False,
             )
-        # httpx reads the environment here, and ends in ImportError, ValueError, OSError or errors of its own
+        # httpx2 reads the environment here, and ends in ImportError, ValueError, OSError or errors of its own
         except Exception as error:
             raise BadSettings(
                 f"the environment variable {_faulty_variable()} cannot be used for downloads ({error}); "
@@ -138,7 +138,7 @@ class Transport:
         """Follow redirects to an answer of any status. Raises Transient or DownloadFailed, inside too."""
         linked: str | None = None
         try:
-            first = current = httpx.URL(url)
+            first = current = httpx2.URL(url)
             for _ in range(_REDIRECTS):
                 same_origin = _origin(current) == _origin(first)
                 with self._send(current, headers, token if same_origin else None) as response:
@@ -148,25 +148,25 @@ class Transport:
                         yield ResponseHead(response, same_origin, linked)
                         return
                     current = _target(current, response)
-        except (httpx.InvalidURL, UnicodeError) as error:
+        except (httpx2.InvalidURL, UnicodeError) as error:
             raise DownloadFailed(f"an address is no URL ({error}); correct the manifest") from error
-        except httpx.TimeoutException as error:
+        except httpx2.TimeoutException as error:
             raise Transient(f"no answer from {current.host} for {self._timeout:.0f} s") from error
-        except httpx.ProxyError as error:
+        except httpx2.ProxyError as error:
             raise Transient(
                 f"the proxy that the environment names does not let us through ({error})"
             ) from error
-        except httpx.ConnectError as error:
+        except httpx2.ConnectError as error:
             raise Transient(f"no connection to {current.host} ({error})") from error
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise Transient(f"the connection to {current.host} was cut") from error
         raise DownloadFailed(f"{first.host} redirects without end; correct the manifest")
 
     @contextmanager
     def _send(
-        self, url: httpx.URL, headers: Mapping[str, str], token: str | None
-    ) -> Iterator[httpx.Response]:
-        # Not left to httpx, which lets the header follow from http to https of the same host.
+        self, url: httpx2.URL, headers: Mapping[str, str], token: str | None
+    ) -> Iterator[httpx2.Response]:
+        # Not left to httpx2, which lets the header follow from http to https of the same host.
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         request = self._client.build_request("GET", url, headers={**headers, **authorization})
         response = self._client.send(request, stream=True)
@@ -177,11 +177,11 @@ class Transport:
 
 
 def _faulty_variable() -> str:
-    """The name of the first variable that httpx cannot use by itself; NO_PROXY is what else it reads."""
+    """The name of the first variable that httpx2 cannot use by itself; NO_PROXY is what else it reads."""
     for name, value in os.environ.items():
         if value and name.upper() in _PROXIES:
             try:
-                httpx.HTTPTransport(proxy=value, trust_env=False).close()
+                httpx2.HTTPTransport(proxy=value, trust_env=False).close()
             except Exception:
                 return name
     for name in _CERTIFICATES:
@@ -190,14 +190,14 @@ def _faulty_variable() -> str:
     return next((name for name in os.environ if name.upper() == "NO_PROXY"), "NO_PROXY")
 
 
-def _origin(url: httpx.URL) -> tuple[str, str, int]:
+def _origin(url: httpx2.URL) -> tuple[str, str, int]:
     return url.scheme, url.host, url.port or {"http": 80, "https": 443}[url.scheme]
 
 
-def _target(url: httpx.URL, response: httpx.Response) -> httpx.URL:
+def _target(url: httpx2.URL, response: httpx2.Response) -> httpx2.URL:
     try:
         target = url.join(response.headers["location"])
-    except httpx.InvalidURL as error:
+    except httpx2.InvalidURL as error:
         raise DownloadFailed(f"{url.host} redirects to no URL; correct the manifest") from error
     if target.scheme not in ("http", "https") or (url.scheme, target.scheme) == ("https", "http"):
         raise DownloadFailed(
@@ -211,7 +211,7 @@ def _hash_in(etag: str) -> str | None:
     return match[1] if match else None
 
 
-def _retry_after(headers: httpx.Headers) -> float:
+def _retry_after(headers: httpx2.Headers) -> float:
     """Seconds, or a date; 0 when there is neither."""
     text = headers.get("retry-after", "")
     if text.isdecimal():
