@@ -40,7 +40,8 @@ class Puller:
 
     def __init__(self, hub: SmallHub, tmp_path: Path) -> None:
         self.folder, self.manifest = tmp_path / "weights", tmp_path / "manifest"
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        foreign = ("HF_", "TRANSFORMERS_")
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self.environment |= {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
@@ -146,11 +147,13 @@ def test_a_destination_may_differ_from_the_path_on_the_hub(hub: SmallHub, puller
 def test_faults_of_the_network_are_retried(hub: SmallHub, puller: Puller) -> None:
     hub.steps["config.json"] = [status(503), status(429, Retry_After="0")]
     hub.storage.steps[BLOB] = [cut_after(50_000), status(503)]
+    hub.storage.steps["/lfs/tokenizer.model"] = [status(403)]  # as after the signature of a URL has expired
     hub.storage.steps[XORB] = [cut_after(50_000)]
     result = puller.run()
     assert result.returncode == 0, result.stderr
     assert contents(puller.folder) == FILES
     assert f"{CDN}: HTTP 503 from 127.0.0.1; retrying in 1 s" in result.stderr
+    assert "tokenizer.model: HTTP 403 from 127.0.0.1; retrying in 1 s" in result.stderr
 
 
 def test_wrong_bytes_are_found_and_the_other_files_are_kept(hub: SmallHub, puller: Puller) -> None:
