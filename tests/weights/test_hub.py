@@ -126,7 +126,7 @@ def test_small_files_large_files_and_files_in_xet_are_downloaded(hub: SmallHub, 
 
     hub.requests.clear()
     hub.storage.requests.clear()
-    assert "0 files" in puller.run().stdout
+    assert puller.run().returncode == 0
     assert hub.storage.requests == []
     puller.write_manifest(*FILES, hashes=True)
     hub.requests.clear()
