@@ -32,7 +32,7 @@ _OTHERS = ("LLAMA_GATEWAY_",)
 
 
 class Settings(BaseSettings):
-    """One field per variable, with the names of the README's table."""
+    """One field per variable. `docs/reference.md` describes them."""
 
     model_config = SettingsConfigDict(env_prefix="LLAMA_", env_ignore_empty=True, frozen=True)
 
@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     weights_base_url: str | None = None
     """The URL of a mirror of the manifest's files, where each file's path is its destination."""
     hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
-    """The Hugging Face hub's own variable. It is sent over HTTPS to the hosts in the manifest only."""
+    """The Hugging Face hub's own variable. It is sent to the hub only, over HTTPS."""
     max_concurrency: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=DEFAULT_CONCURRENCY, validation_alias="COG_MAX_CONCURRENCY"
     )

@@ -1,4 +1,4 @@
-"""A small folder of weights on a server, and what pulls it."""
+"""The files of a small folder of weights, and helpers to pull them."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import DEVNULL
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
-import httpx
+import httpx2
 
-from llama.serving.server import CogServer, read_events
+from llama.serving.server import CogServer
 
 Body = dict[str, Any]
 
@@ -35,7 +35,7 @@ def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
         time.sleep(0.01)
 
 
-def post(server: CogServer, inputs: Mapping[str, Any], **request: Any) -> httpx.Response:
+def post(server: CogServer, inputs: Mapping[str, Any], **request: Any) -> httpx2.Response:
     """A plain prediction. `request`: other members of its body, such as `id`."""
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -68,17 +68,18 @@ def events(
     """The events of a stream. Closing the iterator early drops the connection."""
     arguments: dict[str, Any] = {
         "json": {"input": inputs, **request},
-        "headers": {"Accept": "text/event-stream"},
         "timeout": PATIENCE,
+        "max_event_size": None,
     }
     deadline = time.monotonic() + PATIENCE
     while True:
-        with server.client.stream("POST", "/predictions", **arguments) as response:
-            if response.status_code == 200:
-                yield from read_events(response.iter_bytes())
+        with server.client.sse("/predictions", method="POST", **arguments) as source:
+            if source.response.status_code == 200:
+                for event in source:
+                    yield event.event, cast("Body", event.json())
                 return
-            response.read()
-            assert response.status_code == 409, response.text
+            source.response.read()
+            assert source.response.status_code == 409, source.response.text
         assert time.monotonic() < deadline, "no slot became free"
         time.sleep(0.05)
 

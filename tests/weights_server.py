@@ -1,6 +1,7 @@
-"""A real HTTP server on loopback that serves files as told: whole, cut, slow, elsewhere, or not at all.
+"""An HTTP server on loopback that serves files, and can interrupt, delay, redirect, damage or refuse them.
 
-Its steps are functions of a request; each is used once, in order, and then files are served as they are.
+A step is a function that answers one request. Each step is used once, in order; after the last one, files are
+served without faults.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ Step = Callable[["Handler", bytes], None]
 
 
 class Server:
-    """`files` by path. `steps` answer downloads of a path, `first` answers anything, the probe too."""
+    """`files` are the contents by path. `steps` answer downloads of a path; `first` answers any request for it,
+    including the one for the first byte that a pull begins with."""
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    def __init__(self, host: str = "127.0.0.1", handler: type[Handler] | None = None) -> None:
         self.files: dict[str, bytes] = {}
         self.steps: defaultdict[str, list[Step]] = defaultdict(list)
         self.first: defaultdict[str, list[Step]] = defaultdict(list)
         self.requests: list[tuple[str, dict[str, str]]] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler or Handler)
         self._http.daemon_threads = True
         self._http.server = self  # type: ignore[attr-defined]
         self.url = f"http://{host}:{self._http.server_address[1]}"
@@ -38,7 +40,7 @@ class Server:
         self._http.server_close()
 
     def downloads(self, path: str) -> list[str]:
-        """The ranges asked for, "" for the whole, of the requests that wanted more than a first byte."""
+        """The ranges of all requests for more than the first byte; "" is a request for the complete file."""
         return [h.get("range", "") for p, h in self.requests if p == path and h.get("range") != "bytes=0-0"]
 
     def tokens(self) -> set[str | None]:
@@ -79,12 +81,12 @@ def etag(body: bytes) -> str:
 
 
 def head_of(handler: Handler, body: bytes) -> tuple[int, dict[str, str], int]:
-    """Status, headers, and where the body begins, as a server that knows Range and If-Range says them."""
+    """Return the status, the headers and the offset of the body, with support for Range and If-Range."""
     headers = {"ETag": etag(body), "Accept-Ranges": "bytes"}
     match = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
     if match is None or handler.headers.get("If-Range", etag(body)) != etag(body):
         return 200, {**headers, "Content-Length": str(len(body))}, 0
-    start, last = int(match[1]), int(match[2] or len(body) - 1)
+    start, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
     if start >= len(body):
         return 416, {**headers, "Content-Length": "0", "Content-Range": f"bytes */{len(body)}"}, len(body)
     headers |= {"Content-Length": str(last + 1 - start), "Content-Range": f"bytes {start}-{last}/{len(body)}"}
@@ -102,7 +104,7 @@ def status(code: int, **headers: str) -> Step:
 
 
 def cut_after(sent: int, then: Callable[[], object] = lambda: None) -> Step:
-    """The whole length is promised; the connection ends before."""
+    """Send `sent` bytes of a longer response and close the connection."""
 
     def step(handler: Handler, body: bytes) -> None:
         code, headers, start = head_of(handler, body)
@@ -140,7 +142,7 @@ def without_length(handler: Handler, body: bytes) -> None:
 
 
 def other_bytes(handler: Handler, body: bytes) -> None:
-    """As long as the file and not the file."""
+    """Zeros in place of the file, with the right length."""
     code, headers, start = head_of(handler, body)
     handler.answer(code, headers, bytes(len(body) - start))
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
 
-import httpx
+import httpx2
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
 from benchmarks.workload import as_text
@@ -62,8 +62,8 @@ class Served:
             try:
                 yield from self._server.stream(inputs)
                 return
-            except httpx.HTTPStatusError as error:
-                if error.response.status_code != httpx.codes.CONFLICT:
+            except httpx2.HTTPStatusError as error:
+                if error.response.status_code != httpx2.codes.CONFLICT:
                     raise
                 time.sleep(0.005)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 
-import httpx
+import httpx2
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
 from benchmarks.workload import as_text
@@ -21,7 +21,7 @@ from llama.serving.server import ChildServer, free_port
 
 class _OpenAIServer(ChildServer):
     def ready(self) -> bool:
-        return self.client.get("/health").status_code == httpx.codes.OK
+        return self.client.get("/health").status_code == httpx2.codes.OK
 
 
 class VLLMServer:
@@ -68,13 +68,12 @@ class VLLMServer:
         }
         times = list[float]()
         usage = None
-        with self._client.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
-            for line in response.iter_lines():
-                data = line.removeprefix("data: ")
-                if not data or data == "[DONE]":
-                    continue
-                piece = json.loads(data)
+        with self._client.sse("/v1/completions", method="POST", json=body) as source:
+            source.response.raise_for_status()
+            for event in source:
+                if event.data == "[DONE]":
+                    break
+                piece = json.loads(event.data)
                 if piece["choices"]:
                     times.append(clock())
                 usage = piece.get("usage") or usage

@@ -40,7 +40,7 @@ class Packing(StrEnum):
 @weights.command()
 @command
 def pull(folder: FolderArgument = None) -> None:
-    """Download the files that are missing, and resume an earlier download."""
+    """Download and verify the files of the manifest that are missing or wrong."""
     settings = Settings.from_environment()
     folder = folder or folder_to_fill(settings)
     downloaded = pull_folder(folder, settings)

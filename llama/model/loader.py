@@ -19,7 +19,7 @@ from llama.errors import BadCheckpoint, BadConfig, DoesNotFit
 from llama.model.assembly import ModelAssembler
 from llama.model.checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from llama.model.placement import Placement
-from llama.weights.progress import LogProgress
+from llama.weights.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +61,14 @@ def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> Llama
             f"({type(error).__name__}: {error}); copy config.json again"
         ) from error
     assembler = ModelAssembler(model, checkpoint.names, placement)
-    name, done, progress = "", 0, LogProgress(checkpoint.size, 0)
+    name, done = "", 0
     try:
-        for path in checkpoint.files:
-            for name, tensor in checkpoint.tensors(path):
-                assembler.add(renamed.get(name, name), tensor)
-                done += tensor.nbytes
-                progress.show(done)
+        with progress(checkpoint.size, 0) as show:
+            for path in checkpoint.files:
+                for name, tensor in checkpoint.tensors(path):
+                    assembler.add(renamed.get(name, name), tensor)
+                    done += tensor.nbytes
+                    show(done)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"the model in {folder} does not fit on {placement.device} with quantization "

@@ -1,7 +1,7 @@
-"""Cog's own server on this machine, without Docker: start it, wait for it, talk to it, end it.
+"""Runs Cog's server on this machine without Docker: starts it, waits for it, sends it requests and stops it.
 
-Used by `make predict`, `make serve`, the tests and the benchmarks. Knows processes and HTTP; knows
-nothing of models.
+Used by `make predict`, `make serve`, the tests and the benchmarks. Knows processes and HTTP; knows nothing
+about models.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from threading import Event
 from types import TracebackType
 from typing import IO, Any, Self
 
-import httpx
+import httpx2
 
 from llama.settings import DEFAULT_CONCURRENCY, ROOT
 
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-_NO_TIMEOUT = httpx.Timeout(None, connect=10)
+_NO_TIMEOUT = httpx2.Timeout(None, connect=10)
 
 
 class ServerFailed(Exception):
-    """The server did not become ready; the text says what its setup said."""
+    """The server did not become ready. The message is the log of its setup, if there is one."""
 
 
 def server_environment(port: int) -> dict[str, str]:
-    """What `cog build` bakes into an image, on top of the current environment."""
+    """Return the server's environment: the variables that `cog build` sets in an image, overridden by the
+    current environment."""
     baked = {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "COG_MAX_CONCURRENCY": str(DEFAULT_CONCURRENCY),
-        # Events kept for a reader who joins a running stream: more than any answer has.
+        # The events kept for a client that joins a running stream; no answer has as many.
         "COG_STREAM_HISTORY_CAPACITY": "65536",
         "PYTHONUNBUFFERED": "1",
     }
-    # The server starts its worker as `python`, so that must be this one.
+    # The server starts its worker as `python`, which must be this interpreter.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**baked, **os.environ, "PORT": str(port), "PATH": path}
 
 
 def listening_fault(host: str, port: int) -> str | None:
-    """Why a server cannot listen there; None when it can."""
+    """Return why a server cannot listen on this address, or None if it can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -62,15 +63,15 @@ def listening_fault(host: str, port: int) -> str | None:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at the moment."""
+    """Return a loopback port that is not in use at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class ChildServer(ABC):
-    """A server as a child process: a context manager. `output` takes what it prints. On the way out it has
-    `grace` seconds to finish what it is answering; None: as long as it takes."""
+    """A server in a child process, as a context manager. `output` receives what the process prints. On exit,
+    the server has `grace` seconds to finish its running requests; None means no limit."""
 
     def __init__(
         self,
@@ -82,13 +83,13 @@ class ChildServer(ABC):
     ) -> None:
         self.port, self._grace = port, grace
         self._command, self._environment, self._output = command, environment, output
-        # Not by the environment's proxies, which cannot reach this machine's loopback.
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT, trust_env=False)
+        # Ignore the proxies in the environment, which cannot reach the loopback interface of this machine.
+        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT, trust_env=False)
 
     @abstractmethod
     def ready(self) -> bool:
-        """Whether it answers. Raises httpx.TransportError while it does not listen, ServerFailed when it
-        never will."""
+        """Whether the server accepts requests. Raises httpx2.TransportError while it does not listen yet, and
+        ServerFailed if its setup has failed."""
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
@@ -99,8 +100,8 @@ class ChildServer(ABC):
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # One system call that is prepared before the fork, so threads do not matter.
-            preexec_fn=_dying_with_parent(),  # noqa: PLW1509
+            # A single system call, prepared before the fork, is safe with threads.
+            preexec_fn=_terminate_with_parent(),  # noqa: PLW1509
         )
         return self
 
@@ -113,19 +114,19 @@ class ChildServer(ABC):
                 self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=self._grace)
-        finally:  # another Ctrl-C ends the wait
-            # Workers are processes of their own in the same group: nothing is left behind.
+        finally:  # also if another Ctrl-C interrupts the wait
+            # Kill the whole process group, because the workers are separate processes.
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def wait_until_ready(self, timeout: float = 600) -> None:
-        """Raises ServerFailed with the setup's own words, or after `timeout` seconds."""
+        """Raises ServerFailed if the setup fails, the process ends, or `timeout` seconds have passed."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerFailed(f"the server ended with exit code {self.process.returncode}")
-            with suppress(httpx.TransportError):
+            with suppress(httpx2.TransportError):
                 if self.ready():
                     return
             time.sleep(0.05)
@@ -133,7 +134,7 @@ class ChildServer(ABC):
 
 
 class CogServer(ChildServer):
-    """Cog's server, by default on a free port. `.cog/openapi_schema.json` must have been written."""
+    """Cog's server, by default on a free port. `.cog/openapi_schema.json` must exist: see `write_schema`."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class CogServer(ChildServer):
         super().__init__(command, environment, port, output, grace)
 
     def health(self) -> dict[str, Any]:
-        """The body of `/health-check`; its HTTP status is always 200."""
+        """Return the body of `/health-check`, whose HTTP status is always 200."""
         body = self.client.get("/health-check").json()
         assert isinstance(body, dict)
         return body
@@ -162,20 +163,24 @@ class CogServer(ChildServer):
         return bool(health["status"] == "READY")
 
     def stream(self, inputs: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Run a prediction over SSE: the name and data of each event, as they come."""
-        headers = {"Accept": "text/event-stream"}
-        with self.client.stream("POST", "/predictions", json={"input": inputs}, headers=headers) as response:
-            if response.status_code != 200:
-                response.read()
-            response.raise_for_status()
-            yield from read_events(response.iter_bytes())
+        """Run a prediction and yield the name and data of its server-sent events as they arrive."""
+        # No limit on the size of an event, because the last one repeats the whole answer.
+        request = self.client.sse("/predictions", method="POST", json={"input": inputs}, max_event_size=None)
+        with request as source:
+            if source.response.status_code != 200:
+                source.response.read()
+            source.response.raise_for_status()
+            for event in source:
+                data = event.json()
+                assert isinstance(data, dict)
+                yield event.event, data
 
 
 def print_setup(output: IO[bytes], answering: Event) -> None:
-    """Print the model's log lines on stderr until `answering` is set, so that none gets into an answer.
+    """Print the log lines of the model's setup on stderr, until `answering` is set.
 
-    `output` is the server's own log, one JSON object a line. It is read until the server ends, so that the
-    server never waits for a reader.
+    `output` is the server's log, with one JSON object per line. It is read until the server ends, because the
+    server would block on a full pipe.
     """
     for line in output:
         message = _setup_message(line)
@@ -185,8 +190,8 @@ def print_setup(output: IO[bytes], answering: Event) -> None:
 
 
 def _setup_message(line: bytes) -> str | None:
-    """What the model logged, if this is such a line. Cog calls a line that arrives just after setup the
-    user's."""
+    """Return the message of a log line if the model wrote it, otherwise None. A line that arrives just after
+    setup has the target `coglet::user`."""
     with suppress(ValueError, TypeError, KeyError):
         entry = json.loads(line)
         if entry["target"] in ("coglet::setup", "coglet::user"):
@@ -194,40 +199,16 @@ def _setup_message(line: bytes) -> str | None:
     return None
 
 
-def read_events(chunks: Iterator[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The server-sent events in a response's body."""
-    event, data = "", list[str]()
-    for line in _lines(chunks):
-        field, _, value = line.partition(":")
-        if field == "event":
-            event = value.strip()
-        elif field == "data":
-            data.append(value.removeprefix(" "))
-        elif not line and data:
-            yield event, json.loads("\n".join(data))
-            event, data = "", []
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Lines of UTF-8 that end with a line feed, as Cog's server writes them. httpx's own `iter_lines` would
-    also split at U+2028, U+2029 and U+0085, which are characters of an answer."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r").decode()
-
-
-def _dying_with_parent() -> Callable[[], None] | None:
-    """To be run in a child before it becomes a program: on Linux, it gets SIGTERM when its parent is gone,
-    however that ended. None on other systems."""
+def _terminate_with_parent() -> Callable[[], None] | None:
+    """Return a function for `preexec_fn` that makes Linux send SIGTERM to the child when its parent ends,
+    even if the parent is killed. Returns None on other systems."""
     if not sys.platform.startswith("linux"):
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
-    def arrange() -> None:
+    def request_signal() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before this
+        if os.getppid() != parent:  # the parent ended before the call
             os._exit(1)
 
-    return arrange
+    return request_signal

@@ -1,1 +1,1 @@
-"""The folder of weights: downloaded, verified and found."""
+"""The folder of weights: download it, verify it, and find it."""

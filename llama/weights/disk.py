@@ -1,6 +1,6 @@
-"""Folders that one process at a time works in, and what goes wrong on a disk.
+"""Folder locks, hashes, moving a file into place, and faults of the disk.
 
-Knows locks, hashes and errors of the operating system; knows nothing of what is written.
+Knows files and errors of the operating system; knows nothing about their contents.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +17,20 @@ from llama.errors import DiskFull, DownloadFailed
 
 logger = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The error numbers of a full disk, an exceeded quota and a file above the allowed size."""
 
 PACKED = "packed_by_weights_pack"
-"""The key of a `config.json` by which a folder is known that was packed, and not pulled."""
+"""The key in `config.json` that marks a folder written by `weights pack`."""
 
 LOCK = ".lock"
-"""The file in a folder that is being filled by which processes keep out of each other's way."""
+"""The name of the lock file in a folder that is being written."""
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Make a folder and hold its lock, waiting for another process that has it. The end of a process
-    gives it back in any case."""
+    """Create a folder and lock it for this process, waiting while another process has the lock. The operating
+    system releases the lock when the process ends."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / LOCK)
@@ -37,7 +39,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            logger.info("another process is at work in %s; waiting for it", folder)
+            logger.info("another process is writing to %s; waiting until it ends", folder)
             lock.acquire()
     try:
         yield
@@ -50,17 +52,35 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def move_into_place(part: Path, path: Path) -> None:
+    """Rename a finished file. It is written to the disk first, so that after a power cut the file under the
+    final name is either complete or missing. May raise OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sync(part)
+    part.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Tell OSErrors as DiskFull or DownloadFailed; `path` is the file's place."""
+    """Turn OSError into DiskFull or DownloadFailed. `path` is the file that is being written."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFull(
-                f"the disk of {path.parent} is full; free some and try again, a pull goes on where it was"
+                f"the disk of {path.parent} is full; free some space and pull again, which keeps the files "
+                "that are complete"
             ) from error
         raise DownloadFailed(
             f"{path} cannot be written ({error.strerror or type(error).__name__}); choose a folder that "
-            "this user may write"
+            "this user may write to"
         ) from error

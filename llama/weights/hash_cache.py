@@ -1,7 +1,7 @@
-"""The sha256 of files that were hashed before, so that a start does not read 138 GB only to hash them.
+"""A cache of SHA-256 hashes, so that a start does not read 138 GB only to hash them.
 
-A hash counts for as long as a file's size and modification time stay the same, as in git's index. `verify`
-does not use it. Knows files and hashes; knows nothing of what they should be.
+A hash is valid while the size and the modification time of its file stay the same, as in git's index.
+`verify` does not use the cache. Knows files and hashes; knows nothing about what a hash should be.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAME = ".sha256-cache"
 
 
 class HashCache:
-    """Of the files of one folder, whose lock the caller holds. Any thread may use it."""
+    """The hashes of the files in one folder, whose lock the caller holds. Any thread may use it."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _NAME
@@ -32,29 +32,31 @@ class HashCache:
         self._saved = dict(self._known)
 
     def sha256(self, path: Path) -> str:
-        """Of a file that is there. May raise OSError."""
+        """Return the hash of an existing file. May raise OSError."""
         known = self._known.get(self._key(path))
         if isinstance(known, list) and known[:2] == _state(path) and len(known) == 3:
             return str(known[2])
-        logger.info("%s is there: looking at its sha256", path.name)
+        logger.info("%s exists; checking its SHA-256", path.name)
         sha256 = file_sha256(path)
         self.add(path, sha256)
         return sha256
 
     def add(self, path: Path, sha256: str) -> None:
-        """Remember the hash of a file as it is now."""
+        """Store the hash of a file in its present state."""
         with self._lock:
             self._known[self._key(path)] = [*_state(path), sha256]
 
     def save(self) -> None:
-        """Write what is known, if that is new. Without the right to write it is forgotten."""
-        if self._known == self._saved:
+        """Write the cache to the folder if it has changed. A cache that cannot be written is discarded."""
+        with self._lock:
+            known = dict(self._known)
+        if known == self._saved:
             return
         part = self._path.with_name(f"{_NAME}.part")
         with suppress(OSError):
-            part.write_text(json.dumps(self._known, indent=0), encoding="utf-8")
+            part.write_text(json.dumps(known, indent=0), encoding="utf-8")
             part.replace(self._path)
-            self._saved = dict(self._known)
+            self._saved = known
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self._path.parent).as_posix()

@@ -1,8 +1,7 @@
-"""GET over HTTP for downloads: the token does not follow a redirect to another origin.
+"""HTTP GET for downloads from mirrors and other plain servers.
 
-Which files are asked for with the token is decided in `folder.py`. Knows requests, redirects and what headers
-say of a file; knows nothing of disks or of retries. No message has a URL in it, because URLs that a server
-redirects to are signed.
+Knows requests, redirects and what the headers say about a file; knows nothing about disks or retries. No
+message contains a URL, because a server may redirect to a signed one.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Self
 
-import httpx
+import httpx2
 
 from llama.errors import BadSettings, DownloadFailed
 
-_SHA256 = re.compile(r'"?([0-9a-f]{64})"?')
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", re.IGNORECASE)
-_REDIRECTS = 10
 _FORBIDDEN = (401, 403)
-_LATER = (408, 425, 429, 500, 502, 503, 504)
 _CONNECT_TIMEOUT = 10.0
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses that are worth another try."""
+
 
 class Transient(Exception):
-    """What may go well at another time. `retry_after` is the server's own word, in seconds."""
+    """A failure after which another attempt may succeed. `retry_after` is the server's request in seconds."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -41,34 +40,24 @@ class Transient(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """The head of a response, its body still to come."""
+    """The status and headers of a response whose body has not been read yet."""
 
-    response: httpx.Response
-    same_origin: bool
-    """From the server that was asked, not from one that it sent us on to."""
-    linked_sha256: str | None
-    """What a hub's redirect says of the file behind it (`X-Linked-ETag`)."""
-
-    @property
-    def sha256(self) -> str | None:
-        """The file's, as far as the server that was asked says it."""
-        own = self.response.headers.get("etag", "") if self.same_origin else ""
-        return self.linked_sha256 or _hash_in(own)
+    response: httpx2.Response
 
     @property
     def validator(self) -> str | None:
-        """What `If-Range` takes."""
+        """A value for `If-Range`: a strong ETag, or a date."""
         etag = str(self.response.headers.get("etag", ""))
         return etag if etag.startswith('"') else self.response.headers.get("last-modified")
 
     @property
     def start(self) -> int | None:
-        """Where in the file the body begins."""
+        """The offset in the file at which the body begins."""
         return 0 if self.response.status_code == 200 else self._content_range()[0]
 
     @property
     def total(self) -> int | None:
-        """Bytes of the whole file; None when the server does not say."""
+        """The size of the whole file in bytes; None if the server does not send it."""
         if self.response.status_code == 200:
             length = self.response.headers.get("content-length", "")
             return int(length) if length.isdecimal() else None
@@ -82,44 +71,52 @@ class ResponseHead:
         return int(start) if start else None, None if total == "*" else int(total)
 
     def check(self, name: str) -> None:
-        """Raises Transient, or DownloadFailed when asking again would not help. 416 is an answer too."""
+        """Accept the statuses 200, 206 and 416.
+
+        Raises Transient if another attempt may help, otherwise DownloadFailed.
+        """
         status, host = self.response.status_code, self.response.url.host
-        if status in _LATER or (status in _FORBIDDEN and not self.same_origin):
-            # A signature that has run out is a 403 of the server behind the redirect.
-            raise Transient(f"HTTP {status} from {host}", _retry_after(self.response.headers))
+        # The server behind a redirect refuses a signed URL that has expired.
+        asked = self.response.history[0] if self.response.history else self.response
+        expired = status in _FORBIDDEN and asked.url.netloc != self.response.url.netloc
+        if status in RETRIED or expired:
+            raise Transient(f"HTTP {status} from {host}", retry_after(self.response.headers))
         if status in _FORBIDDEN:
             raise DownloadFailed(
-                f"{name}: HTTP {status} from {host}; accept the model's licence on its page and set HF_TOKEN "
-                "to a token that may read it (it goes to the manifest's own host, over HTTPS, and no further)"
+                f"{name}: HTTP {status} from {host}, to which no token is sent; make the file readable "
+                "without one, or correct the manifest or LLAMA_WEIGHTS_BASE_URL"
             )
         if status not in (200, 206, 416):
             raise DownloadFailed(
                 f"{name}: HTTP {status} from {host}; correct the manifest or LLAMA_WEIGHTS_BASE_URL"
             )
         if self.response.headers.get("content-encoding", "identity") != "identity":
-            raise DownloadFailed(f"{name}: {host} sends it compressed; let it send the file as it is")
+            raise DownloadFailed(
+                f"{name}: {host} sent the file compressed; configure that server to send it unchanged"
+            )
 
     def check_whole(self) -> None:
+        """Raises Transient unless the body is the file from its first byte."""
         if self.start != 0:
-            raise Transient(f"another part of the file than was asked for from {self.response.url.host}")
+            raise Transient(f"{self.response.url.host} sent another range than the one requested")
 
     def chunks(self) -> Iterator[bytes]:
-        """As they arrive."""
+        """The body, as it arrives."""
         return self.response.iter_raw()
 
 
 class Transport:
-    """Connections, kept open for the next file."""
+    """A pool of HTTP connections."""
 
     def __init__(self, timeout: float) -> None:
-        """Raises BadSettings when the environment's proxies or certificates cannot be used."""
+        """Raises BadSettings if the proxies or certificates in the environment cannot be used."""
         try:
-            self._client = httpx.Client(
-                timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
+            self._client = httpx2.Client(
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT)),
                 headers={"Accept-Encoding": "identity", "User-Agent": "llama-2-70b-chat"},
-                follow_redirects=False,
+                follow_redirects=True,
             )
-        # httpx reads the environment here, and ends in ImportError, ValueError, OSError or errors of its own
+        # httpx2 reads the environment here, and raises ImportError, ValueError, OSError or its own errors.
         except Exception as error:
             raise BadSettings(
                 f"the environment variable {_faulty_variable()} cannot be used for downloads ({error}); "
@@ -134,85 +131,44 @@ class Transport:
         self._client.close()
 
     @contextmanager
-    def get(self, url: str, token: str | None, headers: Mapping[str, str]) -> Iterator[ResponseHead]:
-        """Follow redirects to an answer of any status. Raises Transient or DownloadFailed, inside too."""
-        linked: str | None = None
+    def get(self, url: str, headers: Mapping[str, str]) -> Iterator[ResponseHead]:
+        """Send a request and follow redirects. The response may have any status.
+
+        Raises Transient or DownloadFailed, also while the body is being read.
+        """
         try:
-            first = current = httpx.URL(url)
-            for _ in range(_REDIRECTS):
-                same_origin = _origin(current) == _origin(first)
-                with self._send(current, headers, token if same_origin else None) as response:
-                    if same_origin:
-                        linked = linked or _hash_in(response.headers.get("x-linked-etag", ""))
-                    if not response.has_redirect_location:
-                        yield ResponseHead(response, same_origin, linked)
-                        return
-                    current = _target(current, response)
-        except (httpx.InvalidURL, UnicodeError) as error:
-            raise DownloadFailed(f"an address is no URL ({error}); correct the manifest") from error
-        except httpx.TimeoutException as error:
-            raise Transient(f"no answer from {current.host} for {self._timeout:.0f} s") from error
-        except httpx.ProxyError as error:
-            raise Transient(
-                f"the proxy that the environment names does not let us through ({error})"
+            with self._client.stream("GET", url, headers=headers) as response:
+                _check_redirects(response)
+                yield ResponseHead(response)
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise DownloadFailed(f"a URL in the manifest is not valid ({error}); correct it") from error
+        except httpx2.TooManyRedirects as error:
+            raise DownloadFailed(
+                f"{error.request.url.host} redirects without end; correct the manifest"
             ) from error
-        except httpx.ConnectError as error:
-            raise Transient(f"no connection to {current.host} ({error})") from error
-        except httpx.TransportError as error:
-            raise Transient(f"the connection to {current.host} was cut") from error
-        raise DownloadFailed(f"{first.host} redirects without end; correct the manifest")
-
-    @contextmanager
-    def _send(
-        self, url: httpx.URL, headers: Mapping[str, str], token: str | None
-    ) -> Iterator[httpx.Response]:
-        # Not left to httpx, which lets the header follow from http to https of the same host.
-        authorization = {"Authorization": f"Bearer {token}"} if token else {}
-        request = self._client.build_request("GET", url, headers={**headers, **authorization})
-        response = self._client.send(request, stream=True)
-        try:
-            yield response
-        finally:
-            response.close()
+        except httpx2.UnsupportedProtocol as error:
+            raise DownloadFailed(
+                f"a server redirects to {error.request.url.scheme}, which is not supported; correct the "
+                "manifest"
+            ) from error
+        except httpx2.TransportError as error:
+            raise transient(error, self._timeout) from error
 
 
-def _faulty_variable() -> str:
-    """The name of the first variable that httpx cannot use by itself; NO_PROXY is what else it reads."""
-    for name, value in os.environ.items():
-        if value and name.upper() in _PROXIES:
-            try:
-                httpx.HTTPTransport(proxy=value, trust_env=False).close()
-            except Exception:
-                return name
-    for name in _CERTIFICATES:
-        if name in os.environ and not Path(os.environ[name]).exists():
-            return name
-    return next((name for name in os.environ if name.upper() == "NO_PROXY"), "NO_PROXY")
+def transient(error: httpx2.TransportError, timeout: float) -> Transient:
+    """Describe a network failure without its URL."""
+    host = error.request.url.host
+    if isinstance(error, httpx2.TimeoutException):
+        return Transient(f"{host} did not respond within {timeout:.0f} s")
+    if isinstance(error, httpx2.ProxyError):
+        return Transient(f"the proxy that the environment names refused the connection ({error})")
+    if isinstance(error, httpx2.ConnectError):
+        return Transient(f"cannot connect to {host} ({error})")
+    return Transient(f"the connection to {host} was interrupted")
 
 
-def _origin(url: httpx.URL) -> tuple[str, str, int]:
-    return url.scheme, url.host, url.port or {"http": 80, "https": 443}[url.scheme]
-
-
-def _target(url: httpx.URL, response: httpx.Response) -> httpx.URL:
-    try:
-        target = url.join(response.headers["location"])
-    except httpx.InvalidURL as error:
-        raise DownloadFailed(f"{url.host} redirects to no URL; correct the manifest") from error
-    if target.scheme not in ("http", "https") or (url.scheme, target.scheme) == ("https", "http"):
-        raise DownloadFailed(
-            f"{url.host} redirects to {target.scheme}, which is not followed; correct the manifest"
-        )
-    return target
-
-
-def _hash_in(etag: str) -> str | None:
-    match = _SHA256.fullmatch(etag)
-    return match[1] if match else None
-
-
-def _retry_after(headers: httpx.Headers) -> float:
-    """Seconds, or a date; 0 when there is neither."""
+def retry_after(headers: httpx2.Headers) -> float:
+    """Return the `Retry-After` header in seconds, or 0 if there is none. The header may also be a date."""
     text = headers.get("retry-after", "")
     if text.isdecimal():
         return float(text)
@@ -221,3 +177,28 @@ def _retry_after(headers: httpx.Headers) -> float:
     except ValueError:
         return 0.0
     return max(0.0, (date.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _check_redirects(response: httpx2.Response) -> None:
+    """Raises DownloadFailed if a redirect led from HTTPS to HTTP, where anyone can change the file."""
+    schemes = [r.url.scheme for r in (*response.history, response)]
+    if "http" in schemes[schemes.index("https") if "https" in schemes else len(schemes) :]:
+        raise DownloadFailed(
+            f"{response.history[0].url.host} redirects from https to http, which is not allowed; "
+            "correct the manifest"
+        )
+
+
+def _faulty_variable() -> str:
+    """Return the name of the first environment variable that httpx2 cannot use. If none of the others is at
+    fault, it is NO_PROXY."""
+    for name, value in os.environ.items():
+        if value and name.upper() in _PROXIES:
+            try:
+                httpx2.HTTPTransport(proxy=value, trust_env=False).close()
+            except Exception:
+                return name
+    for name in _CERTIFICATES:
+        if name in os.environ and not Path(os.environ[name]).exists():
+            return name
+    return next((name for name in os.environ if name.upper() == "NO_PROXY"), "NO_PROXY")

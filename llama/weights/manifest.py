@@ -1,7 +1,7 @@
-"""The manifest of weights: one `URL DESTINATION` a line, as Replicate's `pget multifile` reads it.
+"""The manifest of weights: lines of `URL DESTINATION`, the format of Replicate's `pget multifile`.
 
-A hash rides in the URL's fragment, `#sha256=<hex>`, which no client sends to a server. Knows the format,
-which kinds of files may come, and where in a folder they may go; knows nothing of networks or models.
+A hash is stored in the fragment of the URL, `#sha256=<hex>`, which no client sends to a server. Knows the
+format, and which files are allowed where in a folder; knows nothing about networks or models.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _TOKENIZER = "tokenizer.model"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file: where it comes from, its place in the folder, and its hash where that is known."""
+    """One file in the manifest."""
 
     url: str
-    """Without a fragment. It may carry a signature, so it is in no message."""
+    """Without a fragment. It may contain a signature, so no message quotes it."""
     destination: str
+    """The path inside the folder."""
     sha256: str | None = None
 
     def __str__(self) -> str:
@@ -37,7 +38,7 @@ class Entry:
 
 
 def read_manifest(path: Path) -> list[Entry]:
-    """The entries in order, at least one. Raises BadManifest naming the first line that cannot be used."""
+    """Return the entries in order, at least one. Raises BadManifest for the first line that is not valid."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -52,26 +53,26 @@ def read_manifest(path: Path) -> list[Entry]:
         try:
             entry = _entry(line.removeprefix("\ufeff").split())
             if entry.destination in entries:
-                raise ValueError(f"{entry.destination} is there twice; remove one of the lines")
+                raise ValueError(f"{entry.destination} is listed twice; remove one of the lines")
         except ValueError as error:
             raise BadManifest(f"{path} line {number}: {error}") from error
         entries[entry.destination] = entry
     if not entries:
-        raise BadManifest(f"{path} names no file; write one `URL DESTINATION` a line")
+        raise BadManifest(f"{path} lists no files; write one `URL DESTINATION` per line")
     return list(entries.values())
 
 
 def _entry(fields: list[str]) -> Entry:
-    """Raises ValueError. The URL is never quoted: it may carry a signature."""
+    """Parse the fields of a line. Raises ValueError without quoting the URL, which may have a signature."""
     if len(fields) != 2:
         raise ValueError(
-            f"{len(fields)} fields; write `URL DESTINATION` with one space between, and no comments"
+            f"the line has {len(fields)} fields instead of 2; write `URL DESTINATION` without comments"
         )
     url, destination = fields
     _check_destination(destination)
     parts = _split(url)
     if parts is None:
-        raise ValueError(f"the URL of {destination} is not one; write https://HOST/PATH")
+        raise ValueError(f"the URL of {destination} is not valid; write https://HOST/PATH")
     hashed = _SHA256.fullmatch(parts.fragment.lower())
     if parts.fragment and not hashed:
         raise ValueError(f"the URL of {destination} has a fragment that is not #sha256=<64 hex digits>")
@@ -79,7 +80,7 @@ def _entry(fields: list[str]) -> Entry:
 
 
 def _split(url: str) -> SplitResult | None:
-    """None for what is no address on the web."""
+    """Parse an HTTP or HTTPS URL. Returns None for anything else."""
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("https", "http") and parts.hostname and parts.port != 0
@@ -89,7 +90,7 @@ def _split(url: str) -> SplitResult | None:
 
 
 def is_read(name: str) -> bool:
-    """Whether a file is of a kind that belongs to a model: never pickles, never code."""
+    """Whether a file has a type that this package reads. Pickles and code are never read."""
     path = PurePosixPath(name)
     return path.suffix in _SUFFIXES or path.name == _TOKENIZER
 
@@ -97,21 +98,24 @@ def is_read(name: str) -> bool:
 def _check_destination(destination: str) -> None:
     if not all(_PART.fullmatch(part) for part in destination.split("/")):
         raise ValueError(
-            f"the destination {destination!a} is not a path inside the folder; write a relative path of "
-            "letters, digits, `.`, `_` and `-`"
+            f"the destination {destination!a} is not a valid path inside the folder; write a relative path "
+            "of letters, digits, `.`, `_` and `-`"
         )
     if not is_read(destination):
         raise ValueError(
-            f"{destination} is of a kind that is not read; leave it out ({', '.join(_SUFFIXES)} and "
-            f"{_TOKENIZER} are)"
+            f"{destination} has a file type that is not read; remove the line (allowed are "
+            f"{', '.join(_SUFFIXES)} and {_TOKENIZER})"
         )
 
 
 def rebase(entries: Iterable[Entry], base_url: str) -> list[Entry]:
-    """The same files from another place, where each lies under its destination. Raises BadSettings."""
+    """Return the same files with URLs below `base_url`, where each is stored under its destination.
+
+    Raises BadSettings if `base_url` is not valid.
+    """
     base = _split(base_url)
     if base is None or base.fragment:
-        raise BadSettings("LLAMA_WEIGHTS_BASE_URL is no URL of a folder; set it to https://HOST/PATH")
+        raise BadSettings("LLAMA_WEIGHTS_BASE_URL is not the URL of a folder; set it to https://HOST/PATH")
     folder = base.path.rstrip("/")
     return [
         replace(e, url=urlunsplit(base._replace(path=f"{folder}/{quote(e.destination)}"))) for e in entries
@@ -119,17 +123,17 @@ def rebase(entries: Iterable[Entry], base_url: str) -> list[Entry]:
 
 
 def path_in(folder: Path, destination: str) -> Path:
-    """Where a destination lies. Raises BadManifest when a symbolic link would lead out of the folder."""
+    """Return the path of a destination. Raises BadManifest if a symbolic link leads out of the folder."""
     path = folder / destination
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BadManifest(
-            f"{path} is a symbolic link, or lies behind one, that leads out of {folder}; remove the link"
+            f"{path} is, or is below, a symbolic link that leads out of {folder}; remove the link"
         )
     return path
 
 
 def write_hashes(path: Path, entries: Iterable[Entry], hashes: Mapping[str, str]) -> None:
-    """Put the hashes, by destination, into the manifest, in one step. Raises BadManifest."""
+    """Write the hashes, given by destination, into the manifest atomically. Raises BadManifest."""
     lines = [f"{replace(entry, sha256=hashes[entry.destination])}\n" for entry in entries]
     try:
         mode = path.stat().st_mode & 0o777

@@ -1,7 +1,6 @@
-"""A file on its way: its bytes gather in a `.part` file beside its place, so that no half is taken for a
-whole.
+"""A `.part` file beside its destination, which collects the bytes of a download.
 
-Knows files and hashes; knows nothing of where the bytes come from.
+Knows files and hashes; knows nothing about where the bytes come from.
 """
 
 from __future__ import annotations
@@ -11,17 +10,20 @@ import os
 from pathlib import Path
 from typing import Self
 
+from llama.weights.disk import move_into_place
+
 _CHUNK = 2**20
 
 
 class PartialFile:
-    """Open while the file comes. Every method may raise OSError: see `disk_errors`."""
+    """An open `.part` file, with the hash of its bytes. Every method may raise OSError: see `disk_errors`."""
 
     def __init__(self, path: Path, keep: bool) -> None:
+        """Open or create the file. `keep` keeps the bytes that it already has."""
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (0 if keep else os.O_TRUNC)
         self.path = path
-        # Unbuffered: what has been received is in the file, whatever happens next.
+        # Unbuffered, so that every received byte is in the file if the process is killed.
         self._file = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: PTH123, SIM115
         self.size = 0
         self._hash = hashlib.sha256()
@@ -47,17 +49,12 @@ class PartialFile:
         self.size += len(chunk)
 
     def restart(self) -> None:
+        """Discard all bytes."""
         self._file.seek(0)
         self._file.truncate()
         self._hash = hashlib.sha256()
         self.size = 0
 
     def move_to(self, path: Path) -> None:
-        """On the disk first, then under its name: a power cut leaves a whole file or none."""
-        os.fsync(self._file.fileno())
-        self.path.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        """Write the file to the disk and give it its final name."""
+        move_into_place(self.path, path)

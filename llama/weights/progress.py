@@ -1,6 +1,6 @@
-"""How far a long transfer is: a bar on a terminal, a line every 10 s in a log.
+"""Progress of a long download or load: a bar on a terminal, or a log line every 10 s.
 
-Knows bytes and seconds; knows nothing of what is being moved.
+Knows bytes and seconds; knows nothing about what they are.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 Show = Callable[[int], None]
-"""Takes the bytes that are done."""
+"""Takes the number of bytes that are complete."""
 
 _BYTES_PER_GB = 1e9
 
 
 class LogProgress:
-    """A line at most every `every` seconds, for where nobody watches."""
+    """Logs a line at most every `every` seconds."""
 
     def __init__(self, total: int, done: int, every: float = 10.0) -> None:
         self._total, self._every = total, every
@@ -51,7 +51,7 @@ def _time_left(missing: int, rate: float) -> str:
 
 @contextmanager
 def progress(total: int, done: int) -> Iterator[Show]:
-    """A function to call about twice a second, from one thread."""
+    """Yield a function to call from one thread, about twice a second. `done` bytes are complete already."""
     if not sys.stderr.isatty():
         yield LogProgress(total, done).show
         return
@@ -60,11 +60,13 @@ def progress(total: int, done: int) -> Iterator[Show]:
 
     with (
         logging_redirect_tqdm(),
-        tqdm(total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
+        # Work that ends within a second shows no bar.
+        tqdm(
+            total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True, leave=False, delay=1
+        ) as bar,
     ):
 
         def show(now: int) -> None:
-            bar.n = now
-            bar.refresh()
+            bar.update(now - bar.n)
 
         yield show

@@ -1,6 +1,6 @@
-"""Trying again: how often, how long after, and when to give up.
+"""Retries with exponential back-off.
 
-Knows seconds and failures; knows nothing of what is tried.
+Knows delays and failures; knows nothing about what is attempted.
 """
 
 from __future__ import annotations
@@ -21,30 +21,33 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Another file's trouble, or Ctrl-C, ended this one; what it has is kept."""
+    """The download was stopped by Ctrl-C or by the failure of another file."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How many files at once, and how long a server in trouble is waited for. Times in seconds."""
+    """How many files are downloaded at once, and how failures are retried. Times are in seconds."""
 
     workers: int = 4
     attempts: int = 6
-    """In a row, without one new byte."""
+    """The number of consecutive failures without progress after which to give up."""
     first_delay: float = 1.0
-    """Doubled at every failure in a row."""
+    """The delay after the first failure. Each further consecutive failure doubles it."""
     longest_delay: float = 60.0
     jitter: float = 0.25
-    """The share by which a delay is longer or shorter, so that many clients do not come back at once."""
+    """The share by which a delay is varied at random, so that many clients do not retry at the same time."""
     longest_retry_after: float = 3600.0
-    """The most that a server's own `Retry-After` is obeyed."""
+    """The upper bound for the server's own `Retry-After`."""
     timeout: float = 30.0
-    """Without a byte."""
+    """How long a server may send nothing."""
 
     def call(
         self, attempt: Callable[[], T], reached: Callable[[], int], *, name: str, stop: threading.Event
     ) -> T:
-        """Call until it succeeds. Raises DownloadFailed when it fails too often without getting further."""
+        """Call `attempt` until it succeeds. `reached` returns the progress so far, in bytes.
+
+        Raises DownloadFailed after too many consecutive failures, or Stopped if `stop` is set while waiting.
+        """
         furthest, failures = reached(), 0
         while True:
             try:
@@ -54,10 +57,10 @@ class RetryPolicy:
                 furthest = max(furthest, reached())
                 if failures >= self.attempts:
                     raise DownloadFailed(
-                        f"{name}: {error}, {failures} times in a row; pull again later, what has come is kept"
+                        f"{name}: {error}, {failures} times in a row; pull again later"
                     ) from error
                 delay = self._delay(failures, error.retry_after)
-                logger.warning("%s: %s; once more in %.0f s", name, error, delay)
+                logger.warning("%s: %s; retrying in %.0f s", name, error, delay)
                 if stop.wait(delay):
                     raise Stopped from error
 

@@ -29,7 +29,7 @@ from llama.cli.chat import Chat
 from llama.errors import BadSettings
 from llama.load import load_llama
 from llama.serving.schema import input_defaults, write_schema
-from llama.serving.server import free_port, read_events
+from llama.serving.server import free_port
 from llama.settings import Settings
 from llama.weights.embedded import embedded_folder
 from predict import Predictor
@@ -93,17 +93,6 @@ ENDLESS = ("-i", "min_new_tokens=1900", "-i", "max_new_tokens=1900")
 
 
 # --- what an answer and a terminal may be made of
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
-def test_an_events_text_may_have_any_separator_in_it(character: str) -> None:
-    text = f"a{character}b"
-    body = f'event: output\r\ndata: {{"chunk": "{text}"}}\n\nevent: completed\ndata: {{}}\n\n'.encode()
-    if character < " ":
-        body = body.replace(character.encode(), f"\\u{ord(character):04x}".encode())
-    for cut in range(1, len(body)):
-        events = list(read_events(iter([body[:cut], body[cut:]])))
-        assert events == [("output", {"chunk": text}), ("completed", {})]
 
 
 def test_an_answer_with_a_line_separator_comes_whole_through_the_server(scripted_folder: Path) -> None:

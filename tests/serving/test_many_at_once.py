@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from server_clients import (
     BY_BLOCKS,
@@ -26,7 +26,7 @@ from server_clients import (
 )
 from small_models import write_model
 
-from llama.serving.server import CogServer, read_events
+from llama.serving.server import CogServer
 
 # --- concurrent predictions
 
@@ -140,7 +140,7 @@ def test_dropping_a_plain_request_cancels_its_prediction(
     server: CogServer, webhooks: WebhookReceiver
 ) -> None:
     request = {"input": exactly(1900, prompt="Count"), **webhooks.request("hung-up")}
-    with pytest.raises(httpx.ReadTimeout):
+    with pytest.raises(httpx2.ReadTimeout):
         server.client.post("/predictions", json=request, timeout=0.5)
 
     ended = webhooks.wait_for_end("hung-up")
@@ -212,14 +212,14 @@ def test_a_late_reader_gets_the_answer_from_its_beginning(server: CogServer) -> 
         return output
 
     until(lambda: len(so_far()) > 20)
-    with server.client.stream(
-        "PUT",
+    with server.client.sse(
         "/predictions/late-reader",
+        method="PUT",
         json={"input": inputs, **request},
-        headers={"Accept": "text/event-stream"},
         timeout=PATIENCE,
-    ) as response:
-        seen = list(read_events(response.iter_bytes()))
+        max_event_size=None,
+    ) as source:
+        seen: list[tuple[str, Any]] = [(event.event, event.json()) for event in source]
 
     name, last = seen[-1]
     assert name == "completed", last

@@ -1,4 +1,4 @@
-"""Full disks, killed processes and two pulls at once."""
+"""Full disks, killed pulls, and two pulls at once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ from llama.settings import Settings
 from llama.weights.folder import pull
 from llama.weights.progress import LogProgress
 
-# --- disks and processes ---
-
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
@@ -49,18 +47,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     hashed: Settings, small_disk: Path
 ) -> None:
-    with pytest.raises(DiskFull, match="^E3008 DiskFull: .*to come and the disk of .*; free"):
+    with pytest.raises(
+        DiskFull, match="^E3008 DiskFull: .* must be downloaded, but the disk of .* free; free another"
+    ):
         pull(small_disk, hashed, QUICK)
     assert contents(small_disk) == {}
 
 
-def test_a_disk_that_fills_up_keeps_what_has_come(server: Server, hashed: Settings, small_disk: Path) -> None:
+def test_complete_files_are_kept_if_the_disk_fills_up(
+    server: Server, hashed: Settings, small_disk: Path
+) -> None:
     server.first[SHARD] = [without_length]  # its size is not known beforehand
     server.first[f"/{NAMES[1]}"] = [without_length]
-    with pytest.raises(DiskFull, match="^E3008 DiskFull: the disk of .* is full; free some and try again"):
+    with pytest.raises(
+        DiskFull, match="^E3008 DiskFull: the disk of .* is full; free some space and pull again"
+    ):
         pull(small_disk, hashed, QUICK)
     assert all(FILES[name] == data for name, data in contents(small_disk).items() if name in FILES)
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
@@ -68,10 +72,10 @@ def test_a_disk_that_fills_up_keeps_what_has_come(server: Server, hashed: Settin
     assert contents(small_disk) == FILES
 
 
-def test_a_write_that_fails_is_a_full_disk_and_a_second_run_goes_on(
+def test_a_failed_write_is_a_full_disk_and_a_second_pull_resumes(
     server: Server, hashed: Settings, folder: Path
 ) -> None:
-    """Without root: the kernel refuses to let a file grow beyond a limit."""
+    """A limit on the size of files needs no root, unlike a small disk."""
     environment = {**os.environ, "LLAMA_WEIGHTS_MANIFEST": str(hashed.weights_manifest)}
     limited = subprocess.run(
         [sys.executable, "-m", "llama", "weights", "pull", str(folder)],
@@ -93,7 +97,7 @@ def test_a_write_that_fails_is_a_full_disk_and_a_second_run_goes_on(
     assert "bytes=60000-" in ranges
 
 
-def test_a_folder_that_may_not_be_made_is_one_line(settings: Settings, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_one_line(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DownloadFailed, match="^E3007 .*cannot be written"):
         pull(tmp_path / "file" / "weights", settings, QUICK)
@@ -107,20 +111,20 @@ def start(*arguments: str, settings: Settings) -> subprocess.Popen[str]:
     )
 
 
-def test_two_pulls_at_once_fetch_every_file_once(server: Server, hashed: Settings, folder: Path) -> None:
+def test_two_pulls_at_once_download_every_file_once(server: Server, hashed: Settings, folder: Path) -> None:
     server.steps[SHARD] = [slowly(20, 0.15)]
     first = start("pull", str(folder), settings=hashed)
     until(lambda: server.downloads(SHARD), timeout=20)
     second = start("pull", str(folder), settings=hashed)
     outputs = [process.communicate(timeout=60) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0]
-    assert "another process is at work" in outputs[1][1]
+    assert "another process is writing to" in outputs[1][1]
     assert contents(folder) == FILES
     assert all(len(server.downloads(f"/{name}")) == 1 for name in FILES)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_pull_that_is_killed_is_taken_up_by_the_next(
+def test_a_killed_pull_is_resumed_by_the_next(
     server: Server, hashed: Settings, folder: Path, number: signal.Signals
 ) -> None:
     server.steps[SHARD] = [slowly(100, 0.05)]
@@ -137,7 +141,7 @@ def test_a_pull_that_is_killed_is_taken_up_by_the_next(
     assert re.fullmatch(r"bytes=[1-9]\d*-", server.downloads(SHARD)[0])
 
 
-def test_a_log_has_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_is_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="llama")
     shown = LogProgress(4_000_000_000, 0, every=0.05)
     shown.show(1_000_000_000)  # too soon

@@ -1,4 +1,4 @@
-"""Verifying and locking a folder of weights, and what a real machine brings."""
+"""Verifying and locking a folder of weights, and the cache of hashes."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_verify_reports_all_faults_at_once(hashed: Settings, folder: Path) -> No
     assert result.stdout == ""
     size = len(SHARDS[0])
     expected = [
-        "config.json: missing; pull again",
-        "tokenizer.model: its sha256 is [0-9a-f]{64} and not [0-9a-f]{64}; delete it and pull again",
-        "LICENSE.txt: empty; delete it and pull again",
-        "model.safetensors.index.json: its sha256 is [0-9a-f]{64} and not [0-9a-f]{64}; delete it and pull again",
-        f"{NAMES[0]}: {size - 8} bytes, and its header says {size}; delete it and pull again",
-        f"{NAMES[1]}: no sound safetensors header .*; delete it and pull again",
-        "model-00003-of-00003.safetensors: missing, and model.safetensors.index.json names it; pull .*",
+        "config.json is missing; pull again",
+        "tokenizer.model has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and pull again",
+        "LICENSE.txt is empty; delete it and pull again",
+        "model.safetensors.index.json has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and pull again",
+        f"{NAMES[0]} has {size - 8} bytes, but its header describes {size}; delete it and pull again",
+        f"{NAMES[1]} has no valid safetensors header .*; delete it and pull again",
+        "model-00003-of-00003.safetensors is missing, but model.safetensors.index.json names it; pull .*",
     ]
     lines = result.stderr.splitlines()
     assert len(lines) == len(expected)
@@ -60,14 +60,14 @@ def test_verify_reports_all_faults_at_once(hashed: Settings, folder: Path) -> No
         assert re.fullmatch(f"E3009 DamagedWeights: {wanted}", line)
 
 
-def test_verify_of_a_sound_folder_is_one_line(hashed: Settings, folder: Path) -> None:
+def test_verify_prints_one_line_for_a_valid_folder(hashed: Settings, folder: Path) -> None:
     pull(folder, hashed, QUICK)
     result = run("verify", str(folder), LLAMA_WEIGHTS_MANIFEST=str(hashed.weights_manifest))
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{folder} is well: 6 files, 6 by their sha256\n"
+    assert result.stdout == f"{folder} is valid: 6 files, 6 checked by SHA-256\n"
 
 
-def test_verify_takes_the_folder_that_is_served_and_names_one_that_is_not_there(
+def test_verify_checks_the_served_folder_by_default_and_names_it_if_it_is_missing(
     hashed: Settings, folder: Path
 ) -> None:
     manifest = str(hashed.weights_manifest)
@@ -76,7 +76,9 @@ def test_verify_takes_the_folder_that_is_served_and_names_one_that_is_not_there(
     assert result.stderr.startswith(f"E3001 WeightsNotFound: {folder} is not a folder; ")
 
 
-def test_lock_writes_what_verify_and_pull_go_by(server: Server, settings: Settings, folder: Path) -> None:
+def test_lock_writes_the_hashes_that_verify_and_pull_use(
+    server: Server, settings: Settings, folder: Path
+) -> None:
     pull(folder, settings, QUICK)
     manifest = settings.weights_manifest
     manifest.chmod(0o640)
@@ -94,7 +96,7 @@ def test_lock_writes_what_verify_and_pull_go_by(server: Server, settings: Settin
 
 
 @pytest.mark.parametrize("fault", ["missing", "cut", "hash"])
-def test_lock_writes_nothing_while_anything_is_wrong(
+def test_lock_writes_nothing_if_there_is_a_fault(
     server: Server, settings: Settings, hashed: Settings, folder: Path, fault: str
 ) -> None:
     pull(folder, settings, QUICK)
@@ -107,12 +109,12 @@ def test_lock_writes_nothing_while_anything_is_wrong(
     text = manifest.read_text("utf-8")
     result = run("lock", str(folder), LLAMA_WEIGHTS_MANIFEST=str(manifest))
     assert result.returncode == 1
-    assert f"E3009 DamagedWeights: {NAMES[0]}: " in result.stderr
+    assert f"E3009 DamagedWeights: {NAMES[0]} " in result.stderr
     assert manifest.read_text("utf-8") == text
     assert sorted(p.name for p in manifest.parent.glob(f"{manifest.name}*")) == [manifest.name]
 
 
-def test_the_weights_commands_load_no_model_code() -> None:
+def test_the_weights_commands_import_no_model_code() -> None:
     code = "import sys, llama.weights.folder, llama.weights.download; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -120,32 +122,32 @@ def test_the_weights_commands_load_no_model_code() -> None:
     assert result.stdout.strip() == "[]"
 
 
-# --- what a real machine brings ---
+# --- hashes, retries, links and proxies ---
 
 
-def test_a_file_is_hashed_once_for_as_long_as_it_stays_the_same(
+def test_a_file_is_hashed_again_only_if_it_has_changed(
     server: Server, hashed: Settings, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="llama")
     pull(folder, hashed, QUICK)
     caplog.clear()
     assert pull(folder, hashed, QUICK) == 0
-    assert not any("looking at its sha256" in line for line in caplog.messages)
-    # A change of the contents is seen by size or by time, and the file is fetched again.
+    assert not any("checking its SHA-256" in line for line in caplog.messages)
+    # A change is noticed by the size or the modification time, and the file is downloaded again.
     (folder / NAMES[0]).write_bytes(b"x" * len(FILES[NAMES[0]]))
     assert pull(folder, hashed, QUICK) == 1
     assert contents(folder) == FILES
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"config.json": 5}', '{"config.json": [1, 2, 3]}'])
-def test_a_damaged_list_of_hashes_is_not_believed(hashed: Settings, folder: Path, damage: str) -> None:
+def test_a_damaged_cache_of_hashes_is_ignored(hashed: Settings, folder: Path, damage: str) -> None:
     pull(folder, hashed, QUICK)
     (folder / ".sha256-cache").write_text(damage)
     assert pull(folder, hashed, QUICK) == 0
     assert contents(folder) == FILES
 
 
-def test_the_part_of_another_file_that_is_named_alike_is_kept(
+def test_a_part_of_another_file_with_a_similar_name_is_kept(
     server: Server, settings: Settings, folder: Path
 ) -> None:
     folder.mkdir()
@@ -160,19 +162,19 @@ def test_the_part_of_another_file_that_is_named_alike_is_kept(
     assert not gone.exists()
 
 
-def test_the_unit_of_a_range_may_be_in_capitals(server: Server, hashed: Settings, folder: Path) -> None:
-    def in_capitals(handler: Handler, body: bytes) -> None:
+def test_the_unit_of_a_range_may_be_capitalised(server: Server, hashed: Settings, folder: Path) -> None:
+    def capitalised(handler: Handler, body: bytes) -> None:
         code, headers, start = head_of(handler, body)
         headers["Content-Range"] = headers["Content-Range"].replace("bytes", "Bytes")
         handler.answer(code, headers, body[start:])
 
-    server.steps[SHARD] = [cut_after(100), in_capitals]
+    server.steps[SHARD] = [cut_after(100), capitalised]
     pull(folder, hashed, QUICK)
     assert contents(folder) == FILES
     assert len(server.downloads(SHARD)) == 2
 
 
-def test_delays_are_spread() -> None:
+def test_delays_vary_at_random() -> None:
     policy = RetryPolicy(first_delay=1.0)
     delays = {policy._delay(1, 0.0) for _ in range(50)}
     assert len(delays) > 40
@@ -180,7 +182,7 @@ def test_delays_are_spread() -> None:
     assert policy._delay(1, 30.0) == 30.0
 
 
-def test_a_snapshot_of_the_hubs_cache_is_verified_through_its_links(tmp_path: Path) -> None:
+def test_verify_follows_the_links_of_a_snapshot_in_the_hubs_cache(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -191,17 +193,19 @@ def test_a_snapshot_of_the_hubs_cache_is_verified_through_its_links(tmp_path: Pa
     assert verify(snapshot, entries).faults == []
     entries.append(Entry("https://h.example/gone.json", "gone.json"))
     (fault,) = verify(snapshot, entries).faults
-    assert "gone.json: missing" in str(fault)
+    assert "gone.json is missing" in str(fault)
 
 
-def test_lock_says_where_it_has_written(server: Server, settings: Settings, folder: Path) -> None:
+def test_lock_names_the_manifest_that_it_has_written(
+    server: Server, settings: Settings, folder: Path
+) -> None:
     pull(folder, settings, QUICK)
     manifest = settings.weights_manifest
     result = run("lock", str(folder), LLAMA_WEIGHTS_MANIFEST=str(manifest))
-    assert result.stdout.splitlines()[-1] == f"{manifest} has the sha256 of all {len(FILES)} files now"
+    assert result.stdout.splitlines()[-1] == f"{manifest} now has the SHA-256 of {len(FILES)} files"
 
 
-def test_a_proxy_that_refuses_is_said_to(tmp_path: Path) -> None:
+def test_a_proxy_that_refuses_the_connection_is_reported(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         (tmp_path / "weights.txt").write_text("https://h.example/a.json a.json\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,11 @@ from llama.errors import (
 )
 from llama.settings import Settings
 from llama.weights.folder import pull
+from llama.weights.hub import hub_location
 from llama.weights.manifest import read_manifest
 
-# --- the manifest ---
 
-
-def test_blank_lines_and_wide_spaces_are_let_pass(tmp_path: Path) -> None:
+def test_blank_lines_and_several_spaces_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "manifest"
     path.write_text(
         f"\n https://h/a.json#sha256={'a' * 64} \t a.json  \n\r\n\nhttps://h/b?c=d b.txt\n", "utf-8"
@@ -34,31 +34,31 @@ def test_blank_lines_and_wide_spaces_are_let_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("https://h/a.json", "1 fields"),
-        ("# a comment", "3 fields"),
-        ("https://h/a.json a.json more", "3 fields"),
-        ("ftp://h/a.json a.json", "is not one"),
-        ("https:///a.json a.json", "is not one"),
-        ("https://[h/a.json a.json", "is not one"),
-        ("https://h:port/a.json a.json", "is not one"),
+        ("https://h/a.json", "has 1 fields"),
+        ("# a comment", "has 3 fields"),
+        ("https://h/a.json a.json more", "has 3 fields"),
+        ("ftp://h/a.json a.json", "is not valid"),
+        ("https:///a.json a.json", "is not valid"),
+        ("https://[h/a.json a.json", "is not valid"),
+        ("https://h:port/a.json a.json", "is not valid"),
         ("https://h/a.json#sha256=abc a.json", "fragment"),
         ("https://h/a.json#md5=abc a.json", "fragment"),
-        ("https://h/a.json /etc/a.json", "not a path inside"),
-        ("https://h/a.json ../a.json", "not a path inside"),
-        ("https://h/a.json b/../../a.json", "not a path inside"),
-        ("https://h/a.json b//a.json", "not a path inside"),
-        ("https://h/a.json .hidden.json", "not a path inside"),
-        ("https://h/a.json C:\\a.json", "not a path inside"),
-        ("https://h/a.json a\x1b[31m.json", "not a path inside"),
-        ("https://h/a.bin a.bin", "a kind that is not read"),
-        ("https://h/a.pt a.pt", "a kind that is not read"),
-        ("https://h/a.pkl a.pkl", "a kind that is not read"),
-        ("https://h/a.py modeling.py", "a kind that is not read"),
-        ("https://h/a.safetensors a.safetensors.bin", "a kind that is not read"),
-        ("https://h/a.json config.json", "there twice"),
+        ("https://h/a.json /etc/a.json", "not a valid path inside"),
+        ("https://h/a.json ../a.json", "not a valid path inside"),
+        ("https://h/a.json b/../../a.json", "not a valid path inside"),
+        ("https://h/a.json b//a.json", "not a valid path inside"),
+        ("https://h/a.json .hidden.json", "not a valid path inside"),
+        ("https://h/a.json C:\\a.json", "not a valid path inside"),
+        ("https://h/a.json a\x1b[31m.json", "not a valid path inside"),
+        ("https://h/a.bin a.bin", "a file type that is not read"),
+        ("https://h/a.pt a.pt", "a file type that is not read"),
+        ("https://h/a.pkl a.pkl", "a file type that is not read"),
+        ("https://h/a.py modeling.py", "a file type that is not read"),
+        ("https://h/a.safetensors a.safetensors.bin", "a file type that is not read"),
+        ("https://h/a.json config.json", "listed twice"),
     ],
 )
-def test_a_broken_line_is_named_and_nothing_is_fetched(
+def test_an_invalid_line_is_named_and_nothing_is_downloaded(
     server: Server, tmp_path: Path, folder: Path, line: str, fault: str
 ) -> None:
     manifest = tmp_path / "manifest"
@@ -72,12 +72,14 @@ def test_a_missing_or_empty_manifest_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadManifest, match="cannot be read"):
         read_manifest(tmp_path / "none")
     (tmp_path / "empty").write_text("\n", "utf-8")
-    with pytest.raises(BadManifest, match="names no file"):
+    with pytest.raises(BadManifest, match="lists no files"):
         read_manifest(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("link", ["config.json", "sub"])
-def test_a_link_out_of_the_folder_is_refused(server: Server, tmp_path: Path, folder: Path, link: str) -> None:
+def test_a_symbolic_link_out_of_the_folder_is_refused(
+    server: Server, tmp_path: Path, folder: Path, link: str
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     folder.mkdir()
@@ -90,7 +92,7 @@ def test_a_link_out_of_the_folder_is_refused(server: Server, tmp_path: Path, fol
     assert list(outside.iterdir()) == []
 
 
-def test_the_repositorys_manifest_is_the_whole_70b() -> None:
+def test_the_manifest_of_this_repository_lists_the_complete_70b_model() -> None:
     entries = read_manifest(Settings().weights_manifest)
     shards = [e.destination for e in entries if e.destination.endswith(".safetensors")]
     assert shards == [f"model-{n:05d}-of-00015.safetensors" for n in range(1, 16)]
@@ -106,5 +108,12 @@ def test_the_repositorys_manifest_is_the_whole_70b() -> None:
         "tokenizer.model",
         "tokenizer_config.json",
     }
-    base = "https://huggingface.co/meta-llama/Llama-2-70b-chat-hf/resolve/main/"
-    assert all(e.url == base + e.destination for e in entries)
+    locations = [hub_location(entry.url) for entry in entries]
+    assert {location and location.repository for location in locations} == {"meta-llama/Llama-2-70b-chat-hf"}
+    assert [location and location.path for location in locations] == [entry.destination for entry in entries]
+
+
+def test_the_manifest_of_this_repository_names_a_commit_and_no_branch() -> None:
+    locations = [hub_location(entry.url) for entry in read_manifest(Settings().weights_manifest)]
+    (revision,) = {location.revision for location in locations if location is not None}
+    assert re.fullmatch("[0-9a-f]{40}", revision)
