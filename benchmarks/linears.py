@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from statistics import median
 from typing import Any
 
@@ -37,12 +38,13 @@ def kernels() -> dict[str, Kernel]:
         "float32, plain": lambda x: F.linear(x, weight),
         "bfloat16, plain": lambda x: F.linear(x.bfloat16(), half),
         "float32, oneDNN packed": packed(_module(weight), torch.float32),
-        "bfloat16, oneDNN packed": _bfloat16(half),
         "16 bits, FBGEMM": packed(_module(half), torch.float32),
         "float32, torch.compile, frozen": _compiled(weight),
         "int8 weights, _weight_int8pack_mm": _int8(weight),
         "int8, FBGEMM, dynamic": dynamic(_observed(weight)),
     }
+    with suppress(RuntimeError):  # CPUs without AVX-512 and AVX-NE-CONVERT do not have this kernel
+        found["bfloat16, oneDNN packed"] = _bfloat16(half)
     return {**found, **_bitsandbytes(weight)}
 
 
