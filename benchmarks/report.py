@@ -56,15 +56,15 @@ def _setting(results: Results) -> Iterator[str]:
         f"{results['minutes']:.0f} minutes."
     )
     yield (
-        f"The model is a random Llama with {workload['parameters'] / 1e6:.0f} million parameters. Each "
-        f"request has a prompt of {workload['prompt_tokens']} tokens and generates {workload['new_tokens']} "
+        f"The benchmark model is a random Llama with {workload['parameters'] / 1e6:.0f} million parameters. "
+        f"Each request has a prompt of {workload['prompt_tokens']} tokens and generates {workload['new_tokens']} "
         "tokens with greedy decoding. The engines were measured in one run, interleaved; values are medians "
         "over the rounds. Tokens per second include prefill. The time to first token of a round is the mean "
         "over its requests."
     )
     yield (
-        "vLLM runs in eager mode, with its worker in the engine's process. By default, vLLM reserves one "
-        "core for its scheduler, which is half of a machine with 2 cores."
+        "vLLM runs in eager mode. Its worker runs in the engine's process, because vLLM would otherwise "
+        "reserve a core for its scheduler."
     )
 
 
@@ -159,8 +159,10 @@ def _busy_cpu(results: Results) -> Iterator[str]:
     settings = list(next(iter(speeds.values()))["1"]["quiet"])
     yield "## Tokens per second while another program uses the CPU"
     yield (
-        f'Measured on {machine["processor"]}, {machine["cores"]} cores. "Busy" means that another program '
-        "runs an endless loop on one core. The number of threads is either chosen by the engine or fixed."
+        f"Measured on {'the same' if machine == results['machine'] else 'another'} machine: "
+        f"{machine['processor']}, {machine['cores']} cores, vector instructions: "
+        f'{", ".join(machine["instructions"]) or "none"}. "Busy" means that another program runs an endless '
+        "loop on one core. The number of threads is either chosen by the engine or fixed."
     )
     columns = [(state, name) for state in ("quiet", "busy") for name in settings]
     yield table(

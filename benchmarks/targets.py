@@ -89,7 +89,8 @@ def _ours_alone(results: Results) -> Iterator[Row]:
         True,
     )
     yield (
-        "time to first token of a dialogue's next turn, relative to a dialogue that is not in the cache",
+        "time to first token of a dialogue's next turn, relative to that of a dialogue that is not in the "
+        "cache",
         0.2,
         turn["next_turn"] / turn["cold"],
         True,
@@ -133,10 +134,11 @@ def _long_runs(results: Results) -> Iterator[Row]:
 def _busy_cpu(results: Results) -> Iterator[Row]:
     for model, by_batch in results["busy_cpu"]["speeds"].items():
         for batch, speeds in by_batch.items():
+            chosen = "tokens/s with the engine's choice of threads relative to"
             what = f"{model}, {counted(batch, 'request')}"
             quiet, busy = (against_fixed(speeds, state) for state in ("quiet", "busy"))
-            yield f"idle CPU: tokens/s relative to one thread per core; {what}", 0.95, quiet, False
-            yield f"busy CPU: tokens/s relative to the best fixed number of threads; {what}", 0.9, busy, False
+            yield f"idle CPU: {chosen} one thread per core; {what}", 0.95, quiet, False
+            yield f"busy CPU: {chosen} the best fixed number; {what}", 0.9, busy, False
 
 
 def against_fixed(speeds: Results, state: str) -> float:
