@@ -1,4 +1,4 @@
-# The commands of the README. CI runs the same ones.
+# The commands of the README. CI runs check, check-images, test, test-vllm and predict.
 
 PYTHON ?= python3
 PORT ?= 5000
@@ -64,7 +64,7 @@ check-images: install ## check that the pins of each image resolve together on i
 		| grep '^torch==.*$(if $(TORCH_INDEX),+$(notdir $(TORCH_INDEX)))$$'
 	$(RESOLVE) requirements-vllm.txt --output-file /dev/null
 
-bench: $(VENV)/.bench ## measure our engine and its peers; VLLM= and LLAMA_CPP= name Pythons that have these peers
+bench: $(VENV)/.bench ## measure our engine and its peers; VLLM= and LLAMA_CPP= name the Pythons in which they are installed
 	$(BIN)/python -m benchmarks $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM))
 
 $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt

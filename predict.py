@@ -50,7 +50,7 @@ class Predictor(BaseRunner):
         max_new_tokens: Optional[int] = Input(
             default=None,
             ge=1,
-            description="Maximum number of tokens to generate. A token is about three quarters of an English word. If unset, the maximum is 512, or the minimum if that is larger. It is lowered if the context has less room left.",
+            description="Maximum number of tokens to generate. A token is about three quarters of an English word. If unset, the maximum is 512, or `min_new_tokens` if that is larger. It is lowered if the context has less room left.",
         ),
         max_tokens: Optional[int] = Input(
             default=None,
@@ -120,7 +120,7 @@ class Predictor(BaseRunner):
         ),
         seed: Optional[int] = Input(
             default=None,
-            description="Random seed. The same seed with the same inputs gives the same answer. If unset, a seed is chosen at random and written to the log.",
+            description="Random seed. The same seed with the same inputs gives the same answer. If unset and the answer is sampled, a seed is chosen at random and written to the log.",
         ),
         prompt_template: Optional[str] = Input(
             default=None,

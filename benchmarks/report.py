@@ -58,9 +58,9 @@ def _setting(results: Results) -> Iterator[str]:
     yield (
         f"The benchmark model is a random Llama with {workload['parameters'] / 1e6:.0f} million parameters. "
         f"Each request has a prompt of {workload['prompt_tokens']} tokens and generates "
-        f"{workload['new_tokens']} tokens with greedy decoding. The engines were measured in one run, interleaved; values are medians "
-        "over the rounds. Tokens per second include prefill. The time to first token of a round is the mean "
-        "over its requests."
+        f"{workload['new_tokens']} tokens with greedy decoding. The engines were measured in one run, "
+        "interleaved; values are medians over the rounds. Tokens per second include prefill. The time to "
+        "first token of a round is the mean over its requests."
     )
     yield (
         "vLLM runs in eager mode. Its worker runs in the engine's process, because vLLM would otherwise "

@@ -1,4 +1,4 @@
-"""All errors that a caller or an operator can see. Each has a stable code.
+"""All errors of predictions, settings and weights. Each has a stable code.
 
     LlamaError
     ├── UserError                the request is at fault, E1xxx
@@ -32,7 +32,22 @@ reports a prediction as cancelled if its error message contains the word "cancel
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+_JSON_TYPES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
+
+
+def json_type(value: Any) -> str:
+    """Name the JSON type of an input, for messages to callers."""
+    return _JSON_TYPES.get(type(value), type(value).__name__)
 
 
 class LlamaError(Exception):
@@ -103,7 +118,7 @@ class EngineError(LlamaError):
 
 
 class GenerationFailed(EngineError):
-    """Generating the answer failed, or a step failed, which ends all running and waiting requests."""
+    """The answer could not be generated. If a whole step fails, all running and waiting requests fail."""
 
     code = "E2001"
 
@@ -119,13 +134,13 @@ class WeightsError(LlamaError):
 
 
 class BadSettings(WeightsError):
-    """A `LLAMA_*` variable has an invalid value."""
+    """A setting or a command's argument is invalid, or a file that setup must write cannot be written."""
 
     code = "E3000"
 
 
 class WeightsNotFound(WeightsError):
-    """The weights folder does not exist."""
+    """The weights folder does not exist, or the embedded model is not installed."""
 
     code = "E3001"
 
@@ -161,7 +176,7 @@ class BadManifest(WeightsError):
 
 
 class DownloadFailed(WeightsError):
-    """A weights file could not be downloaded or moved into place."""
+    """A weights file could not be downloaded, written or moved into place."""
 
     code = "E3007"
 

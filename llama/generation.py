@@ -99,7 +99,7 @@ class Llama:
         return self.stream_here(self.prepare(inputs), log)
 
     def stream_here(self, prediction: Prediction, log: Log) -> Iterator[str]:
-        """Stream the answer of a prepared prediction, for use outside Cog like `answer`."""
+        """Stream the answer of a prepared prediction, for use outside Cog, like `answer`."""
         return self.stream(prediction, scope=NoScope(), log=log, cancellation=Cancellation())
 
     def stream(

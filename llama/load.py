@@ -1,4 +1,4 @@
-"""Starts a Llama from the settings: finds the folder, loads the tokenizer, starts an engine and warms it up.
+"""Creates a `Llama` from the settings: finds the folder, loads the tokenizer, starts and warms up an engine.
 
 Knows which module does what; knows nothing about tensors or requests.
 """
@@ -98,8 +98,9 @@ def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
     named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
     if not (ends := {i for i in named if i < tokenizer.size}):
         raise BadTokenizer(
-            f"every token id that ends an answer in {folder} ({sorted(named)}) is outside the vocab_size of "
-            f"config.json, {config.vocab_size}; copy the model's own tokenizer files"
+            f"the ids of the tokens that end an answer in {folder} ({sorted(named)}) are all outside the "
+            f"vocabulary: vocab_size in config.json is {config.vocab_size}; copy the model's own tokenizer "
+            "files"
         )
     return ends
 
@@ -114,5 +115,5 @@ def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
     except EngineError as error:
         raise BadCheckpoint(
             f"the first step of the model in {folder} failed ({error}); copy the weights again, or set "
-            "another LLAMA_DTYPE"
+            "LLAMA_DTYPE to another type"
         ) from error

@@ -23,7 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
-from llama.errors import InvalidInput, MinimumAboveMaximum
+from llama.errors import InvalidInput, MinimumAboveMaximum, json_type
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_STOPS = 64
@@ -43,7 +43,8 @@ def _whole(value: object) -> object:
 def _exact(value: object) -> object:
     if isinstance(value, float) and abs(value) > _EXACT_FLOAT:
         raise ValueError(
-            f"is {value!r}, a float that is too large to be exact; send a whole number from -2**53 to 2**53"
+            f"is {value!r}, which is too large to be exact in this notation; write it as an integer, with "
+            "all its digits"
         )
     return value
 
@@ -167,5 +168,5 @@ def _explain(error: ValidationError) -> str:
     name, got = first["loc"][0], first["input"]
     if first["type"] == "value_error":  # raised in this module, with the value and the advice
         return f"{name} {first['msg'].removeprefix('Value error, ')}"
-    shown = f"is {got!r}" if isinstance(got, int | float) else f"is of type {type(got).__name__}"
+    shown = f"is {got!r}" if isinstance(got, int | float) else f"is {json_type(got)}"
     return f"{name} {shown}, but it {first['msg'].removeprefix('Input ')}; correct it or leave it out"

@@ -27,6 +27,7 @@ DEFAULT_CONCURRENCY = 32
 EngineName = Literal["torch", "vllm"]
 
 _PREFIX = "LLAMA_"
+_EXPECTED = {"byte_size": "should be a size such as 8GB or 512MiB", "bool_parsing": "should be 0 or 1"}
 _OTHERS = ("LLAMA_GATEWAY_",)
 """Prefixes of variables that belong to other programs, so no warning is logged about them."""
 
@@ -98,8 +99,9 @@ class Settings(BaseSettings):
             first = error.errors()[0]
             name = str(first["loc"][0])
             variable = name if name.isupper() else f"LLAMA_{name.upper()}"
+            expected = _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input ")
             raise BadSettings(
-                f"{variable} is {first['input']!r}: {first['msg']}; set it to a valid value or unset it"
+                f"{variable} is {first['input']!r}, but it {expected}; correct it or unset it"
             ) from error
         if settings.pull and settings.weights is None:
             raise BadSettings(
@@ -128,5 +130,5 @@ def expanded(path: Path, variable: str) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise BadSettings(
-            f"{variable} is {path}, but the home directory is unknown; set it to an absolute path"
+            f"{variable} is {path}, but that home directory is unknown; set {variable} to an absolute path"
         ) from error

@@ -53,7 +53,7 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": 30}
 def folder(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
     """A model that ends its greedy answer to PROMPT after ENDS_AT tokens.
 
-    Its best ids would often be those that only pad the embedding table.
+    Without a mask, its highest logits would often be those of ids that only pad the embedding table.
     """
     folder = tmp_path_factory.mktemp("contract")
     write_model(folder, vocab_size=VOCABULARY + 64)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @command
 def complete(
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt. Left out, it is read from standard input.")
+        str | None, typer.Argument(help="The prompt. If omitted, it is read from standard input.")
     ] = None,
     inputs: InputOptions = None,
 ) -> None:

@@ -20,17 +20,20 @@ from llama.errors import LlamaError, PromptRequired, PromptTooLong
 if TYPE_CHECKING:
     from llama.generation import Llama, Prediction
 
-_GREETING = "Type a message. Enter sends it, Ctrl-C stops an answer, Ctrl-D or `exit` ends the chat."
+_GREETING = "Type a message and press Enter. Ctrl-C stops an answer; Ctrl-D or `exit` ends the chat."
 _EXIT_WORDS = ("exit", "quit")
 _WAITING, _ERASE = "...", "\r\x1b[K"
 
 
 @command
 def chat(inputs: InputOptions = None) -> None:
-    """Chat with the model. Ctrl-C stops an answer, Ctrl-D or `exit` ends the chat."""
+    """Chat with the model. Ctrl-C stops an answer; Ctrl-D or `exit` ends the chat."""
     values = read_inputs(inputs)
     if sys.stdin is None:
-        raise PromptRequired("standard input is closed; open it, or use the command `complete`")
+        raise PromptRequired(
+            "standard input is closed; run chat in a terminal, or use `complete` with a prompt as its "
+            "argument"
+        )
     check_inputs({**values, "messages": [*(values["messages"] or []), {"role": "user", "content": "Hi!"}]})
     llama = load_with_notice()
     try:
@@ -109,13 +112,13 @@ class Chat:
 def _cut_notice(prediction: Prediction) -> str:
     limit = prediction.params.maximum
     full = limit < prediction.request.params.maximum
-    reason = "the context is full" if full else "raise the limit with `-i max_new_tokens=`"
+    reason = "the context is full" if full else "raise the limit with `-i max_new_tokens=N`"
     return f"(the answer was cut after {limit} tokens; {reason})"
 
 
 @contextmanager
 def _keys_ignored() -> Iterator[None]:
-    """Neither show keys that are pressed meanwhile nor read them afterwards. Ctrl-C still works."""
+    """Inside the block, do not echo keys that are pressed; at its end, discard them. Ctrl-C still works."""
     if not sys.stdin.isatty():
         yield
         return
@@ -146,8 +149,8 @@ def _ask() -> str | None:
 
 
 def _print_stream(pieces: Iterator[str], printed: list[str]) -> None:
-    """Print an answer piece by piece, and append to `printed` every piece that was printed, also if the
-    stream ends with an exception. On a terminal, dots show until the first piece."""
+    """Print an answer piece by piece, and append every printed piece to `printed`, even if the stream ends
+    with an exception. On a terminal, dots are shown until the first piece arrives."""
     waiting = sys.stdout.isatty()
     if waiting:
         print(_WAITING, end="", flush=True)

@@ -62,7 +62,7 @@ def plan(
 
 def _share_for_vllm(cards: Sequence[Gpu], config: LlamaConfig, settings: Settings) -> list[Gpu]:
     """The GPUs that vLLM would use, each with the share of its memory that vLLM would take."""
-    from llama.model.precision_plan import assume_identical, parallel_sizes
+    from llama.model.parallel_sizes import assume_identical, parallel_sizes
 
     stages, tensor = parallel_sizes(
         config, len(cards), tensor=settings.tensor_parallel, pipeline=settings.pipeline_parallel

@@ -21,7 +21,7 @@ from llama.settings import ROOT, Settings, expanded
 def predict(
     prompt: Annotated[str, typer.Option(help="The prompt.")], inputs: InputOptions = None
 ) -> int | None:
-    """Answer one prompt through Cog's server, which is started for it and ended after it."""
+    """Start Cog's server, answer one prompt through it, and stop it."""
     started = time.monotonic()
     from llama.serving.server import CogServer, ServerFailed, print_setup
 
@@ -60,8 +60,8 @@ def _prepare_server() -> dict[str, str]:
 
 
 def _absolute_paths(settings: Settings) -> dict[str, str]:
-    """The variables that hold paths, made absolute: the server runs in the repository's folder, and this
-    command in any."""
+    """The variables that hold paths, made absolute: the server runs in the repository's
+    folder, but this command may run in any folder."""
     variables = ((f"LLAMA_{name.upper()}", getattr(settings, name)) for name in settings.model_fields_set)
     return {
         variable: str(expanded(path, variable).absolute())
@@ -73,16 +73,17 @@ def _absolute_paths(settings: Settings) -> dict[str, str]:
 @command
 def serve(
     host: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0 for all of them.")
+        str, typer.Option(help="The address to listen on. Use 0.0.0.0 to listen on all addresses.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 5000,
 ) -> int:
-    """Run Cog's server until it is stopped. Ctrl-C lets running answers finish; a second Ctrl-C does not."""
+    """Run Cog's server. Ctrl-C stops it after the running answers have finished, a second Ctrl-C at once."""
     from llama.serving.server import CogServer, ServerFailed, listening_fault
 
     if fault := listening_fault(host, port):
         return fail(
-            f"cannot listen on {host}:{port} ({fault}); choose another port with --port (make serve PORT=...)"
+            f"cannot listen on {host}:{port} ({fault}); choose another address or port with --host and --port"
+            " (make serve PORT=...)"
         )
     environment = _prepare_server()
     with CogServer(environment, output=None, host=host, port=port, grace=None) as server:
@@ -97,7 +98,7 @@ def serve(
         except BaseException:  # Ctrl-C, or a signal
             if server.process.poll() is None:
                 print(
-                    "stopping after the running answers have finished; Ctrl-C again stops now",
+                    "stopping after the running answers have finished; press Ctrl-C again to stop now",
                     file=sys.stderr,
                 )
             raise

@@ -27,7 +27,7 @@ _OUTPUT_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def command(function: Callable[P, int | None]) -> Callable[P, NoReturn]:
-    """Make a typer command of a function. Its result, or the error that ended it, becomes the exit code:
+    """Turn a function into a typer command. Its result, or the error that ended it, becomes the exit code:
     1 for an error, which is printed on one line, and 128 + N for signal N."""
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The command `tokenize`: the token ids of prompts, from the tokenizer's files alone.
+"""The command `tokenize`: the token ids of prompts, without loading the weights.
 
 Reads and prints one JSON object per line.
 """
@@ -24,9 +24,10 @@ _LLAMA_2_CONTEXT = 4096
 
 @command
 def tokenize() -> int:
-    """Read inputs as JSON, one object per line, and print their token ids and formatted text.
+    """Read inputs from standard input, one JSON object per line, and print their token ids.
 
-    The exit code is 1 if any line has an error; the other lines are still answered.
+    Each output line has the `token_ids` and the formatted `text`, or an `error`. The exit code is 1 if any
+    line has an error; the other lines are still processed.
     """
     from llama.prompt.limits import PromptLimits
     from llama.serving.schema import input_defaults

@@ -1,4 +1,4 @@
-"""The commands `weights pull`, `verify`, `lock` and `pack`: prepare a weights folder before it is served."""
+"""The commands `weights pull`, `verify`, `lock` and `pack`, which prepare a weights folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from llama.weights.folder import pull as pull_folder
 from llama.weights.folder import verify as verify_folder
 
 weights = typer.Typer(
-    help="Download, verify, lock and pack the weights. The manifest of the files is LLAMA_WEIGHTS_MANIFEST, "
-    "unset: weights.txt.",
+    help="Download, verify, lock and pack the weights. LLAMA_WEIGHTS_MANIFEST names the manifest, which "
+    "lists the files and their URLs; the default is weights.txt.",
     no_args_is_help=True,
 )
 
 FolderArgument = Annotated[
     Path | None,
-    typer.Argument(help="The weights folder. Left out: LLAMA_WEIGHTS, or weights/llama-2-70b-chat if unset."),
+    typer.Argument(
+        help="The weights folder; by default LLAMA_WEIGHTS or, if that is unset, weights/llama-2-70b-chat."
+    ),
 ]
 
 
@@ -94,7 +96,7 @@ def pack(
     target: Annotated[Path, typer.Argument(help="A new folder for the packed weights.")],
     quantization: Annotated[Packing, typer.Option(help="The precision of the linear layers.")] = Packing.NF4,
 ) -> None:
-    """Quantize the weights in LLAMA_WEIGHTS into a new folder, so that later starts read less."""
+    """Quantize the weights in LLAMA_WEIGHTS into a new folder, so that later starts read fewer bytes."""
     from llama.model.pack import pack as pack_folder
     from llama.model.placement import pick_device
 

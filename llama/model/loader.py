@@ -76,8 +76,8 @@ def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> Llama
         ) from error
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # checks of torch and bitsandbytes
         raise BadCheckpoint(
-            f"the tensor {name} in {folder} cannot be loaded ({error}); copy the file again, or set another "
-            "LLAMA_QUANTIZATION or LLAMA_DEVICE if this device does not support the operation"
+            f"the tensor {name} in {folder} cannot be loaded ({error}); copy the weights again or, if this "
+            "device does not support the operation, set LLAMA_QUANTIZATION or LLAMA_DEVICE to another value"
         ) from error
     assembler.check_complete(folder)
     model.tie_weights()

@@ -1,7 +1,7 @@
 """How much more memory this process can use: what the machine has available, or less in a container.
 
 A container's limits are read from the files of Linux control groups, which the kernel's documentation of
-cgroup v1 and v2 describes. Other systems, such as macOS, do not have these files, and so no limits.
+cgroup v1 and v2 describes. Other systems, such as macOS, do not have these files, so no such limit applies.
 """
 
 from __future__ import annotations

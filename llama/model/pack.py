@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,8 +23,8 @@ from llama.model.checkpoint import Checkpoint
 from llama.model.config import load_config
 from llama.model.precision_plan import bytes_of_weights
 from llama.model.quantized_layers import Quantization, quantize, to_config, to_stored
-from llama.weights.disk import LOCK, PACKED, disk_errors, folder_lock
-from llama.weights.file_checks import INDEX, SINGLE, read_object
+from llama.weights.disk import LOCK, disk_errors, folder_lock, sync
+from llama.weights.file_checks import INDEX, PACKED, SINGLE, read_object
 from llama.weights.manifest import is_read
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
         for path in part.glob("*.safetensors"):
             path.chmod(mode)  # safetensors creates files that only their owner can read
         for path in [*part.iterdir(), part]:
-            _sync(path)  # before the rename, so that a power failure leaves a complete folder or none
+            sync(path)  # before the rename, so that a power failure leaves a complete folder or none
         part.rename(target)
         (target / LOCK).unlink()
 
@@ -75,16 +74,8 @@ def _check_disk(source: Path, part: Path, quantization: Quantization) -> None:
     if wanted > free:
         raise DiskFull(
             f"the packed weights need {wanted / 1e9:.1f} GB, but the disk of {part} has only "
-            f"{free / 1e9:.1f} GB free; free {(wanted - free) / 1e9:.1f} GB or pack to another disk"
+            f"{free / 1e9:.1f} GB free; free another {(wanted - free) / 1e9:.1f} GB or pack to another disk"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(

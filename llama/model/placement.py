@@ -1,6 +1,6 @@
 """Decides the device and the precision of the torch engine's model once, from settings and config.json.
 
-`precision_plan.py` chooses the quantization; `vllm_engine/start.py` handles the exceptions for vLLM. Knows
+`precision_plan.py` chooses the quantization; `vllm_engine/start.py` handles what is different for vLLM. Knows
 settings, devices and dtypes; knows nothing about files or how a layer computes.
 """
 

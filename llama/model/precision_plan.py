@@ -23,13 +23,13 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig
 
-from llama.errors import BadConfig, BadSettings, DoesNotFit
+from llama.errors import BadConfig, DoesNotFit
 from llama.model.quantized_layers import Quantization, bytes_of_weight
 from llama.settings import EngineName
 
 ENOUGH_REQUESTS = 8
-"""`auto` prefers a wider precision to a narrower one if it leaves memory for this many requests of full
-context."""
+"""`auto` prefers a wider precision to a narrower one if the wider one leaves memory for this many requests of
+full context."""
 
 RESERVE: dict[EngineName, int] = {"torch": 3 * 2**30, "vllm": 2 * 2**30}
 """Bytes of each GPU that are reserved for activations, graphs and workspaces, by engine. These are estimates
@@ -106,11 +106,11 @@ class Planner:
     dtype: torch.dtype = torch.bfloat16
     """The dtype of everything that is not quantized, including the cache."""
     stored: Quantization | None = "none"
-    """The precision in which the checkpoint stores its linear layers, which is kept. None for a format that
-    only vLLM can read."""
+    """The precision in which the checkpoint stores its linear layers. A checkpoint that is already quantized
+    keeps its precision. None for a format that only vLLM can read."""
 
     def plan(self) -> Plan:
-        """Calculate all precisions and choose one.
+        """Calculate what every precision needs, and choose one.
 
         The chosen one is the first of 16 bits, FP8, int8 and NF4 that leaves memory for ENOUGH_REQUESTS.
         If there is none, it is the one that leaves memory for the most requests. Raises BadConfig.
@@ -199,38 +199,9 @@ class Planner:
         needed = weights + self._bytes_per_request + RESERVE["torch"]
         return (
             f"use a GPU with {needed / 1e9:.0f} GB free (for {narrowest!r} and one request of "
-            f"{self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use several GPUs"
+            f"{self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use several GPUs with "
+            "LLAMA_ENGINE=vllm"
         )
-
-
-def parallel_sizes(
-    config: LlamaConfig, gpus: int, *, tensor: int | None, pipeline: int | None
-) -> tuple[int, int]:
-    """The number of pipeline stages, and of GPUs in each stage, for vLLM.
-
-    Sizes that are None are chosen to use all of the machine's `gpus`: tensor parallelism is as large as the
-    heads and the MLP divide evenly, and the pipeline uses the remaining GPUs. Raises BadSettings.
-    """
-    heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-
-    def divides(size: int) -> bool:
-        return heads % size == mlp % size == 0 and 0 in (kv_heads % size, size % kv_heads)
-
-    if tensor is None:
-        left = max(gpus // (pipeline or 1), 1)
-        tensor = max(size for size in range(1, left + 1) if left % size == 0 and divides(size))
-    elif not divides(tensor):
-        raise BadSettings(
-            f"LLAMA_TENSOR_PARALLEL is {tensor}, but the model has {heads} heads, {kv_heads} key/value heads "
-            f"and an MLP width of {mlp}; set it to a number that divides the heads and the MLP width, and "
-            "that divides the key/value heads or is a multiple of them"
-        )
-    return pipeline or max(gpus // tensor, 1), tensor
-
-
-def assume_identical(gpus: Sequence[Gpu], workers: int) -> tuple[Gpu, ...]:
-    """The GPUs of all workers. Every one is assumed to be like the smallest GPU of this machine."""
-    return (min(gpus, key=lambda gpu: gpu.free),) * workers if gpus else ()
 
 
 def bytes_of_weights(

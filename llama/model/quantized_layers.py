@@ -59,7 +59,7 @@ def quantize(
 
 
 def _rounded_to_nf4(weight: Tensor) -> Tensor:
-    """Quantize a weight [out, in] to a parameter of bitsandbytes, one block at a time."""
+    """Quantize a weight [out, in] to a parameter of bitsandbytes, BLOCK_SIZE weights at a time."""
     import bitsandbytes as bnb
 
     count, step = weight.numel(), BLOCK_SIZE[weight.device.type]
@@ -128,7 +128,7 @@ def stored_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def to_config(quantization: Quantization) -> dict[str, object]:
-    """The `quantization_config` of a `config.json`. transformers reads all of them, vLLM only FP8."""
+    """The `quantization_config` of a `config.json`. transformers reads every format; vLLM reads only FP8."""
     match quantization:
         case "none":
             return {}

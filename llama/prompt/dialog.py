@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama.errors import BadMessages, PromptRequired
+from llama.errors import BadMessages, PromptRequired, json_type
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>", "<</SYS>>"
@@ -83,18 +83,16 @@ def read_messages(messages: Sequence[Any], system_prompt: str) -> Dialog:
 def _role_and_content(index: int, message: Any) -> tuple[str, str]:
     advice = 'send {"role": "user", "content": "..."}, with the role system, user or assistant'
     if not isinstance(message, dict):
-        raise BadMessages(f"message {index} is of type {type(message).__name__}, not an object; {advice}")
+        raise BadMessages(f"message {index} is {json_type(message)}, not an object; {advice}")
     if missing := {"role", "content"} - message.keys():
-        raise BadMessages(f"message {index} has no {min(missing)}; {advice}")
+        raise BadMessages(f"message {index} lacks the key {min(missing)}; {advice}")
     if len(message) > 2:
         raise BadMessages(f"message {index} has keys other than role and content; {advice}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in ("system", "user", "assistant"):
         raise BadMessages(f"message {index} has an unknown role; {advice}")
     if not isinstance(content, str):
-        raise BadMessages(
-            f"message {index} has content of type {type(content).__name__}, not a string; {advice}"
-        )
+        raise BadMessages(f"the content of message {index} is {json_type(content)}, not a string; {advice}")
     return role, content
 
 

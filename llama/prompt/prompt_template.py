@@ -48,8 +48,8 @@ class PromptTemplate:
         self._pieces = [piece for piece in _PLACEHOLDER.split(template) if piece is not None]
         if "prompt" not in self._pieces[1::2]:
             raise BadPromptTemplate(
-                f"prompt_template has {len(template)} characters but does not contain {{prompt}}; put "
-                "{prompt} where the prompt belongs, or leave prompt_template out"
+                "prompt_template does not contain {prompt}; put {prompt} where the prompt belongs, or leave "
+                "prompt_template out"
             )
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama.errors import BadMessages, InvalidInput, PromptRequired, UnsupportedWeights
+from llama.errors import BadMessages, InvalidInput, PromptRequired, UnsupportedWeights, json_type
 from llama.prompt.dialog import B_INST, Dialog, read_messages, read_prompt
 from llama.prompt.limits import PromptLimits
 from llama.prompt.prompt_template import FormattedPrompt, PromptTemplate, is_default, raw_text
@@ -108,19 +108,19 @@ def _within(dialog: Dialog, limits: PromptLimits) -> Dialog:
 def _messages(inputs: Mapping[str, Any]) -> list[Any]:
     messages = inputs.get("messages")
     if messages is not None and not isinstance(messages, list):
-        raise BadMessages(f"messages is of type {type(messages).__name__}; send a list of messages")
+        raise BadMessages(f"messages is {json_type(messages)}; send an array of messages")
     return messages or []
 
 
 def _text(inputs: Mapping[str, Any], name: str) -> str:
     value = inputs.get(name)
     if value is not None and not isinstance(value, str):
-        raise InvalidInput(f"{name} is of type {type(value).__name__}; send a string")
+        raise InvalidInput(f"{name} is {json_type(value)}; send a string")
     return value or ""
 
 
 def _flag(inputs: Mapping[str, Any], name: str) -> bool:
     value = inputs.get(name, False)
     if not isinstance(value, bool):
-        raise InvalidInput(f"{name} is of type {type(value).__name__}; send true or false")
+        raise InvalidInput(f"{name} is {json_type(value)}; send true or false")
     return value

@@ -40,7 +40,7 @@ def server_environment(port: int) -> dict[str, str]:
     baked = {
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "COG_MAX_CONCURRENCY": str(DEFAULT_CONCURRENCY),
-        # The events kept for a client that joins a running stream; no answer has as many.
+        # The number of events kept for a client that joins a running stream. No answer has that many.
         "COG_STREAM_HISTORY_CAPACITY": "65536",
         "PYTHONUNBUFFERED": "1",
     }
@@ -100,7 +100,7 @@ class ChildServer(ABC):
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # A single system call, prepared before the fork, is safe with threads.
+            # It makes only system calls, which are prepared before the fork: this is safe with threads.
             preexec_fn=_terminate_with_parent(),  # noqa: PLW1509
         )
         return self
@@ -125,12 +125,17 @@ class ChildServer(ABC):
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ServerFailed(f"the server ended with exit code {self.process.returncode}")
+                raise ServerFailed(
+                    f"the server ended with exit code {self.process.returncode}; run `python -m llama serve` "
+                    "to see its log"
+                )
             with suppress(httpx2.TransportError):
                 if self.ready():
                     return
             time.sleep(0.05)
-        raise ServerFailed(f"the server was not ready after {timeout:.0f} s")
+        raise ServerFailed(
+            f"the server was not ready after {timeout:.0f} s; run `python -m llama serve` to see its log"
+        )
 
 
 class CogServer(ChildServer):

@@ -102,7 +102,7 @@ class ChatTemplateTokenizer(Tokenizer):
 
         To distinguish these tokens from the same words in a caller's text, the contents are masked: the first
         character of every control word is replaced by a private-use character that does not occur in the
-        dialogue. The template must then have written any control word in the rendered text.
+        dialogue. Any control word in the rendered text was then written by the template.
         """
         messages = _messages(dialog)
         mask = _mask_for(messages, {word[0] for word in self._special})

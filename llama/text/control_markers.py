@@ -54,7 +54,7 @@ class ControlMarkers:
     def encode(self, segments: Iterable[Segment]) -> list[int]:
         """Encode the segments.
 
-        Raises InvalidInput if the token ids contain other control tokens than the segments.
+        Raises InvalidInput unless the control tokens in the result are exactly those of the segments.
         """
         segments = list(segments)
         text = "".join(self._marker[s] if isinstance(s, int) else without_surrogates(s) for s in segments)

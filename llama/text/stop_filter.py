@@ -31,7 +31,9 @@ class StopFilter:
         self._link()
 
     def update(self, text: str, *, may_stop: bool = True) -> str:
-        """Return the text that can no longer be part of a stop sequence; "" once a sequence was found.
+        """Return the text that can no longer be part of a stop sequence.
+
+        After a stop sequence has been found, later calls return "".
 
         If `may_stop` is false, a stop sequence that ends in `text` is ignored. A stop sequence that begins in
         `text` and ends in later text still counts.
@@ -49,7 +51,9 @@ class StopFilter:
                 kept = self._held + text[: index + 1]
                 self._held = ""
                 return kept[: len(kept) - length]
-            while self._state and not self._next[self._state]:  # no longer stop sequence begins with this
+            while (
+                self._state and not self._next[self._state]
+            ):  # there is no longer sequence that begins with this one
                 self._state = self._fail[self._state]
         kept = self._held + text
         cut = len(kept) - self._depth[self._state]

@@ -1,4 +1,4 @@
-"""The interface of every tokenizer, which encodes prompts exactly as the model was trained on them.
+"""The interface of every tokenizer, which encodes prompts exactly as in the model's training.
 
 A prompt is a sequence of segments: runs of text, and ids of control tokens. Text is never encoded as a
 control token. Knows nothing about sampling, engines or weights.

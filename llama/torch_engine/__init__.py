@@ -1,1 +1,1 @@
-"""The default engine: continuous batching on one device, with a model loaded by transformers."""
+"""The default engine: continuous batching on one device, with the layers of a transformers model."""

@@ -29,11 +29,12 @@ from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
-# The prompt tokens of a step are limited, so that no stream pauses for more than about two decode steps. Each
-# prompt gets `base + per_stream x decoding requests` tokens, and MOST_PROMPT_TOKENS limits their sum.
+# The prompt tokens of a step are limited, so that no stream pauses for more than about two decode steps.
+# While requests decode, the limit is `base + per_stream x decoding requests`, times one plus the number of
+# waiting requests, and at most MOST_PROMPT_TOKENS. The first prompt may use all of it.
 _SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
 MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
-_SAME_LENGTH = 256  # decode steps whose longest requests differ by less take about the same time
+_SAME_LENGTH = 256  # decode steps take about the same time if their longest requests differ by less than this
 
 
 class Batch:
@@ -67,7 +68,8 @@ class Batch:
         self._runner.capture()
 
     def run_largest_prefill(self) -> None:
-        """Run the largest prefill, so that a lack of memory raises OutOfMemoryError now, not in a request."""
+        """Run the largest prefill, so that a lack of memory raises OutOfMemoryError now and not during a
+        request."""
         count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)
         self._runner.prefill([Chunk(0, self.shape.length - count, self._tensor([0] * count))])
 
@@ -104,7 +106,8 @@ class Batch:
     def step(self) -> None:
         """Decode one token for every request whose prompt has been read, and read more prompts.
 
-        If reading a prompt fails, only that request fails. If this method raises, all requests have failed.
+        If reading a prompt fails, only that request fails. If this method raises an exception, the caller
+        must fail all requests.
         """
         self._drop_cancelled()
         self._prefill()
@@ -122,7 +125,7 @@ class Batch:
         left = self._prefill_budget()
         while chunks := self._next_chunks(left):
             left -= sum(len(chunk.token_ids) for chunk in chunks.values())
-            # Last row first: if its request ends with the first token, the lower rows do not change.
+            # In reverse, so that a request that ends with its first token does not change the other rows.
             for request, logits in reversed(self._read(chunks).items()):
                 ended: dict[int, bool] = {}
                 if request.cached == request.prompt_length:
@@ -139,7 +142,7 @@ class Batch:
         return min(budget, MOST_PROMPT_TOKENS[device])
 
     def _next_chunks(self, most: int) -> dict[BatchRequest, Chunk]:
-        """Return the chunks to read together, at most `most` tokens."""
+        """Return the chunks to read together, with at most `most` tokens in total."""
         chunks: dict[BatchRequest, Chunk] = {}
         left = most
         while left > 0 and (entry := self._scheduler.next_prefill({chunk.row for chunk in chunks.values()})):
@@ -152,7 +155,7 @@ class Batch:
                 chunks[request] = Chunk(row, request.cached, token_ids, request.stretched)
                 left -= len(token_ids)
             if request not in chunks and row < self.running:
-                chunks, left = {}, most  # it failed, and its row is free or another's: start again
+                chunks, left = {}, most  # it failed, and another request is in its row now: start again
         return chunks
 
     def _read(self, chunks: dict[BatchRequest, Chunk]) -> dict[BatchRequest, Tensor]:
@@ -165,7 +168,7 @@ class Batch:
                 logits = self._runner.prefill([*chunks.values()])
                 return dict(zip(chunks, torch.split(logits, 1), strict=True))
             except Exception as error:
-                logger.warning("%d prompts could not be read in one step (%s)", len(chunks), error)
+                logger.warning("%d prompts failed together (%s); reading each alone", len(chunks), error)
         read: dict[BatchRequest, Tensor] = {}
         # Highest row first: if its request fails, the lower rows do not change.
         for request, chunk in sorted(chunks.items(), key=lambda item: -item[1].row):
@@ -174,7 +177,7 @@ class Batch:
         return read
 
     def _begin_answer(self, request: BatchRequest, logits: Tensor) -> dict[int, bool]:
-        """Let a request whose prompt has been read take part in decoding, and emit its first token. Return
+        """Start decoding a request whose prompt has been read, and emit its first token. Return
         what `_emit` returns."""
         row = self._scheduler.running.index(request)
         self._sampler.add(row, self._tensor(request.tokens), request.params)
@@ -227,7 +230,8 @@ class Batch:
         """Put the next token into a request's stream. Return whether the request has ended."""
         stream, params = request.stream, request.params
         if token == NOT_FINITE:
-            stream.fail(GenerationFailed("the model's logits are not finite; try a wider LLAMA_DTYPE"))
+            advice = "set LLAMA_DTYPE to bfloat16 or float32"
+            stream.fail(GenerationFailed(f"the model's output is not finite; {advice}"))
             return True
         if token in self._eos and request.generated >= params.minimum:
             stream.finish("stop")
@@ -241,7 +245,7 @@ class Batch:
         return True
 
     def _release(self, ended: dict[int, bool]) -> None:
-        """Free rows, highest first, so that few other requests have to move."""
+        """Free rows, highest first, so that the numbers of the remaining rows stay valid."""
         for row in sorted(ended, reverse=True):
             self._scheduler.release(row, sound=ended[row])
 

@@ -37,7 +37,7 @@ class StepGraphs:
     """A step that was captured at several batch sizes and lengths, and can be called with any."""
 
     def __init__(self, step: Step, rows: int, context: int) -> None:
-        """Capture all graphs, which takes about 0.1 s per graph.
+        """Capture all graphs, which takes an estimated 0.1 s per graph (not measured).
 
         After an error, torch cannot be used any more: its allocator and stream stay in the failed capture.
         """

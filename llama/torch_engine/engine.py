@@ -81,8 +81,8 @@ class TorchEngine:
         except torch.OutOfMemoryError as error:
             loaded.set_exception(
                 DoesNotFit(
-                    "the device does not have enough memory for the key/value cache and the largest step "
-                    f"({error}); set a smaller LLAMA_CACHE_MEMORY or LLAMA_MAX_CONTEXT"
+                    "the device does not have enough memory for the key/value cache and the largest prefill "
+                    f"step ({error}); set a smaller LLAMA_CACHE_MEMORY or LLAMA_MAX_CONTEXT"
                 )
             )
             return

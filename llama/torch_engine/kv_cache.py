@@ -38,8 +38,9 @@ def fit_cache(config: LlamaConfig, dtype: torch.dtype, *, budget: int, context: 
     length = min(context, budget // per_token)
     if length < min(context, SMALLEST_CONTEXT):
         raise DoesNotFit(
-            f"the key/value cache may use {budget} bytes, and each token needs {per_token} bytes; set "
-            f"LLAMA_CACHE_MEMORY to at least {per_token * SMALLEST_CONTEXT} bytes, or use a smaller model"
+            f"the key/value cache is limited to {budget} bytes, but the shortest context of "
+            f"{SMALLEST_CONTEXT} tokens needs {per_token * SMALLEST_CONTEXT} bytes; set LLAMA_CACHE_MEMORY to "
+            "at least that many bytes, or use a smaller model"
         )
     return CacheShape(rows=min(rows, budget // (per_token * length)), length=length)
 

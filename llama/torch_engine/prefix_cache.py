@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A shorter prefix is computed again: all prompts share their first tokens.
+# A shorter prefix is not worth a copy: most prompts share a few first tokens, such as BOS and "[INST]".
 _WORTH_A_COPY = 16
 
 
@@ -42,7 +42,7 @@ class PrefixCache:
 
     def reuse(self, home: int, prompt: list[int], running: Sequence[list[int]]) -> tuple[list[Copy], int]:
         """Return the copies, in order, that give the free row `home` the longest cached prefix of `prompt`,
-        and the length of that prefix. It never includes the last token, whose logits are needed.
+        and the length of that prefix. It never includes the last token of `prompt`, whose logits are needed.
 
         `running` has the cached token ids of the rows below `home`.
         """

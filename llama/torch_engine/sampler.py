@@ -1,6 +1,6 @@
 """Sample the next tokens of a batch from logits, on the model's device. Every request has its own parameters.
 
-The rules are functions with one parameter per row. They are applied in the order of the API: repetition,
+The rules are functions with one parameter per row. They are applied in this order: repetition,
 frequency, presence, minimum tokens, temperature, top_k, top_p. `Sampler` keeps the parameters of each row in
 tensors, so that a step needs nothing from the host. The noise of a seeded request depends only on its seed
 and on the token's position in the answer.
@@ -20,7 +20,8 @@ from llama.torch_engine.rows import Rows
 NOT_FINITE = -1
 """Returned in place of a token if a row of logits is not finite."""
 
-# On a CPU, only the best logits are sorted at first: sorting all 32,000 takes longer than everything else.
+# On a CPU, only the best logits are sorted at first: sorting all 32,000 takes longer than the rest of
+# sampling.
 _SHORTLIST = 256
 # A lower temperature is raised to this one: a caller may send a number that float32 cannot represent, and
 # sampling at this temperature is practically greedy already.
@@ -56,7 +57,7 @@ def keep_top_k(ordered: Tensor, top_k: Tensor) -> Tensor:
 
 
 def keep_top_p(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Return which tokens have less than p of the probability before them, [B, S] bool.
+    """Return, for each token, whether the probabilities before it sum to less than p, [B, S] bool.
 
     `probabilities` [B, S] are sorted, highest first. The first token is always kept. If p is 1 or more, all
     are kept.
@@ -74,7 +75,9 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # the product below may round up to the total
+    below = torch.nextafter(
+        total, torch.zeros_like(total)
+    )  # the product on the next line may round up to the total
     index = torch.searchsorted(cumulative, torch.minimum(uniform[:, None] * total, below), right=True)
     return index[:, 0].clamp(max=weights.shape[-1] - 1)  # needed if weights are not finite
 

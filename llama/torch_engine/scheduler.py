@@ -19,7 +19,7 @@ from llama.torch_engine.prefix_cache import PrefixCache, shares_prefix
 
 
 class RequestState(Enum):
-    """The states of a request, in order. A request may end in any state."""
+    """The states of a request, in order. It may go to ENDED from every other state."""
 
     WAITING = auto()
     """The request is waiting for a row."""
@@ -52,12 +52,13 @@ class BatchRequest:
 
     @property
     def prefix_key(self) -> list[int]:
-        """Its tokens for the prefix cache. A stretched request has negative ones, which match no others."""
+        """Its tokens for the prefix cache. The ids of a stretched request are
+        negated, so that they match only those of other stretched requests."""
         return [~token for token in self.tokens] if self.stretched else self.tokens
 
 
 class RowStorage(Protocol):
-    """Everything that belongs to a row. `count` is a number of keys and values, from the first on."""
+    """Everything that belongs to a row. Every `count` is a number of positions, from the first one."""
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Copy keys and values to another row."""
@@ -131,8 +132,8 @@ class Scheduler:
     def release(self, row: int, *, sound: bool = True) -> None:
         """Take a request out of its row, and move the last running request there.
 
-        If its keys and values are `sound`, they stay in the cache for other requests to reuse. Otherwise,
-        they are overwritten.
+        If the keys and values of the removed request are `sound`, they stay in the cache for other requests
+        to reuse. Otherwise, they are overwritten.
         """
         request, last = self.running[row], self.running[-1]
         end = len(self.running) - 1

@@ -93,7 +93,7 @@ class VLLMEngine:
         if not params.greedy and not _COLDEST <= params.temperature <= _HOTTEST:
             raise NotSupported(
                 f"temperature is {params.temperature:g}, but the vllm engine supports only 0 and "
-                f"{_COLDEST:g} to {_HOTTEST:g}; send one of these"
+                f"values from {_COLDEST:g} to {_HOTTEST:g}; send one of those"
             )
 
     def submit(self, token_ids: Sequence[int], params: SamplingParams) -> TokenStream:
@@ -152,7 +152,7 @@ class VLLMEngine:
             await asyncio.sleep(_REPORT_EVERY)
             if self._answers:
                 rate = (self._tokens - before) / _REPORT_EVERY
-                logger.info("engine: %d running or waiting, %.1f tokens/s", len(self._answers), rate)
+                logger.info("engine: %d requests running or waiting, %.1f tokens/s", len(self._answers), rate)
 
     async def _end(self) -> None:
         self._reporting.cancel()

@@ -18,7 +18,8 @@ from llama.errors import BadSettings
 from llama.model.checkpoint import Checkpoint
 from llama.model.memory import available_memory
 from llama.model.placement import planner_for
-from llama.model.precision_plan import Gpu, Planner, assume_identical, bytes_per_token, parallel_sizes
+from llama.model.parallel_sizes import assume_identical, parallel_sizes
+from llama.model.precision_plan import Gpu, Planner, bytes_per_token
 from llama.model.quantized_layers import Quantization
 from llama.settings import Settings
 from llama.setup_times import SetupTimes
@@ -126,7 +127,7 @@ def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> Asyn
         skip_tokenizer_init=True,
         dtype=str(planner.dtype).removeprefix("torch."),
         quantization=_quantization(replace(planner, gpus=assume_identical(gpus, workers)), settings),
-        # This is vLLM's name for the FP8 format of `weights pack`.
+        # vLLM calls the FP8 format of `weights pack` so, and refuses it as deprecated without this.
         allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,

@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The error numbers of a full disk, an exceeded quota and a file above the allowed size."""
 
-PACKED = "packed_by_weights_pack"
-"""The key in `config.json` that marks a folder written by `weights pack`."""
-
 LOCK = ".lock"
 """The name of the lock file in a folder that is being written."""
 
@@ -39,7 +36,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            logger.info("another process is writing to %s; waiting until it ends", folder)
+            logger.info("another process is writing to %s; waiting for it to finish", folder)
             lock.acquire()
     try:
         yield
@@ -56,12 +53,13 @@ def move_into_place(part: Path, path: Path) -> None:
     """Rename a finished file. It is written to the disk first, so that after a power cut the file under the
     final name is either complete or missing. May raise OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sync(part)
+    sync(part)
     part.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Write a file or the entries of a folder to the disk. May raise OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,16 +69,15 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn OSError into DiskFull or DownloadFailed. `path` is the file that is being written."""
+    """Turn OSError into DiskFull or DownloadFailed. `path` is the file or folder that is read or written."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise DiskFull(
-                f"the disk of {path.parent} is full; free some space and pull again, which keeps the files "
-                "that are complete"
+                f"the disk of {path.parent} is full; free some space and run the command again"
             ) from error
         raise DownloadFailed(
-            f"{path} cannot be written ({error.strerror or type(error).__name__}); choose a folder that "
-            "this user may write to"
+            f"{path} cannot be read or written ({error.strerror or type(error).__name__}); choose a folder "
+            "that this user may read and write"
         ) from error

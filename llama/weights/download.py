@@ -10,11 +10,12 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama.errors import DiskFull, LlamaError
 from llama.weights.disk import disk_errors
@@ -28,38 +29,48 @@ from llama.weights.transfer import Source, Transfer
 
 logger = logging.getLogger(__name__)
 
-_GRACE = 1.0  # seconds that threads have to stop
+_GRACE = 1.0  # seconds to wait for the threads to stop
 
 
 def download(sources: Sequence[Source], folder: Path, retry: RetryPolicy, token: str | None) -> int:
     """Download the files that are missing or wrong. Returns their number.
 
-    `token` is sent to the hub only. Raises DiskFull, DamagedWeights or DownloadFailed for the first fault,
-    after the other files have been tried, and logs the other faults.
+    `token` is sent to the hub only. Raises BadManifest, BadSettings, DiskFull, DamagedWeights or
+    DownloadFailed. A fault before the first download, and a full disk, are raised at once. After any other
+    fault, the other files are tried first, and all faults but the first are logged.
     """
     stop = threading.Event()
+    located = [(source, hub_location(source.url, source.name)) for source in sources]
     with ExitStack() as stack:
         servers = HttpServers(stack.enter_context(Transport(retry.timeout)), retry, stop)
         hub = None
-        if any(hub_location(source.url) for source in sources):
+        if any(location for _, location in located):
             hub = stack.enter_context(Hub(folder, token, retry, stop))
-        return _Download(servers, hub, HashCache(folder), stop).run(sources, folder, retry.workers)
+        probes = [
+            _Probe(source, partial(hub.describe, location) if hub and location else servers.describe)
+            for source, location in located
+        ]
+        return _Download(hub, HashCache(folder), stop).run(probes, folder, retry.workers)
+
+
+class _Probe(NamedTuple):
+    source: Source
+    describe: Callable[[Source], Transfer]
+    """Asks the server about the file."""
 
 
 class _Download:
-    def __init__(
-        self, servers: HttpServers, hub: Hub | None, hashes: HashCache, stop: threading.Event
-    ) -> None:
-        self._servers, self._hub, self._hashes, self._stop = servers, hub, hashes, stop
+    def __init__(self, hub: Hub | None, hashes: HashCache, stop: threading.Event) -> None:
+        self._hub, self._hashes, self._stop = hub, hashes, stop
 
-    def run(self, sources: Sequence[Source], folder: Path, workers: int) -> int:
+    def run(self, probes: Sequence[_Probe], folder: Path, workers: int) -> int:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="download")
         tasks = list[Future[Any]]()
         try:
             # Ask about every file before anything is written, so that a refusal is reported at once.
-            probes = [pool.submit(self._probe, source) for source in sources]
-            tasks += probes
-            found = [transfer for probe in probes if (transfer := probe.result()) is not None]
+            asked = [pool.submit(self._probe, *probe) for probe in probes]
+            tasks += asked
+            found = [transfer for answer in asked if (transfer := answer.result()) is not None]
             if found:
                 for transfer in found:
                     _remove_stale_parts(transfer)
@@ -77,16 +88,12 @@ class _Download:
             wait([task for task in tasks if not task.done()], timeout=_GRACE)
             self._hashes.save()
 
-    def _probe(self, source: Source) -> Transfer | None:
+    def _probe(self, source: Source, describe: Callable[[Source], Transfer]) -> Transfer | None:
         """Ask a server about a file. Returns None if the file is in place already."""
         with disk_errors(source.path):
             if source.sha256 and self._is_in_place(source.path, source.sha256):
                 return None
-            location = hub_location(source.url)
-            if self._hub is not None and location is not None:
-                transfer: Transfer = self._hub.describe(source, location)
-            else:
-                transfer = self._servers.describe(source)
+            transfer = describe(source)
             transfer.check_verifiable()
             in_place = not source.sha256 and self._is_in_place(source.path, transfer.sha256, transfer.size)
             return None if in_place else transfer
@@ -109,7 +116,8 @@ class _Download:
 def _finish(fetches: Sequence[Future[None]], transfers: Sequence[Transfer], stop: threading.Event) -> None:
     """Show the progress until all downloads have ended. Raises the first fault and logs the others."""
     total = sum(t.size or 0 for t in transfers)
-    logger.info("%d files to download, %.1f GB", len(transfers), sum(t.missing for t in transfers) / 1e9)
+    files = "1 file" if len(transfers) == 1 else f"{len(transfers)} files"
+    logger.info("%s to download, %.1f GB", files, sum(t.missing for t in transfers) / 1e9)
     pending, faults = set(fetches), list[BaseException]()
     with progress(total, sum(t.received for t in transfers)) as show:
         while pending:

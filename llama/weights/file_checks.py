@@ -19,6 +19,9 @@ _TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+PACKED = "packed_by_weights_pack"
+"""The key in `config.json` that marks a folder written by `weights pack`."""
+
 
 def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
     """Read a JSON object from a file. Raises `kind` if the file is missing, unreadable or anything else."""

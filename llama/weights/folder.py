@@ -1,4 +1,4 @@
-"""The folder of weights that is served, and how the manifest fills and verifies it.
+"""The folder of weights that is served, and how it is filled and verified according to the manifest.
 
 Knows folders, the manifest and the settings; knows nothing about HTTP (`download.py`) or tensors.
 """
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from llama.errors import BadCheckpoint, BadConfig, BadSettings, DamagedWeights, WeightsNotFound
 from llama.settings import ROOT, Settings, expanded
-from llama.weights.disk import PACKED, file_sha256, folder_lock
+from llama.weights.disk import file_sha256, folder_lock
 from llama.weights.embedded import embedded_folder
-from llama.weights.file_checks import INDEX, file_names, find_fault, read_object
+from llama.weights.file_checks import INDEX, PACKED, file_names, find_fault, read_object
 from llama.weights.manifest import Entry, path_in, read_manifest, rebase, write_hashes
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def weights_folder(settings: Settings) -> Path:
     if not _is_folder(folder):
         raise WeightsNotFound(
             f"LLAMA_WEIGHTS is {folder}, which is not a folder; set it to a folder in Hugging Face format "
-            "(config.json, safetensors, tokenizer), or set LLAMA_PULL to 1"
+            "(config.json, safetensors, tokenizer), or set LLAMA_PULL to 1 to download the files of the "
+            "manifest at setup"
         )
     return folder
 
@@ -120,7 +121,10 @@ def verify(folder: Path, entries: Sequence[Entry], *, hash_all: bool = False) ->
     are returned.
     """
     if not _is_folder(folder):
-        raise WeightsNotFound(f"{folder} is not a folder; create it with `python -m llama weights pull`")
+        raise WeightsNotFound(
+            f"{folder} does not exist or is not a folder; create it with "
+            f"`python -m llama weights pull {folder}`"
+        )
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(lambda e: _fault(folder, e, hashes, hash_all), entries))

@@ -19,23 +19,18 @@ from typing import Self
 import httpx2
 
 from llama.errors import BadSettings, DownloadFailed
+from llama.weights.retry import Transient
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", re.IGNORECASE)
-_FORBIDDEN = (401, 403)
 _CONNECT_TIMEOUT = 10.0
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
-"""Statuses that are worth another try."""
+"""Statuses after which another attempt may succeed."""
 
-
-class Transient(Exception):
-    """A failure after which another attempt may succeed. `retry_after` is the server's request in seconds."""
-
-    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
+FORBIDDEN = (401, 403)
+"""Statuses of a server that wants another token, and of storage whose signed URL has expired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +71,12 @@ class ResponseHead:
         Raises Transient if another attempt may help, otherwise DownloadFailed.
         """
         status, host = self.response.status_code, self.response.url.host
-        # The server behind a redirect refuses a signed URL that has expired.
+        # If the refusal came from a server behind a redirect, a signed URL has probably expired.
         asked = self.response.history[0] if self.response.history else self.response
-        expired = status in _FORBIDDEN and asked.url.netloc != self.response.url.netloc
+        expired = status in FORBIDDEN and asked.url.netloc != self.response.url.netloc
         if status in RETRIED or expired:
             raise Transient(f"HTTP {status} from {host}", retry_after(self.response.headers))
-        if status in _FORBIDDEN:
+        if status in FORBIDDEN:
             raise DownloadFailed(
                 f"{name}: HTTP {status} from {host}, to which no token is sent; make the file readable "
                 "without one, or correct the manifest or LLAMA_WEIGHTS_BASE_URL"
@@ -98,7 +93,7 @@ class ResponseHead:
     def check_whole(self) -> None:
         """Raises Transient unless the body is the file from its first byte."""
         if self.start != 0:
-            raise Transient(f"{self.response.url.host} sent another range than the one requested")
+            raise Transient(f"{self.response.url.host} sent a different range from the one requested")
 
     def chunks(self) -> Iterator[bytes]:
         """The body, as it arrives."""
@@ -131,26 +126,34 @@ class Transport:
         self._client.close()
 
     @contextmanager
-    def get(self, url: str, headers: Mapping[str, str]) -> Iterator[ResponseHead]:
-        """Send a request and follow redirects. The response may have any status.
+    def get(self, name: str, url: str, headers: Mapping[str, str]) -> Iterator[ResponseHead]:
+        """Request the file `name` and follow redirects. The response may have any status.
 
         Raises Transient or DownloadFailed, also while the body is being read.
         """
         try:
             with self._client.stream("GET", url, headers=headers) as response:
-                _check_redirects(response)
+                _check_redirects(name, response)
                 yield ResponseHead(response)
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise DownloadFailed(f"a URL in the manifest is not valid ({error}); correct it") from error
+            raise DownloadFailed(
+                f"{name}: its URL in the manifest is not valid ({error}); correct it"
+            ) from error
         except httpx2.TooManyRedirects as error:
             raise DownloadFailed(
-                f"{error.request.url.host} redirects without end; correct the manifest"
+                f"{name}: too many redirects from {error.request.url.host}; correct the manifest"
             ) from error
         except httpx2.UnsupportedProtocol as error:
             raise DownloadFailed(
-                f"a server redirects to {error.request.url.scheme}, which is not supported; correct the "
-                "manifest"
+                f"{name}: the server redirects to {error.request.url.scheme}://, which is not supported; "
+                "correct the manifest"
             ) from error
+        except httpx2.RemoteProtocolError as error:
+            if "location header" in str(error):
+                raise DownloadFailed(
+                    f"{name}: {error.request.url.host} redirects to an invalid URL; correct the manifest"
+                ) from error
+            raise transient(error, self._timeout) from error
         except httpx2.TransportError as error:
             raise transient(error, self._timeout) from error
 
@@ -179,12 +182,12 @@ def retry_after(headers: httpx2.Headers) -> float:
     return max(0.0, (date.astimezone(UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _check_redirects(response: httpx2.Response) -> None:
+def _check_redirects(name: str, response: httpx2.Response) -> None:
     """Raises DownloadFailed if a redirect led from HTTPS to HTTP, where anyone can change the file."""
     schemes = [r.url.scheme for r in (*response.history, response)]
     if "http" in schemes[schemes.index("https") if "https" in schemes else len(schemes) :]:
         raise DownloadFailed(
-            f"{response.history[0].url.host} redirects from https to http, which is not allowed; "
+            f"{name}: {response.history[0].url.host} redirects from https to http, which is not allowed; "
             "correct the manifest"
         )
 

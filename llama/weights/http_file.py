@@ -39,9 +39,9 @@ class HttpServers:
 
     def _ask(self, source: Source) -> HttpFile:
         # Request the first byte, because signed URLs refuse HEAD requests.
-        with self.transport.get(source.url, {"Range": "bytes=0-0"}) as head:
+        with self.transport.get(source.name, source.url, {"Range": "bytes=0-0"}) as head:
             head.check(source.name)
-            return HttpFile(source, head.total, source.sha256, 0, head.validator, self)
+            return HttpFile(source, head.total, source.sha256, head.validator, self)
 
 
 @dataclass(slots=True)
@@ -66,11 +66,11 @@ class HttpFile(Transfer):
         with PartialFile(self.part, keep=self.resumable) as part:
             resumed = part.size > 0
             self._receive_all(part)
-            if resumed and self.find_fault(part.path, part.size, part.sha256):
+            if resumed and self.fault_of(part.path, part.size, part.sha256):
                 logger.warning("%s: the partial file is damaged; starting over", self.source.name)
                 part.restart()
                 self._receive_all(part)
-            if fault := self.find_fault(part.path, part.size, part.sha256):
+            if fault := self.fault_of(part.path, part.size, part.sha256):
                 part.path.unlink()
                 raise self.damaged(fault)
             part.move_to(self.source.path)
@@ -87,7 +87,7 @@ class HttpFile(Transfer):
         self.received = part.size
         if part.size == self.size:
             return
-        with self.servers.transport.get(self.source.url, self._range(part.size)) as head:
+        with self.servers.transport.get(self.source.name, self.source.url, self._range(part.size)) as head:
             head.check(self.source.name)
             if (head.start, head.total) != (part.size, self.size):
                 part.restart()

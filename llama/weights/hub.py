@@ -14,21 +14,23 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-from llama.errors import BadSettings, DamagedWeights, DownloadFailed
+from llama.errors import BadManifest, BadSettings, DamagedWeights, DownloadFailed
 from llama.weights.disk import disk_errors, file_sha256, move_into_place
 from llama.weights.hub_faults import translate
 from llama.weights.retry import RetryPolicy, Stopped
 from llama.weights.transfer import Source, Transfer
 
 _STAGING = ".hub"
-_PATH = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+_HOST = "huggingface.co"
+_PATH = re.compile(r"/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +42,42 @@ class HubLocation:
     path: str
 
 
-def hub_location(url: str) -> HubLocation | None:
-    """Parse `https://huggingface.co/OWNER/NAME/resolve/REVISION/PATH`. Returns None for any other URL."""
+def hub_location(url: str, name: str) -> HubLocation | None:
+    """Parse a URL such as `https://huggingface.co/OWNER/NAME/resolve/REVISION/PATH`.
+
+    Returns None for a URL of another server. Raises BadManifest for any other URL of the hub.
+    """
     parts = urlsplit(url)
-    match = _PATH.fullmatch(parts.path)
-    if (parts.scheme, parts.netloc, parts.query) != ("https", "huggingface.co", "") or match is None:
+    if parts.hostname != _HOST:
         return None
-    location = HubLocation(*map(unquote, match.groups()))
-    return None if {"", ".", ".."} & set(location.path.split("/")) else location
+    match = _PATH.fullmatch(parts.path)
+    location = HubLocation(*map(unquote, match.groups())) if match else None
+    if (
+        location is None
+        or {"", ".", ".."} & set(location.path.split("/"))
+        or (parts.scheme, parts.port or 443) != ("https", 443)
+        or parts.query not in ("", "download=true")  # the link that the hub's pages offer
+    ):
+        raise BadManifest(
+            f"the URL of {name} does not name a file of a model on the hub; write "
+            f"https://{_HOST}/OWNER/NAME/resolve/REVISION/PATH"
+        )
+    return location
 
 
 class Hub:
     """Access to the hub for one pull, as a context manager. The caller holds the lock of `folder`."""
 
     def __init__(self, folder: Path, token: str | None, retry: RetryPolicy, stop: threading.Event) -> None:
+        """Raises BadSettings if huggingface_hub cannot use its environment variables."""
+        _silence()
         self.staging = folder / _STAGING
-        self.retry, self.stop = retry, stop
+        # huggingface_hub itself tries five times at the failures that are worth it.
+        self.retry, self.stop = replace(retry, attempts=min(retry.attempts, _ATTEMPTS)), stop
         # False, because None would let huggingface_hub look for a token in other places.
         self.token: str | bool = token or False
 
     def __enter__(self) -> Self:
-        # Both libraries read this at their import. Without it, they report what runs here to the hub.
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        from huggingface_hub.utils import logging as hub_logging
-
-        # Its warnings contain signed URLs, and only repeat what it retries or raises.
-        self._verbosity = hub_logging.get_verbosity()
-        hub_logging.set_verbosity(logging.CRITICAL)
         # The parts of an earlier process, which huggingface_hub does not resume.
         with disk_errors(self.staging):
             for part in self.staging.rglob("*.incomplete"):
@@ -74,13 +85,10 @@ class Hub:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        from huggingface_hub.utils import logging as hub_logging
-
-        hub_logging.set_verbosity(self._verbosity)
         if kind is None:
             shutil.rmtree(self.staging, ignore_errors=True)
 
-    def describe(self, source: Source, location: HubLocation) -> HubFile:
+    def describe(self, location: HubLocation, source: Source) -> HubFile:
         """Ask the hub about a file. Raises BadSettings, DownloadFailed or DamagedWeights."""
         self._check_environment()
         return self.retry.call(
@@ -108,7 +116,7 @@ class Hub:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import FileMetadataError
 
-        with self.translated_faults(source.name):
+        with self.translated_faults(source.name, self.retry.timeout, from_storage=False):
             url = hf_hub_url(location.repository, location.path, revision=location.revision)
             metadata = get_hf_file_metadata(url, token=self.token, timeout=self.retry.timeout)
             if metadata.commit_hash is None:
@@ -118,24 +126,28 @@ class Hub:
         if source.sha256 and stored not in (None, source.sha256):
             raise DamagedWeights(
                 f"{source.name}: the hub has a file with the SHA-256 {stored}, but the manifest requires "
-                f"{source.sha256}; set the revision in its URL to the commit that was locked"
+                f"{source.sha256}; in the manifest, set the revision in the URL of this file to the"
+                " commit whose hashes `weights lock` recorded"
             )
         # Download from the commit, because a branch may move in the meantime.
         pinned = HubLocation(location.repository, metadata.commit_hash, location.path)
-        file = HubFile(source, metadata.size, source.sha256 or stored, 0, pinned, self)
+        file = HubFile(source, metadata.size, source.sha256 or stored, pinned, self)
         if file.staged.is_file():
             file.received = file.staged.stat().st_size
         return file
 
     @contextmanager
-    def translated_faults(self, name: str) -> Iterator[None]:
-        """Turn the exceptions of huggingface_hub into Stopped, Transient, or an error of this package."""
+    def translated_faults(self, name: str, timeout: float, *, from_storage: bool) -> Iterator[None]:
+        """Turn the exceptions of huggingface_hub into Stopped, Transient, or an error of this package.
+
+        `timeout` is the one that huggingface_hub uses, in seconds. See `translate` for `from_storage`.
+        """
         try:
             yield
         except Exception as error:
             if self.stop.is_set():
                 raise Stopped from error
-            fault = translate(error, name, self.retry.timeout)
+            fault = translate(error, name, timeout, from_storage=from_storage)
             if fault is error:
                 raise
             raise fault from error
@@ -167,20 +179,23 @@ class HubFile(Transfer):
 
     def fetch(self) -> str:
         self.hub.retry.call(self._download, lambda: self.received, name=self.source.name, stop=self.hub.stop)
+        if self.hub.stop.is_set():  # the pull has failed, and another one may hold the lock by now
+            raise Stopped
         sha256 = file_sha256(self.staged)
-        if fault := self.find_fault(self.staged, self.staged.stat().st_size, sha256):
+        if fault := self.fault_of(self.staged, self.staged.stat().st_size, sha256):
             self.staged.unlink()
             raise self.damaged(fault)
         move_into_place(self.staged, self.source.path)
         return sha256
 
     def _download(self) -> None:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
 
         if self.hub.stop.is_set():
             raise Stopped
         self.received = 0
-        with self.hub.translated_faults(self.source.name):
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with self.hub.translated_faults(self.source.name, timeout, from_storage=True):
             hf_hub_download(
                 self.location.repository,
                 self.location.path,
@@ -191,6 +206,25 @@ class HubFile(Transfer):
                 tqdm_class=_counter(self),
             )
         self.received = self.size or 0
+
+
+def _silence() -> None:
+    """Switch off the telemetry of huggingface_hub and hf-xet, and the warnings of huggingface_hub.
+
+    The warnings contain signed URLs, and only repeat what it retries or raises. Raises BadSettings.
+    """
+    # hf-xet reads the variable, and so does huggingface_hub unless transformers has imported it already.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import logging as hub_logging
+    except ValueError as error:
+        raise BadSettings(
+            f"huggingface_hub cannot use one of the HF_ environment variables ({error}); correct it or "
+            "unset it"
+        ) from error
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    hub_logging.set_verbosity(logging.CRITICAL)
 
 
 def _counter(file: HubFile) -> Any:

@@ -15,27 +15,31 @@ import httpx2
 
 from llama.errors import DownloadFailed
 from llama.weights.disk import FULL
-from llama.weights.http import RETRIED, Transient, retry_after, transient
+from llama.weights.http import FORBIDDEN, RETRIED, retry_after, transient
+from llama.weights.retry import Transient
 
-_FORBIDDEN = (401, 403)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 _URL = re.compile(r"https?://\S+")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-def translate(error: Exception, name: str, timeout: float) -> Exception:
+def translate(error: Exception, name: str, timeout: float, *, from_storage: bool) -> Exception:
     """Return Transient if another attempt may help, otherwise DownloadFailed, the OSError of a full disk, or
-    `error` itself if it is of an unknown kind. `name` is the file's."""
+    `error` itself if it is of an unknown kind.
+
+    `name` is the file's. `from_storage`: the contents were being downloaded, and hf-xet reports any failure
+    of the hub's storage as a RuntimeError or a ValueError.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        fault = translate(error.__cause__, name, timeout)
+        fault = translate(error.__cause__, name, timeout, from_storage=from_storage)
         # Raised after huggingface_hub has retried the request itself.
         return DownloadFailed(f"{name}: {fault}; pull again later") if isinstance(fault, Transient) else fault
-    return _translate(error, name, timeout)
+    return _translate(error, name, timeout, from_storage)
 
 
-def _translate(error: Exception, name: str, timeout: float) -> Exception:
+def _translate(error: Exception, name: str, timeout: float, from_storage: bool) -> Exception:
     from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError
 
     if isinstance(error, HfHubHTTPError):
@@ -44,13 +48,14 @@ def _translate(error: Exception, name: str, timeout: float) -> Exception:
         return transient(error, timeout)
     if isinstance(error, FileMetadataError | httpx2.TooManyRedirects):
         return DownloadFailed(
-            f"{name}: {_endpoint_host()} does not respond as a Hugging Face hub does; correct HF_ENDPOINT"
+            f"{name}: {_endpoint_host()} does not respond like a Hugging Face hub; correct HF_ENDPOINT"
         )
     if isinstance(error, HFValidationError):
         return DownloadFailed(
-            f"{name}: its URL does not name a valid repository of the hub; correct the manifest"
+            f"{name}: its URL does not name a valid repository on the hub; correct the manifest"
         )
-    if isinstance(error, RuntimeError | ValueError) or (isinstance(error, OSError) and error.errno is None):
+    unnumbered = isinstance(error, OSError) and error.errno is None
+    if from_storage and (unnumbered or isinstance(error, RuntimeError | ValueError)):
         return _storage_fault(error, name)
     return error
 
@@ -58,10 +63,10 @@ def _translate(error: Exception, name: str, timeout: float) -> Exception:
 def _http_fault(response: httpx2.Response, name: str) -> Exception:
     status, host = response.status_code, response.url.host
     # The hub itself refuses at the HEAD request that comes first; its storage refuses an expired signed URL.
-    expired = status in _FORBIDDEN and response.request.method != "HEAD"
+    expired = status in FORBIDDEN and response.request.method != "HEAD"
     if status in RETRIED or expired:
         return Transient(f"HTTP {status} from {host}", retry_after(response.headers))
-    if status in _FORBIDDEN:
+    if status in FORBIDDEN:
         return DownloadFailed(
             f"{name}: HTTP {status} from {host}; accept the model's licence on its page and set HF_TOKEN to "
             "a token that may read it"

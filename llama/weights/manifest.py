@@ -42,8 +42,9 @@ def read_manifest(path: Path) -> list[Entry]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise BadManifest(
-            f"{path} cannot be read ({type(error).__name__}); set LLAMA_WEIGHTS_MANIFEST to a file of "
+            f"{path} cannot be read ({reason}); set LLAMA_WEIGHTS_MANIFEST to a file of "
             "`URL DESTINATION` lines"
         ) from error
     entries: dict[str, Entry] = {}
@@ -65,9 +66,7 @@ def read_manifest(path: Path) -> list[Entry]:
 def _entry(fields: list[str]) -> Entry:
     """Parse the fields of a line. Raises ValueError without quoting the URL, which may have a signature."""
     if len(fields) != 2:
-        raise ValueError(
-            f"the line has {len(fields)} fields instead of 2; write `URL DESTINATION` without comments"
-        )
+        raise ValueError(f"expected 2 fields, got {len(fields)}; write `URL DESTINATION` without comments")
     url, destination = fields
     _check_destination(destination)
     parts = _split(url)
@@ -75,7 +74,10 @@ def _entry(fields: list[str]) -> Entry:
         raise ValueError(f"the URL of {destination} is not valid; write https://HOST/PATH")
     hashed = _SHA256.fullmatch(parts.fragment.lower())
     if parts.fragment and not hashed:
-        raise ValueError(f"the URL of {destination} has a fragment that is not #sha256=<64 hex digits>")
+        raise ValueError(
+            f"the URL of {destination} has a fragment that is not #sha256=<64 hex digits>; correct or "
+            "remove it"
+        )
     return Entry(urlunsplit(parts._replace(fragment="")), destination, hashed[1] if hashed else None)
 
 
@@ -103,7 +105,7 @@ def _check_destination(destination: str) -> None:
         )
     if not is_read(destination):
         raise ValueError(
-            f"{destination} has a file type that is not read; remove the line (allowed are "
+            f"{destination} is of a type that is never read; remove the line (allowed types: "
             f"{', '.join(_SUFFIXES)} and {_TOKENIZER})"
         )
 

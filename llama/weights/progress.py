@@ -1,6 +1,6 @@
 """Progress of a long download or load: a bar on a terminal, or a log line every 10 s.
 
-Knows bytes and seconds; knows nothing about what they are.
+Knows bytes and seconds; knows nothing about what is downloaded or loaded.
 """
 
 from __future__ import annotations

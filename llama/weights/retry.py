@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from llama.errors import DownloadFailed
-from llama.weights.http import Transient
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Transient(Exception):
+    """A failure after which another attempt may succeed. `retry_after` is the delay that the
+    server asked for, in seconds."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
 
 
 class Stopped(Exception):

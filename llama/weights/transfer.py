@@ -1,4 +1,4 @@
-"""A file to download, with the parts that downloads from the hub and from other servers have in common.
+"""A file to download: the code that downloads from the hub and from other servers share.
 
 Knows sizes, hashes and paths; knows nothing about networks.
 """
@@ -6,7 +6,7 @@ Knows sizes, hashes and paths; knows nothing about networks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama.errors import DamagedWeights, DownloadFailed
@@ -37,7 +37,7 @@ class Transfer(ABC):
     """None if the server did not send it."""
     sha256: str | None
     """The hash that the file must have: the manifest's, or the server's; None if neither is known."""
-    received: int
+    received: int = field(default=0, init=False)
     """The number of bytes that have been downloaded."""
 
     @property
@@ -64,7 +64,7 @@ class Transfer(ABC):
                 "verified; add #sha256=<hash> to the URL in the manifest"
             )
 
-    def find_fault(self, path: Path, size: int, sha256: str) -> str | None:
+    def fault_of(self, path: Path, size: int, sha256: str) -> str | None:
         """Return what is wrong with a downloaded file, as the end of a sentence, or None."""
         if self.size is not None and size != self.size:
             return f"has {size} bytes instead of {self.size}"

@@ -1,4 +1,4 @@
-"""The commands on real terminals and machines: encodings, signals, full disks, proxies, foreign users."""
+"""The commands on real terminals and machines: encodings, signals, full disks, proxies, and users without a home directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ from predict import Predictor
 
 COMMAND = [sys.executable, "-m", "llama"]
 LINUX = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="Linux ends children with their parent"
+    not sys.platform.startswith("linux"),
+    reason="only Linux can end a child process when its parent is killed",
 )
 
 
@@ -75,7 +76,8 @@ def scripted_folder(
     for name, tensor in tensors.items():
         if name.endswith("norm.weight"):
             tensor.fill_(1)
-    # Each token points at the next by a direction of its own; any other points at the first.
+    # The embedding of each token of the answer makes the next one most likely. Every other token makes
+    # the first one most likely.
     table, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     table[:, 0] = 1
     for place, token in enumerate(answer):
@@ -92,14 +94,14 @@ GREEDY = ("-i", "temperature=0")
 ENDLESS = ("-i", "min_new_tokens=1900", "-i", "max_new_tokens=1900")
 
 
-# --- what an answer and a terminal may be made of
+# --- unusual characters, closed input and full disks
 
 
-def test_an_answer_with_a_line_separator_comes_whole_through_the_server(scripted_folder: Path) -> None:
+def test_an_answer_with_a_line_separator_passes_through_the_server_unchanged(scripted_folder: Path) -> None:
     result = run("predict", "--prompt", "x", *GREEDY, weights=scripted_folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.decode() == "a🦙\u2028b\n"
-    # What setup does is shown as it happens, in words and not as the server's JSON.
+    # The log lines of setup are shown as plain text, not as the server's JSON.
     first, loaded, context, ready, last = result.stderr.decode().splitlines()
     assert first == "starting the server and loading the model ..."
     assert loaded == f"loaded {scripted_folder.name}: float32 on cpu"
@@ -110,18 +112,20 @@ def test_an_answer_with_a_line_separator_comes_whole_through_the_server(scripted
     )
 
 
-def test_what_the_terminal_cannot_show_is_a_question_mark(scripted_folder: Path) -> None:
+def test_characters_that_the_terminal_cannot_show_are_printed_as_question_marks(
+    scripted_folder: Path,
+) -> None:
     result = run("complete", "x", *GREEDY, weights=scripted_folder, PYTHONIOENCODING="latin-1")
     assert (result.returncode, result.stdout) == (0, b"a??b\n")
 
 
-def test_a_dialogue_survives_what_its_terminal_cannot_show(scripted_folder: Path) -> None:
+def test_chat_continues_after_characters_that_the_terminal_cannot_show(scripted_folder: Path) -> None:
     result = run("chat", *GREEDY, weights=scripted_folder, text=b"one\ntwo\n", PYTHONIOENCODING="latin-1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(b"a??b\n") == 2
 
 
-def test_one_bad_byte_costs_one_line(llama_folder: Path) -> None:
+def test_an_undecodable_line_fails_without_affecting_the_other_lines(llama_folder: Path) -> None:
     lines = b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n{"prompt": "b"}\n'
     result = run("tokenize", weights=llama_folder, text=lines, PYTHONIOENCODING="utf-8:strict")
     printed = result.stdout.splitlines()
@@ -129,14 +133,14 @@ def test_one_bad_byte_costs_one_line(llama_folder: Path) -> None:
     assert b"E1000 InvalidInput: line 2 is not valid utf-8" in printed[1]
 
 
-def test_a_prompt_that_is_no_text_is_refused(llama_folder: Path) -> None:
+def test_a_prompt_that_cannot_be_decoded_is_refused(llama_folder: Path) -> None:
     result = run("complete", weights=llama_folder, text=b"caf\xe9", PYTHONIOENCODING="utf-8:strict")
     assert result.returncode == 1
     assert result.stderr.startswith(b"E1000 InvalidInput: standard input is not valid utf-8")
 
 
 @pytest.mark.parametrize("command", ["complete", "chat"])
-def test_a_closed_input_is_one_line(llama_folder: Path, command: str) -> None:
+def test_a_closed_standard_input_is_reported_on_one_line(llama_folder: Path, command: str) -> None:
     shell = f"exec {' '.join(COMMAND)} {command} <&-"
     result = subprocess.run(
         ["bash", "-c", shell], cwd=ROOT, env=environment(llama_folder), capture_output=True, check=False
@@ -147,7 +151,7 @@ def test_a_closed_input_is_one_line(llama_folder: Path, command: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_one_line(scripted_folder: Path) -> None:
+def test_a_full_disk_is_reported_on_one_line(scripted_folder: Path) -> None:
     with open("/dev/full", "wb") as full:  # noqa: PTH123
         result = subprocess.run(
             [*COMMAND, "complete", "x", *GREEDY],
@@ -185,7 +189,7 @@ def started(*arguments: str, weights: Path, **more: str) -> Iterator[subprocess.
 
 
 def server_and_worker(parent: int) -> list[psutil.Process]:
-    """Cog's server and its worker, once both are there."""
+    """Cog's server and its worker, once both have started."""
     found: list[psutil.Process] = []
 
     def both() -> bool:
@@ -229,7 +233,7 @@ def test_a_signal_to_serve_ends_it_quietly(llama_folder: Path, number: int, code
 
 
 @LINUX
-def test_a_killed_predict_takes_its_server_along(llama_folder: Path) -> None:
+def test_killing_predict_ends_its_server(llama_folder: Path) -> None:
     with started("predict", "--prompt", "x", *ENDLESS, weights=llama_folder) as process:
         children = server_and_worker(process.pid)
         process.kill()
@@ -248,7 +252,7 @@ def test_nohup_is_respected(llama_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.1])
-def test_ctrl_c_while_a_model_is_made_ready_ends_quietly(llama_folder: Path, delay: float) -> None:
+def test_ctrl_c_while_the_model_is_being_loaded_ends_quietly(llama_folder: Path, delay: float) -> None:
     with started("complete", "x", *ENDLESS, weights=llama_folder) as process:
         assert process.stderr is not None
         while b"loaded" not in (line := process.stderr.readline()):
@@ -261,7 +265,7 @@ def test_ctrl_c_while_a_model_is_made_ready_ends_quietly(llama_folder: Path, del
     assert b"Traceback" not in errors
 
 
-def test_a_reader_who_has_seen_enough_ends_it_quietly(llama_folder: Path) -> None:
+def test_a_closed_output_pipe_ends_the_command_quietly(llama_folder: Path) -> None:
     with started("complete", "x", *ENDLESS, weights=llama_folder) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -289,7 +293,7 @@ def test_a_reader_who_has_seen_enough_ends_it_quietly(llama_folder: Path) -> Non
         (("chat", "-i", "top_k=-5"), b"E1000 InvalidInput: top_k is -5"),
     ],
 )
-def test_what_cannot_be_is_known_before_a_model_is_loaded(
+def test_invalid_arguments_are_reported_before_a_model_is_loaded(
     tmp_path: Path, arguments: tuple[str, ...], line: bytes
 ) -> None:
     result = run(*arguments, weights=tmp_path / "nowhere")
@@ -312,7 +316,7 @@ def test_what_cannot_be_is_known_before_a_model_is_loaded(
         ({"LLAMA_WEIGHTS": "~/model", "HOME": ""}, b"E3001 WeightsNotFound: "),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_one_line(settings: dict[str, Any], line: bytes) -> None:
+def test_an_unusable_setting_is_reported_on_one_line(settings: dict[str, Any], line: bytes) -> None:
     for command in (("complete", "x"), ("serve", "--port", str(free_port())))[
         : 1 if "HOME" in settings else 2
     ]:
@@ -322,7 +326,7 @@ def test_a_setting_that_cannot_be_used_is_one_line(settings: dict[str, Any], lin
         assert b"Traceback" not in result.stderr
 
 
-def test_an_unknown_setting_is_warned_of_with_the_nearest_name(llama_folder: Path) -> None:
+def test_a_warning_about_an_unknown_setting_suggests_the_nearest_name(llama_folder: Path) -> None:
     more: dict[str, Any] = {"LLAMA_QUANTISATION": "nf4", "LLAMA_GATEWAY_KEY": "x", "LLAMA_ZZZ": "1"}
     result = run("tokenize", weights=llama_folder, **more)
     assert result.stderr.decode().splitlines() == [
@@ -342,7 +346,7 @@ PROXIES = [
 
 
 @pytest.mark.parametrize("proxies", PROXIES, ids=lambda value: next(iter(value)))
-def test_our_own_server_is_asked_without_a_proxy(scripted_folder: Path, proxies: dict[str, Any]) -> None:
+def test_requests_to_our_own_server_ignore_proxies(scripted_folder: Path, proxies: dict[str, Any]) -> None:
     result = run("predict", "--prompt", "x", *GREEDY, weights=scripted_folder, **proxies)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(b"a")
@@ -357,7 +361,9 @@ def test_our_own_server_is_asked_without_a_proxy(scripted_folder: Path, proxies:
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_an_environment_that_no_download_can_use_is_named(tmp_path: Path, proxies: dict[str, Any]) -> None:
+def test_the_variable_that_makes_downloads_impossible_is_named(
+    tmp_path: Path, proxies: dict[str, Any]
+) -> None:
     (tmp_path / "weights.txt").write_text("https://127.0.0.1:9/a.json a.json\n")
     manifest = str(tmp_path / "weights.txt")
     result = run(
@@ -389,7 +395,7 @@ class Screen:
         os.write(self.fd, text.encode())
 
     def wait_for(self, wanted: str, timeout: float = 60) -> str:
-        """What has come up to `wanted`, which is then behind us."""
+        """Return the output before `wanted`, and discard it together with `wanted`."""
         deadline = time.monotonic() + timeout
         while wanted not in self.text:
             assert time.monotonic() < deadline, f"{wanted!r} is not in {self.text!r}"
@@ -403,30 +409,32 @@ class Screen:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_a_talk_in_a_terminal_has_editing_pasting_and_no_log_in_it(scripted_folder: Path) -> None:
+def test_chat_in_a_terminal_supports_editing_and_pasting_and_shows_no_log_lines(
+    scripted_folder: Path,
+) -> None:
     screen = Screen("chat", *GREEDY, weights=scripted_folder)
     screen.wait_for("loading the model ...")
-    screen.wait_for("Ctrl-C stops an answer, Ctrl-D or `exit` ends the chat.")
+    screen.wait_for("Ctrl-C stops an answer; Ctrl-D or `exit` ends the chat.")
     screen.wait_for("> ")
     screen.type("helo\x1b[Dl\x1b[C!\r")  # one letter to the left, an l, and back
     seen = screen.wait_for("🦙")
     assert "^[[D" not in seen
-    assert "..." in seen  # something to see while it waits
+    assert "..." in seen  # shown while the answer is awaited
     screen.wait_for("> ")
-    screen.type("\x1b[A\r")  # the line before
+    screen.type("\x1b[A\r")  # recalls the previous line
     assert "hello!" in screen.wait_for("🦙")
     screen.wait_for("> ")
     screen.type("\x1b[200~one\ntwo\x1b[201~\r")
     screen.wait_for("🦙")
     rest = screen.wait_for("> ")
-    assert "🦙" not in rest  # one answer, to both lines
+    assert "🦙" not in rest  # both lines get a single answer
     assert screen.close() == 0
 
 
-def test_a_talk_says_that_an_answer_was_cut_and_ends_at_exit(scripted_folder: Path) -> None:
+def test_chat_reports_a_cut_answer_and_ends_at_exit(scripted_folder: Path) -> None:
     result = run("chat", *GREEDY, "-i", "max_new_tokens=3", weights=scripted_folder, text=b"one\nexit\ntwo\n")
     assert result.returncode == 0, result.stderr
-    assert b"(the answer was cut after 3 tokens; raise the limit with `-i max_new_tokens=`)" in result.stderr
+    assert b"(the answer was cut after 3 tokens; raise the limit with `-i max_new_tokens=N`)" in result.stderr
     assert result.stdout.count(b"> ") == 2  # nothing was asked after exit
 
 
@@ -436,7 +444,7 @@ def test_an_answer_that_fills_the_context_says_so(llama_folder: Path) -> None:
     assert re.search(rb"\(the answer was cut after \d+ tokens; the context is full\)", result.stderr)
 
 
-def test_a_terminal_that_is_closed_during_an_answer_ends_the_talk_quietly(llama_folder: Path) -> None:
+def test_closing_the_terminal_during_an_answer_ends_the_chat_quietly(llama_folder: Path) -> None:
     screen = Screen("chat", *ENDLESS, weights=llama_folder)
     screen.wait_for("> ")
     screen.type("hello\r")
@@ -450,7 +458,7 @@ def test_keys_that_are_pressed_during_an_answer_are_neither_shown_nor_sent(llama
     screen.wait_for("> ")
     screen.type("hello\r")
     screen.wait_for("hello")
-    screen.wait_for("...")  # the answer is on its way
+    screen.wait_for("...")  # the answer has been requested
     screen.type("zqzqzq\r")
     time.sleep(0.3)
     screen.type("\x03")
@@ -484,14 +492,14 @@ def test_a_dialogue_that_outgrows_the_context_loses_its_oldest_turns(
 # --- users and folders
 
 
-def test_a_schema_that_is_there_is_not_written_again() -> None:
+def test_an_unchanged_schema_is_not_written_again() -> None:
     path = write_schema(Predictor.run, ROOT)
     before = path.stat().st_mtime_ns
     assert write_schema(Predictor.run, ROOT) == path
     assert path.stat().st_mtime_ns == before
 
 
-def test_a_user_without_a_home_is_told_what_to_set() -> None:
+def test_an_unknown_home_directory_is_reported_with_the_setting_to_change() -> None:
     for name, value in (("LLAMA_WEIGHTS", "~nobody-here/m"), ("LLAMA_CACHE_DIR", "~nobody-here/c")):
         settings: dict[str, Any] = {"weights": "", name: value}
         result = run("complete", "x", **settings)
@@ -501,16 +509,16 @@ def test_a_user_without_a_home_is_told_what_to_set() -> None:
 
 
 @LINUX
-def test_a_source_that_cannot_be_read_is_the_sources_fault(llama_folder: Path, tmp_path: Path) -> None:
+def test_an_unreadable_source_file_is_named_in_the_error(llama_folder: Path, tmp_path: Path) -> None:
     source = shutil.copytree(llama_folder, tmp_path / "source")
-    (source / "special_tokens_map.json").symlink_to("/proc/self/mem")  # of which no byte can be read
+    (source / "special_tokens_map.json").symlink_to("/proc/self/mem")  # reading it fails
     result = run("weights", "pack", str(tmp_path / "packed"), weights=source)
     assert result.returncode == 1
     line = result.stderr.splitlines()[-1].decode()
     assert line.startswith(f"E3003 BadCheckpoint: {source / 'special_tokens_map.json'} cannot be read (")
 
 
-def test_a_schema_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_schema_is_reported_on_one_line(tmp_path: Path) -> None:
     (tmp_path / ".cog").write_text("a file in its place")
     with pytest.raises(BadSettings, match=r"^E3000 BadSettings: .*openapi_schema\.json cannot be written"):
         write_schema(Predictor.run, tmp_path)

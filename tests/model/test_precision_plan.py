@@ -17,6 +17,7 @@ from llama.cli.plan import table
 from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import load_config
 from llama.model.loader import empty_model
+from llama.model.parallel_sizes import parallel_sizes
 from llama.model.precision_plan import (
     LLAMA_2_70B,
     RESERVE,
@@ -24,7 +25,6 @@ from llama.model.precision_plan import (
     Planner,
     bytes_of_weights,
     bytes_per_token,
-    parallel_sizes,
 )
 from llama.model.quantized_layers import Quantization, quantize, to_stored
 

@@ -63,7 +63,7 @@ def test_complete_files_are_kept_if_the_disk_fills_up(
     server.first[SHARD] = [without_length]  # its size is not known beforehand
     server.first[f"/{NAMES[1]}"] = [without_length]
     with pytest.raises(
-        DiskFull, match="^E3008 DiskFull: the disk of .* is full; free some space and pull again"
+        DiskFull, match="^E3008 DiskFull: the disk of .* is full; free some space and run the command again"
     ):
         pull(small_disk, hashed, QUICK)
     assert all(FILES[name] == data for name, data in contents(small_disk).items() if name in FILES)
@@ -99,7 +99,7 @@ def test_a_failed_write_is_a_full_disk_and_a_second_pull_resumes(
 
 def test_a_folder_that_cannot_be_created_is_one_line(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DownloadFailed, match="^E3007 .*cannot be written"):
+    with pytest.raises(DownloadFailed, match="^E3007 .*cannot be read or written"):
         pull(tmp_path / "file" / "weights", settings, QUICK)
 
 

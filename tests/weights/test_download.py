@@ -33,7 +33,7 @@ from llama.errors import (
     WeightsNotFound,
 )
 from llama.settings import Settings
-from llama.weights.disk import PACKED
+from llama.weights.file_checks import PACKED
 from llama.weights.folder import folder_to_serve, lock, pull, weights_folder
 from llama.weights.retry import RetryPolicy
 
@@ -150,7 +150,7 @@ def test_a_server_that_sends_no_lengths_is_accepted_if_the_hash_is_known(
     assert contents(folder) == FILES
 
 
-def test_a_file_without_a_length_and_a_hash_is_refused(
+def test_a_file_with_neither_a_length_nor_a_hash_is_refused(
     server: Server, settings: Settings, folder: Path
 ) -> None:
     server.first[SHARD] = [without_length]
@@ -228,7 +228,7 @@ def test_a_refused_file_is_reported_before_anything_is_written(
     assert contents(folder) == {}
 
 
-def test_a_server_that_does_not_exist_is_one_line(tmp_path: Path, folder: Path) -> None:
+def test_an_unreachable_server_is_reported_on_one_line(tmp_path: Path, folder: Path) -> None:
     with Server() as gone:
         manifest = write_manifest(tmp_path / "manifest", gone.url)
     with pytest.raises(DownloadFailed, match="^E3007 .*cannot connect to 127.0.0.1"):
@@ -307,6 +307,6 @@ def test_setup_pulls_if_llama_pull_is_set(server: Server, settings: Settings, fo
         folder_to_serve(settings.model_copy(update={"weights": folder}))
     to_pull = settings.model_copy(update={"weights": folder, "pull": True})
     with pytest.raises(WeightsNotFound):
-        weights_folder(to_pull)  # which does not pull
+        weights_folder(to_pull)  # this function does not pull
     assert folder_to_serve(to_pull) == folder
     assert contents(folder) == FILES

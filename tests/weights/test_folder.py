@@ -73,7 +73,7 @@ def test_verify_checks_the_served_folder_by_default_and_names_it_if_it_is_missin
     manifest = str(hashed.weights_manifest)
     result = run("verify", LLAMA_WEIGHTS=str(folder), LLAMA_WEIGHTS_MANIFEST=manifest)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"E3001 WeightsNotFound: {folder} is not a folder; ")
+    assert result.stderr.startswith(f"E3001 WeightsNotFound: {folder} does not exist or is not a folder; ")
 
 
 def test_lock_writes_the_hashes_that_verify_and_pull_use(

@@ -20,6 +20,7 @@ from small_hub import COMMIT, REPOSITORY, XET_TOKEN, SmallHub, xorb
 from weights_server import cut_after, other_bytes, slowly, status
 
 from llama import ROOT
+from llama.errors import BadManifest
 from llama.weights.hub import HubLocation, hub_location
 
 XET, CDN = NAMES  # one shard is offered by Xet, the other one by the CDN alone
@@ -90,14 +91,11 @@ def puller(hub: SmallHub, tmp_path: Path) -> Puller:
     [
         (f"{URL}/a/b.json", HubLocation(REPOSITORY, COMMIT, "a/b.json")),
         ("https://huggingface.co/o/n/resolve/refs%2Fpr%2F1/a%20b.json", ("o/n", "refs/pr/1", "a b.json")),
-        ("https://huggingface.co/o/n/blob/main/a.json", None),
-        ("https://huggingface.co/datasets/o/n/resolve/main/a.json", None),
-        ("https://huggingface.co/o/n/resolve/main/../a.json", None),
-        ("https://huggingface.co/o/n/resolve/main/%2E%2E/a.json", None),
-        ("https://huggingface.co/o/n/resolve/main//a.json", None),
-        ("https://huggingface.co/o/n/resolve/main/a.json?x=y", None),
-        ("http://huggingface.co/o/n/resolve/main/a.json", None),
-        ("https://huggingface.co:444/o/n/resolve/main/a.json", None),
+        (
+            f"https://HuggingFace.co:443/{REPOSITORY}/resolve/main/a.json?download=true",
+            (REPOSITORY, "main", "a.json"),
+        ),
+        ("https://huggingface.co/gpt2/resolve/main/a.json", ("gpt2", "main", "a.json")),
         ("https://mirror.example/o/n/resolve/main/a.json", None),
     ],
 )
@@ -105,7 +103,28 @@ def test_a_url_of_the_hub_is_recognised(
     url: str, location: HubLocation | tuple[str, str, str] | None
 ) -> None:
     expected = HubLocation(*location) if isinstance(location, tuple) else location
-    assert hub_location(url) == expected
+    assert hub_location(url, "a.json") == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://huggingface.co/o/n/blob/main/a.json",
+        "https://huggingface.co/datasets/o/n/resolve/main/a.json",
+        "https://huggingface.co/o/n/resolve/main/../a.json",
+        "https://huggingface.co/o/n/resolve/main/%2E%2E/a.json",
+        "https://huggingface.co/o/n/resolve/main//a.json",
+        "https://huggingface.co/o/n/resolve/main/a.json?x=y",
+        "http://huggingface.co/o/n/resolve/main/a.json",
+        "https://huggingface.co:444/o/n/resolve/main/a.json",
+    ],
+)
+def test_a_url_of_the_hub_that_names_no_file_is_refused(url: str) -> None:
+    with pytest.raises(
+        BadManifest, match="^E3006 BadManifest: the URL of a.json does not name a file"
+    ) as info:
+        hub_location(url, "a.json")
+    assert url not in str(info.value)
 
 
 def test_small_files_large_files_and_files_in_xet_are_downloaded(hub: SmallHub, puller: Puller) -> None:
@@ -131,6 +150,9 @@ def test_small_files_large_files_and_files_in_xet_are_downloaded(hub: SmallHub, 
     hub.storage.requests.clear()
     assert puller.run().returncode == 0
     assert hub.storage.requests == []
+    (puller.folder / CDN).write_bytes(bytes(len(FILES[CDN])))  # the right size, and wrong contents
+    assert puller.run().returncode == 0
+    assert contents(puller.folder) == FILES
     puller.write_manifest(*FILES, hashes=True)
     hub.requests.clear()
     assert puller.run().returncode == 0
@@ -181,6 +203,17 @@ def test_another_version_than_the_manifests_is_refused_before_it_is_downloaded(
     result = puller.run()
     assert f"E3009 DamagedWeights: {CDN}: the hub has a file with the SHA-256 " in result.stderr
     assert hub.storage.requests == []
+
+
+def test_nothing_is_reported_to_the_hub_if_transformers_was_imported_first(
+    hub: SmallHub, puller: Puller
+) -> None:
+    puller.write_manifest("config.json")
+    code = "import llama.model.config, sys; from llama.cli.main import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "weights", "pull", str(puller.folder)]
+    subprocess.run(command, cwd=ROOT, env=puller.environment, capture_output=True, check=True, timeout=60)
+    assert {path.rpartition("/")[2] for path, _ in hub.requests} == {"config.json"}
+    assert not any("torch/" in headers["user-agent"] for _, headers in hub.requests)
 
 
 EACH = """
@@ -242,7 +275,7 @@ def test_an_environment_that_cannot_be_used_is_reported(hub: SmallHub, puller: P
             {"HF_ENDPOINT": "http://hub.example"},
             "E3000 BadSettings: HF_ENDPOINT is http://hub.example, and HF",
         ),
-        ({}, "E3007 DownloadFailed: config.json: 127.0.0.1 does not respond as a Hugging Face hub does"),
+        ({}, "E3007 DownloadFailed: config.json: 127.0.0.1 does not respond like a Hugging Face hub"),
     ):
         if not environment:
             hub.steps["config.json"] = [status(200, ETag="any")]  # a response that is not a hub's
@@ -288,6 +321,15 @@ def test_a_full_disk_ends_a_pull(puller: Puller, name: str) -> None:
     assert result.returncode == 1
     assert re.search("^E3008 DiskFull: the disk of .* is full; free some space", result.stderr, re.MULTILINE)
     assert not (puller.folder / name).exists()
+
+
+def test_a_full_disk_prints_no_signed_url_of_another_file(hub: SmallHub, puller: Puller) -> None:
+    hub.storage.steps[BLOB] = [slowly(100, 0.3)]
+    puller.write_manifest(XET, CDN)
+    result = puller.run(limit=60_000)
+    assert "E3008 DiskFull: " in result.stderr
+    assert "Signature" not in result.stderr
+    assert not list(puller.folder.glob("*.safetensors"))
 
 
 def test_huggingface_hub_is_not_imported_before_it_is_needed() -> None:

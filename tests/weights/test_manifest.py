@@ -108,12 +108,14 @@ def test_the_manifest_of_this_repository_lists_the_complete_70b_model() -> None:
         "tokenizer.model",
         "tokenizer_config.json",
     }
-    locations = [hub_location(entry.url) for entry in entries]
+    locations = [hub_location(entry.url, entry.destination) for entry in entries]
     assert {location and location.repository for location in locations} == {"meta-llama/Llama-2-70b-chat-hf"}
     assert [location and location.path for location in locations] == [entry.destination for entry in entries]
 
 
 def test_the_manifest_of_this_repository_names_a_commit_and_no_branch() -> None:
-    locations = [hub_location(entry.url) for entry in read_manifest(Settings().weights_manifest)]
+    locations = [
+        hub_location(entry.url, entry.destination) for entry in read_manifest(Settings().weights_manifest)
+    ]
     (revision,) = {location.revision for location in locations if location is not None}
     assert re.fullmatch("[0-9a-f]{40}", revision)

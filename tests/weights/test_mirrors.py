@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
+import httpx2
 import pytest
 from pulling import FILES, NAMES, QUICK, SHARD, SHARDS, TOKEN, contents, run
 from pydantic import SecretStr
@@ -15,11 +17,10 @@ from weights_server import (
     status,
 )
 
-from llama.errors import (
-    BadSettings,
-)
+from llama.errors import BadSettings, DownloadFailed
 from llama.settings import Settings
 from llama.weights.folder import pull
+from llama.weights.http import _check_redirects
 
 
 def test_redirects_are_followed_and_no_server_receives_the_token(
@@ -32,6 +33,46 @@ def test_redirects_are_followed_and_no_server_receives_the_token(
         pull(folder, settings, QUICK)
     assert contents(folder) == FILES
     assert server.tokens() == other.tokens() == {None}
+
+
+@pytest.mark.parametrize(
+    ("location", "text"),
+    [
+        ("javascript:1", "127.0.0.1 redirects to an invalid URL"),
+        ("ftp://127.0.0.1/a", "the server redirects to ftp://, which is not supported"),
+        (SHARD, "too many redirects from 127.0.0.1"),
+    ],
+)
+def test_a_broken_redirect_is_reported_at_once(
+    server: Server, settings: Settings, folder: Path, location: str, text: str
+) -> None:
+    server.first[SHARD] = [redirect(location)] * 30
+    with pytest.raises(DownloadFailed, match=f"^E3007 DownloadFailed: {NAMES[0]}: {text}"):
+        pull(folder, settings, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "allowed"),
+    [
+        (["https", "https"], True),
+        (["http", "https"], True),
+        (["https", "http"], False),
+        (["http", "https", "http"], False),
+        (["https"], True),
+    ],
+)
+def test_a_redirect_from_https_to_http_is_refused(schemes: list[str], allowed: bool) -> None:
+    *history, last = (
+        httpx2.Response(200, request=httpx2.Request("GET", f"{scheme}://host.example/a"))
+        for scheme in schemes
+    )
+    last.history = history
+    with (
+        nullcontext()
+        if allowed
+        else pytest.raises(DownloadFailed, match="^E3007 DownloadFailed: a.json: host")
+    ):
+        _check_redirects("a.json", last)
 
 
 def test_an_expired_signature_is_renewed(server: Server, settings: Settings, folder: Path) -> None:
