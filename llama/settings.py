@@ -27,7 +27,12 @@ DEFAULT_CONCURRENCY = 32
 EngineName = Literal["torch", "vllm"]
 
 _PREFIX = "LLAMA_"
-_EXPECTED = {"byte_size": "should be a size such as 8GB or 512MiB", "bool_parsing": "should be 0 or 1"}
+_EXPECTED = {
+    "byte_size": "should be a size such as 8GB or 512MiB",
+    "bool_parsing": "should be 0 or 1",
+    "int_parsing": "should be an integer",
+    "float_parsing": "should be a number",
+}
 _OTHERS = ("LLAMA_GATEWAY_",)
 """Prefixes of variables that belong to other programs, so no warning is logged about them."""
 

@@ -49,5 +49,5 @@ def test_an_invalid_value_is_reported_with_its_variable(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str
 ) -> None:
     monkeypatch.setenv(variable, text)
-    with pytest.raises(BadSettings, match=rf"^E3000 BadSettings: {variable} is '{text}': "):
+    with pytest.raises(BadSettings, match=rf"^E3000 BadSettings: {variable} is '{text}', but it should be "):
         Settings.from_environment()

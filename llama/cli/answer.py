@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from llama.cli.inputs import InputOptions, check_inputs, read_inputs, settings_to_load
+from llama.cli.inputs import InputOptions, check_inputs, read_inputs
+from llama.cli.loading import load_with_notice
 from llama.cli.terminal import command, undecodable
 from llama.errors import InvalidInput, PromptRequired
-
-if TYPE_CHECKING:
-    from llama.generation import Llama
 
 
 @command
@@ -43,12 +41,3 @@ def _read_prompt() -> str:
     if undecodable(prompt):
         raise InvalidInput(f"standard input is not valid {sys.stdin.encoding}; convert it and try again")
     return prompt
-
-
-def load_with_notice() -> Llama:
-    """Check the settings, print that the model is being loaded, and load it."""
-    from llama.load import load_llama
-
-    settings = settings_to_load()
-    print("loading the model ...", file=sys.stderr)
-    return load_llama(settings)

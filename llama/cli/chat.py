@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from llama.cli.answer import load_with_notice
 from llama.cli.inputs import InputOptions, check_inputs, read_inputs
+from llama.cli.loading import load_with_notice
 from llama.cli.terminal import command, fail, undecodable
 from llama.errors import LlamaError, PromptRequired, PromptTooLong
 

@@ -1,6 +1,6 @@
-"""The inputs of the model as `-i NAME=VALUE`, and the settings, as the commands take them.
+"""Reads the model's inputs, which commands take as `-i NAME=VALUE`, and lists them in the help.
 
-Knows where `predict.py` is, whose `Predictor.run` defines the inputs.
+Knows where `predict.py` is; its `Predictor.run` defines the inputs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from llama.errors import InvalidInput
-from llama.settings import ROOT, Settings
+from llama.errors import BadSettings, InvalidInput
+from llama.settings import ROOT
 
 
 def published_run() -> Callable[..., object]:
-    """`Predictor.run`, whose signature is the published schema."""
+    """`Predictor.run`, whose signature is the published schema. Raises BadSettings if it is not installed."""
+    if not (ROOT / "predict.py").is_file():
+        raise BadSettings(f"{ROOT} has no predict.py; install from a clone with `pip install -e .`")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     from predict import Predictor
@@ -27,11 +29,16 @@ def published_run() -> Callable[..., object]:
     return run
 
 
-def _complete_name(incomplete: str) -> Iterator[tuple[str, str]]:
-    """For the shell: the inputs whose names begin so, with their descriptions."""
+def _options() -> dict[str, Any]:
+    """The schemas of the inputs that `-i` sets, by name: all except the prompt, which is an argument."""
     from llama.serving.schema import input_properties
 
-    for name, schema in input_properties(published_run()).items():
+    return {name: schema for name, schema in input_properties(published_run()).items() if name != "prompt"}
+
+
+def _complete_name(incomplete: str) -> Iterator[tuple[str, str]]:
+    """For shell completion: the inputs whose names begin with `incomplete`, with their descriptions."""
+    for name, schema in _options().items():
         if name.startswith(incomplete):
             yield f"{name}=", schema["description"]
 
@@ -56,14 +63,11 @@ class CommandWithInputs(TyperCommand):
         from rich.panel import Panel
         from rich.table import Table
 
-        from llama.serving.schema import input_properties
-
         super().format_help(ctx, formatter)
         grid = Table.grid(padding=(0, 2, 0, 0))
-        for name, schema in input_properties(published_run()).items():
-            if name != "prompt":
-                grid.add_row(name, f"{schema['description']} ({_type_and_default(schema)})")
-        title = "Inputs: -i NAME=VALUE. A string is taken as it is, any other type is JSON."
+        for name, schema in _options().items():
+            grid.add_row(name, f"{schema['description']} ({_type_and_default(schema)})")
+        title = "Inputs (-i NAME=VALUE): write strings as they are and all other types as JSON"
         Console(highlight=False, markup=False).print(
             Panel(grid, title=title, title_align="left", border_style="dim")
         )
@@ -76,18 +80,18 @@ def _type_and_default(schema: dict[str, Any]) -> str:
 
 def read_inputs(pairs: list[str] | None) -> dict[str, Any]:
     """The published defaults, overridden by NAME=VALUE pairs. Raises InvalidInput."""
-    from llama.serving.schema import input_defaults, input_properties
+    from llama.serving.schema import input_defaults
 
-    run = published_run()
-    inputs, properties = input_defaults(run), input_properties(run)
+    inputs, options = input_defaults(published_run()), _options()
     for pair in pairs or ():
         name, separator, value = pair.partition("=")
-        if not separator or name not in properties:
+        if name == "prompt":
+            raise InvalidInput("-i does not set prompt; pass the prompt as the command's own argument")
+        if not separator or name not in options:
             raise InvalidInput(
-                f"-i {pair} does not set an input; write NAME=VALUE, where NAME is one of "
-                f"{', '.join(properties)}"
+                f"-i takes NAME=VALUE, where NAME is one of {', '.join(options)}; correct -i {name}"
             )
-        kind = properties[name]["type"]
+        kind = options[name]["type"]
         try:
             inputs[name] = value if kind == "string" else json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -103,16 +107,3 @@ def check_inputs(inputs: dict[str, Any]) -> None:
     from llama.prompt.request import Request
 
     Request.from_inputs(inputs, PromptLimits(context=sys.maxsize, longest_piece=1))
-
-
-def settings_to_load() -> Settings:
-    """The settings, after a check that the weights folder exists, unless setup will download the weights.
-
-    The embedded model is converted here at its first use, so that the user sees why the start takes longer.
-    """
-    from llama.weights.folder import weights_folder
-
-    settings = Settings.from_environment()
-    if not settings.pull:
-        weights_folder(settings)
-    return settings

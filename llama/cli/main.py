@@ -18,9 +18,10 @@ from llama.cli.chat import chat
 from llama.cli.inputs import CommandWithInputs
 from llama.cli.plan import plan
 from llama.cli.serve import predict, schema, serve
-from llama.cli.terminal import end_by_exception_on_signals, forgiving_streams, leave
+from llama.cli.terminal import end_by_exception_on_signals, fail, forgiving_streams, leave
 from llama.cli.tokenize import tokenize
 from llama.cli.weights import weights
+from llama.errors import LlamaError
 
 app = typer.Typer(
     help="Run Llama 2 Chat: answer prompts, chat, serve the model, and prepare its weights. The settings are "
@@ -42,7 +43,9 @@ def main() -> NoReturn:
         app()
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except LlamaError as error:  # from the help or the shell completion
+        code = fail(str(error))
     leave(code)
 
 

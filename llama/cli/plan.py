@@ -26,7 +26,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="GB[,GB...]",
-            help="The free memory of each GPU in GB (1e9 bytes). Left out: the GPUs of this machine.",
+            help="The free memory of each GPU in GB (1e9 bytes). If omitted, this machine's GPUs are used.",
         ),
     ] = None,
     capability: Annotated[
@@ -39,16 +39,17 @@ def plan(
 ) -> int:
     """Print which precisions fit the GPUs, and how many requests each leaves room for.
 
-    LLAMA_WEIGHTS names the model; if it is unset, the model is Llama 2 70B. No weights are loaded. The exit
-    code is 1 if no precision fits.
+    LLAMA_WEIGHTS names the model; if it is unset, the model is Llama 2 70B. No weights are loaded.
+
+    The exit code is 1 if no precision fits.
     """
     from llama.model.config import load_config
     from llama.model.placement import planner_for
     from llama.model.precision_plan import LLAMA_2_70B
 
+    cards = _gpus(gpus, capability)
     settings = Settings.from_environment()
     config = LLAMA_2_70B if settings.weights is None else load_config(weights_folder(settings))
-    cards = _gpus(gpus, capability)
     several = max(len(cards), settings.tensor_parallel or 1, settings.pipeline_parallel or 1) > 1
     engine: EngineName = "vllm" if several else settings.engine
     if engine == "vllm":

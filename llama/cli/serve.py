@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from llama.cli.inputs import InputOptions, published_run, read_inputs, settings_to_load
+from llama.cli.inputs import InputOptions, published_run, read_inputs
+from llama.cli.loading import settings_to_load
 from llama.cli.terminal import command, fail
 from llama.settings import ROOT, Settings, expanded
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,14 +28,6 @@ FolderArgument = Annotated[
         help="The weights folder; by default LLAMA_WEIGHTS or, if that is unset, weights/llama-2-70b-chat."
     ),
 ]
-
-
-class Packing(StrEnum):
-    """The precisions that `weights pack` writes."""
-
-    NF4 = "nf4"
-    INT8 = "int8"
-    FP8 = "fp8"
 
 
 @weights.command()
@@ -67,17 +58,21 @@ def lock(folder: FolderArgument = None) -> int:
     settings = Settings.from_environment()
     folder = folder or folder_to_fill(settings)
     inspection = lock_folder(folder, settings.weights_manifest)
-    failed = _print_inspection(folder, inspection)
-    if failed:
+    if inspection.faults:
+        _print_faults(inspection)
         print(f"{settings.weights_manifest} was not changed", file=sys.stderr)
     else:
         print(f"{settings.weights_manifest} now has the SHA-256 of {_files(inspection.files)}")
-    return failed
+    return int(bool(inspection.faults))
+
+
+def _print_faults(inspection: Inspection) -> None:
+    for fault in inspection.faults:
+        print(fault, file=sys.stderr)
 
 
 def _print_inspection(folder: Path, inspection: Inspection) -> int:
-    for fault in inspection.faults:
-        print(fault, file=sys.stderr)
+    _print_faults(inspection)
     if not inspection.faults:
         hashed = len(inspection.hashes)
         rest = inspection.files - hashed
@@ -94,7 +89,9 @@ def _files(number: int) -> str:
 @command
 def pack(
     target: Annotated[Path, typer.Argument(help="A new folder for the packed weights.")],
-    quantization: Annotated[Packing, typer.Option(help="The precision of the linear layers.")] = Packing.NF4,
+    quantization: Annotated[
+        Literal["nf4", "int8", "fp8"], typer.Option(help="The precision of the linear layers.")
+    ] = "nf4",
 ) -> None:
     """Quantize the weights in LLAMA_WEIGHTS into a new folder, so that later starts read fewer bytes."""
     from llama.model.pack import pack as pack_folder
@@ -103,5 +100,5 @@ def pack(
     settings = Settings.from_environment()
     if settings.weights is None:
         raise BadSettings("LLAMA_WEIGHTS is not set; set it to the folder to pack")
-    pack_folder(weights_folder(settings), target, quantization.value, pick_device(settings))
+    pack_folder(weights_folder(settings), target, quantization, pick_device(settings))
     print(f"{target} is complete; serve it with LLAMA_WEIGHTS={target}")

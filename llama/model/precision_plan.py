@@ -16,14 +16,14 @@ The cache takes 2 x 80 layers x 8 KV heads x 128 x 2 bytes = 327,680 bytes per t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from transformers import LlamaConfig
 
-from llama.errors import BadConfig, DoesNotFit
+from llama.errors import BadConfig, BadSettings, DoesNotFit
 from llama.model.quantized_layers import Quantization, bytes_of_weight
 from llama.settings import EngineName
 

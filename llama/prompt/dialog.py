@@ -92,7 +92,9 @@ def _role_and_content(index: int, message: Any) -> tuple[str, str]:
     if not isinstance(role, str) or role not in ("system", "user", "assistant"):
         raise BadMessages(f"message {index} has an unknown role; {advice}")
     if not isinstance(content, str):
-        raise BadMessages(f"the content of message {index} is {json_type(content)}, not a string; {advice}")
+        raise BadMessages(
+            f"message {index} has a content that is {json_type(content)}, not a string; {advice}"
+        )
     return role, content
 
 

@@ -30,10 +30,10 @@ from llama.torch_engine.thread_count import ThreadCount
 logger = logging.getLogger(__name__)
 
 # The prompt tokens of a step are limited, so that no stream pauses for more than about two decode steps.
-# While requests decode, the limit is `base + per_stream x decoding requests`, times one plus the number of
-# waiting requests, and at most MOST_PROMPT_TOKENS. The first prompt may use all of it.
+# See `_prefill_budget`; MOST_PROMPT_TOKENS is the limit. The first prompt of a step may use all of it.
 _SHARE = {"cuda": (256, 8), "cpu": (32, 4)}
 MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
+_OVERFLOW = "the model's output is not finite; set LLAMA_DTYPE to bfloat16 or float32"
 _SAME_LENGTH = 256  # decode steps take about the same time if their longest requests differ by less than this
 
 
@@ -68,8 +68,7 @@ class Batch:
         self._runner.capture()
 
     def run_largest_prefill(self) -> None:
-        """Run the largest prefill, so that a lack of memory raises OutOfMemoryError now and not during a
-        request."""
+        """Run the largest prefill, so that a lack of memory raises OutOfMemoryError before any request."""
         count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)
         self._runner.prefill([Chunk(0, self.shape.length - count, self._tensor([0] * count))])
 
@@ -106,8 +105,7 @@ class Batch:
     def step(self) -> None:
         """Decode one token for every request whose prompt has been read, and read more prompts.
 
-        If reading a prompt fails, only that request fails. If this method raises an exception, the caller
-        must fail all requests.
+        If reading a prompt fails, only that request fails. If this method raises, the caller fails them all.
         """
         self._drop_cancelled()
         self._prefill()
@@ -230,8 +228,7 @@ class Batch:
         """Put the next token into a request's stream. Return whether the request has ended."""
         stream, params = request.stream, request.params
         if token == NOT_FINITE:
-            advice = "set LLAMA_DTYPE to bfloat16 or float32"
-            stream.fail(GenerationFailed(f"the model's output is not finite; {advice}"))
+            stream.fail(GenerationFailed(_OVERFLOW))
             return True
         if token in self._eos and request.generated >= params.minimum:
             stream.finish("stop")

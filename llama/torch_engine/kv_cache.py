@@ -39,8 +39,8 @@ def fit_cache(config: LlamaConfig, dtype: torch.dtype, *, budget: int, context: 
     if length < min(context, SMALLEST_CONTEXT):
         raise DoesNotFit(
             f"the key/value cache is limited to {budget} bytes, but the shortest context of "
-            f"{SMALLEST_CONTEXT} tokens needs {per_token * SMALLEST_CONTEXT} bytes; set LLAMA_CACHE_MEMORY to "
-            "at least that many bytes, or use a smaller model"
+            f"{SMALLEST_CONTEXT} tokens needs {per_token * SMALLEST_CONTEXT} bytes; set LLAMA_CACHE_MEMORY "
+            "to at least that many bytes, or use a smaller model"
         )
     return CacheShape(rows=min(rows, budget // (per_token * length)), length=length)
 

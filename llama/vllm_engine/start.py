@@ -17,8 +17,8 @@ from transformers import LlamaConfig
 from llama.errors import BadSettings
 from llama.model.checkpoint import Checkpoint
 from llama.model.memory import available_memory
-from llama.model.placement import planner_for
 from llama.model.parallel_sizes import assume_identical, parallel_sizes
+from llama.model.placement import planner_for
 from llama.model.precision_plan import Gpu, Planner, bytes_per_token
 from llama.model.quantized_layers import Quantization
 from llama.settings import Settings

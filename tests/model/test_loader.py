@@ -37,8 +37,7 @@ from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
-from llama.weights.file_checks import PACKED
-from llama.weights.file_checks import read_object
+from llama.weights.file_checks import PACKED, read_object
 from predict import Predictor
 
 CPU = torch.device("cpu")
