@@ -1,7 +1,12 @@
 """`python -m llama`."""
 
+import signal
 import sys
 from importlib.util import find_spec
+
+# Until `main` has set its handlers, Ctrl-C ends the process without a traceback from an import.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 for package in ("cog", "pydantic_settings", "typer"):
     if find_spec(package) is None:

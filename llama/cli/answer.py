@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from llama.cli.inputs import InputOptions, check_inputs, read_inputs
 from llama.cli.loading import load_with_notice
-from llama.cli.terminal import command, undecodable
+from llama.cli.terminal import command, decoded, undecodable
 from llama.errors import InvalidInput, PromptRequired
 
 
@@ -23,21 +22,30 @@ def complete(
 ) -> None:
     """Answer one prompt. Only the answer goes to standard output."""
     values = read_inputs(inputs)
-    values["prompt"] = _read_prompt() if prompt is None else prompt
+    values["prompt"] = _read_prompt() if prompt is None else decoded(prompt, "the prompt")
     check_inputs(values)
     llama = load_with_notice()
+    log = list[str]()  # printed after the answer, or it would end up on the answer's line
     try:
-        for piece in llama.answer(values, logging.getLogger("llama").info):
+        for piece in llama.answer(values, log.append):
             print(piece, end="", flush=True)
         print()
     finally:
+        print(*log, sep="\n", end="\n" if log else "", file=sys.stderr)
         llama.close()
 
 
 def _read_prompt() -> str:
     if sys.stdin is None:
         raise PromptRequired("standard input is closed; pass the prompt as an argument")
-    prompt = sys.stdin.read().removeprefix("\ufeff")
+    if sys.stdin.isatty():
+        print("reading the prompt from the terminal; Ctrl-D ends it", file=sys.stderr)
+    try:
+        prompt = sys.stdin.read().removeprefix("\ufeff")
+    except OSError as error:
+        raise PromptRequired(
+            f"standard input cannot be read ({error.strerror}); pass the prompt as an argument"
+        ) from error
     if undecodable(prompt):
         raise InvalidInput(f"standard input is not valid {sys.stdin.encoding}; convert it and try again")
     return prompt

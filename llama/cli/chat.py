@@ -7,6 +7,7 @@ context is full.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -67,25 +68,23 @@ class Chat:
     def _turn(self, user: str) -> None:
         """Stream an answer. Ctrl-C ends it, and the text so far stays in the dialogue."""
         self.messages.append({"role": "user", "content": user})
-        printed = list[str]()
+        printed, log = list[str](), list[str]()
         try:
             prediction = self._prepare()
             with _keys_ignored():
-                _print_stream(self._stream(prediction), printed)
+                _print_stream(self._llama.stream_here(prediction, log.append), printed)
             if prediction.metrics.finish_reason == "length":
                 print(_cut_notice(prediction), file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except LlamaError as error:
             fail(str(error))
+        if self._inputs["debug"] or self._inputs["log_performance_metrics"]:
+            print(*log, sep="\n", file=sys.stderr)
         if printed:
             self.messages.append({"role": "assistant", "content": "".join(printed)})
         else:
             self.messages.pop()
-
-    def _stream(self, prediction: Prediction) -> Iterator[str]:
-        log = self._log if self._inputs["debug"] else lambda _: None
-        return self._llama.stream_here(prediction, log)
 
     def _prepare(self) -> Prediction:
         while True:
@@ -104,9 +103,6 @@ class Chat:
         del self.messages[first : first + 2]
         print("(the context is full: the oldest message and its answer were dropped)", file=sys.stderr)
         return True
-
-    def _log(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
 
 def _cut_notice(prediction: Prediction) -> str:
@@ -151,7 +147,7 @@ def _ask() -> str | None:
 def _print_stream(pieces: Iterator[str], printed: list[str]) -> None:
     """Print an answer piece by piece, and append every printed piece to `printed`, even if the stream ends
     with an exception. On a terminal, dots are shown until the first piece arrives."""
-    waiting = sys.stdout.isatty()
+    waiting = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     if waiting:
         print(_WAITING, end="", flush=True)
     try:

@@ -8,13 +8,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from llama.cli.terminal import decoded
 from llama.errors import BadSettings, InvalidInput
 from llama.settings import ROOT
+
+_EXAMPLES = {
+    "number": "a number, such as 0.7",
+    "integer": "a whole number, such as 20",
+    "boolean": "true or false",
+    "array": 'an array, such as [{"role": "user", "content": "Hi!"}]',
+}
 
 
 def published_run() -> Callable[..., object]:
@@ -84,20 +93,20 @@ def read_inputs(pairs: list[str] | None) -> dict[str, Any]:
 
     inputs, options = input_defaults(published_run()), _options()
     for pair in pairs or ():
-        name, separator, value = pair.partition("=")
+        name, separator, value = decoded(pair, "-i").partition("=")
         if name == "prompt":
             raise InvalidInput("-i does not set prompt; pass the prompt as the command's own argument")
         if not separator or name not in options:
+            near = get_close_matches(name, options, n=1)
             raise InvalidInput(
-                f"-i takes NAME=VALUE, where NAME is one of {', '.join(options)}; correct -i {name}"
+                f"-i takes NAME=VALUE, where NAME is one of {', '.join(options)}"
+                f"{f'; did you mean {near[0]}?' if near else ''}"
             )
         kind = options[name]["type"]
         try:
             inputs[name] = value if kind == "string" else json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise InvalidInput(
-                f"-i {name}: the value is not JSON; write a JSON value of type {kind}"
-            ) from error
+            raise InvalidInput(f"-i {name}: the value is not JSON; write {_EXAMPLES[kind]}") from error
     return inputs
 
 

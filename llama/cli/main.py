@@ -18,10 +18,9 @@ from llama.cli.chat import chat
 from llama.cli.inputs import CommandWithInputs
 from llama.cli.plan import plan
 from llama.cli.serve import predict, schema, serve
-from llama.cli.terminal import end_by_exception_on_signals, fail, forgiving_streams, leave
+from llama.cli.terminal import end_by_exception_on_signals, exit_code, forgiving_streams, leave
 from llama.cli.tokenize import tokenize
 from llama.cli.weights import weights
-from llama.errors import LlamaError
 
 app = typer.Typer(
     help="Run Llama 2 Chat: answer prompts, chat, serve the model, and prepare its weights. The settings are "
@@ -39,14 +38,7 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama").setLevel(logging.INFO)
     end_by_exception_on_signals()
-    try:
-        app()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except LlamaError as error:  # from the help or the shell completion
-        code = fail(str(error))
-    leave(code)
+    leave(exit_code(app))
 
 
 def _print_version(requested: bool) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from llama.model.precision_plan import Gpu, Plan, Planner
 
+_LARGEST = 1e9  # GB
+
 
 @command
 def plan(
@@ -77,6 +79,9 @@ def _print_table(text: str, found: Plan) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    if not sys.stdout.isatty():  # rich would turn a closed pipe into the exit code 1
+        print(text)
+        return
     console = Console(highlight=False)
     for choice, line in zip((None, *found.choices), text.splitlines(), strict=True):
         chosen = choice is not None and choice is found.chosen
@@ -117,7 +122,7 @@ def _gpus(sizes: str | None, capability: str) -> Sequence[Gpu]:
 def _parse_gigabytes(text: str) -> list[float]:
     with suppress(ValueError):
         sizes = [float(size) for size in text.split(",")]
-        if all(0 < size < float("inf") for size in sizes):
+        if all(0 < size < _LARGEST for size in sizes):
             return sizes
     raise typer.BadParameter(
         f"{text!r} is not a list of sizes in GB, such as 80 or 48,48", param_hint="--gpus"

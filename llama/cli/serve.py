@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from llama.cli.inputs import InputOptions, published_run, read_inputs
+from llama.cli.inputs import InputOptions, check_inputs, published_run, read_inputs
 from llama.cli.loading import settings_to_load
-from llama.cli.terminal import command, fail
+from llama.cli.terminal import command, decoded, fail
 from llama.settings import ROOT, Settings, expanded
 
 
@@ -24,25 +24,32 @@ def predict(
 ) -> int | None:
     """Start Cog's server, answer one prompt through it, and stop it."""
     started = time.monotonic()
+    import httpx2
+
     from llama.serving.server import CogServer, ServerFailed, print_setup
 
-    given = {name: value for name, value in read_inputs(inputs).items() if value is not None}
+    values = {**read_inputs(inputs), "prompt": decoded(prompt, "the prompt")}
+    check_inputs(values)
     environment = _prepare_server()
     answering = Event()
     with CogServer(environment, output=subprocess.PIPE) as server:
         Thread(target=print_setup, args=(server.process.stdout, answering), daemon=True).start()
+        first = None
         try:
             server.wait_until_ready()
+            for event, data in server.stream({k: v for k, v in values.items() if v is not None}):
+                if event == "output":
+                    answering.set()
+                    first = first or time.monotonic() - started
+                    print(data["chunk"], end="", flush=True)
+                elif event == "completed" and data.get("error"):
+                    return fail(_without_prefix(data["error"]))
         except ServerFailed as error:
             return fail(_without_prefix(str(error)))
-        first = None
-        for event, data in server.stream({**given, "prompt": prompt}):
-            if event == "output":
-                answering.set()
-                first = first or time.monotonic() - started
-                print(data["chunk"], end="", flush=True)
-            elif event == "completed" and data.get("error"):
-                return fail(_without_prefix(data["error"]))
+        except httpx2.HTTPStatusError as error:
+            return fail(f"the server refused the prediction: {error.response.text}")
+        except httpx2.TransportError:
+            return fail("the server ended during the answer; run `python -m llama serve` to see its log")
     print()
     if first is not None:
         print(f"first token {first:.1f} s after the start of the command", file=sys.stderr)
@@ -76,24 +83,36 @@ def serve(
     host: Annotated[
         str, typer.Option(help="The address to listen on. Use 0.0.0.0 to listen on all addresses.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 5000,
+    port: Annotated[int, typer.Option(help="The port to listen on. Use 0 to choose a free one.")] = 5000,
 ) -> int:
     """Run Cog's server. Ctrl-C stops it after the running answers have finished, a second Ctrl-C at once."""
-    from llama.serving.server import CogServer, ServerFailed, listening_fault
+    from llama.serving.server import (
+        CogServer,
+        ServerFailed,
+        check_listening,
+        free_port,
+        numeric_address,
+        url_of,
+    )
 
-    if fault := listening_fault(host, port):
+    try:
+        address = numeric_address(host)
+        check_listening(address, port)
+    except ValueError as error:
         return fail(
-            f"cannot listen on {host}:{port} ({fault}); choose another address or port with --host and --port"
-            " (make serve PORT=...)"
+            f"cannot listen on {host}:{port} ({error}); choose another address or port with --host and "
+            "--port (make serve PORT=...)"
         )
+    port = port or free_port()
     environment = _prepare_server()
-    with CogServer(environment, output=None, host=host, port=port, grace=None) as server:
+    with CogServer(environment, output=None, address=address, port=port, grace=None) as server:
         try:
             server.wait_until_ready()
         except ServerFailed as error:
             fail(_without_prefix(str(error)))
         else:
-            print(_invitation(host, port), file=sys.stderr)
+            url = url_of(address, port).replace("127.0.0.1", "localhost")
+            print(_invitation(url), file=sys.stderr)
         try:
             return int(server.process.wait())
         except BaseException:  # Ctrl-C, or a signal
@@ -111,14 +130,12 @@ def _without_prefix(error: str) -> str:
     return found[0] if found else error
 
 
-def _invitation(host: str, port: int) -> str:
-    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
-    url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+def _invitation(url: str) -> str:
     return (
-        f"ready on {url}; Ctrl-C stops the server. Try it from another terminal (add -N and "
-        "-H 'Accept: text/event-stream' to stream):\n"
+        f"ready on {url}; Ctrl-C stops the server. Try it from another terminal:\n"
         f"  curl {url}/predictions -H 'Content-Type: application/json' \\\n"
-        """    -d '{"input": {"prompt": "Write a haiku about llamas"}}'"""
+        """    -d '{"input": {"prompt": "Write a haiku about llamas"}}'\n"""
+        "Add -N and -H 'Accept: text/event-stream' to stream the answer."
     )
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
-from llama.errors import LlamaError
+from llama.errors import InvalidInput, LlamaError
 
 P = ParamSpec("P")
 
@@ -32,15 +32,18 @@ def command(function: Callable[P, int | None]) -> Callable[P, NoReturn]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
-        raise typer.Exit(_exit_code(lambda: function(*args, **kwargs)))
+        raise typer.Exit(exit_code(lambda: function(*args, **kwargs)))
 
     return run
 
 
-def _exit_code(function: Callable[[], int | None]) -> int:
+def exit_code(function: Callable[[], int | None]) -> int:
+    """Call a function and return the exit code that its result, or the error that ended it, stands for."""
     try:
         code = function() or 0
         sys.stdout.flush()
+    except SystemExit as end:  # from typer, or a signal
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except LlamaError as error:
         return fail(str(error))
     except KeyboardInterrupt:
@@ -65,13 +68,16 @@ def fail(message: str) -> int:
 
     line = Text(message)
     line.highlight_regex(r"^E\d{4} \w+:", "bold red")
-    Console(stderr=True).print(line, soft_wrap=True)
+    with suppress(OSError):  # there is nowhere else to report it
+        Console(stderr=True).print(line, soft_wrap=True)
     return 1
 
 
 def end_by_exception_on_signals() -> None:
     """Make SIGTERM and SIGHUP raise SystemExit, so that the program cleans up as it does after Ctrl-C.
     Signals that are ignored, such as SIGHUP under `nohup`, stay ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by __main__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _exit_by_signal)
@@ -83,23 +89,38 @@ def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
 
 def forgiving_streams() -> None:
     """Print characters that the terminal's encoding lacks as `?`. Read bytes that cannot be decoded as lone
-    surrogates, which `undecodable` finds."""
+    surrogates, which `undecodable` finds. What is printed to a closed stream is discarded."""
+    for number in range(3):
+        with suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, so that no other file gets it
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
 
 def undecodable(text: str) -> bool:
-    """Whether text from standard input contained bytes that its encoding does not allow."""
+    """Whether text from standard input or an argument had bytes that its encoding does not allow."""
     return _UNDECODABLE.search(text) is not None
+
+
+def decoded(text: str, what: str) -> str:
+    """Return an argument unchanged. Raises InvalidInput if it could not be decoded; `what` names it."""
+    if undecodable(text):
+        raise InvalidInput(f"{what} is not valid {sys.getfilesystemencoding()}; convert it and try again")
+    return text
 
 
 def leave(code: int) -> NoReturn:
     """End the process at once. A normal exit would tear down the interpreter while a thread may still run
     inside torch, whose own threads then abort the process with a message."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
+        try:
             stream.flush()
+        except (OSError, ValueError):
+            code = code or 1
     os._exit(code)

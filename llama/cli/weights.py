@@ -10,7 +10,7 @@ import typer
 
 from llama.cli.terminal import command
 from llama.errors import BadSettings
-from llama.settings import Settings
+from llama.settings import Settings, expanded
 from llama.weights.folder import Inspection, folder_to_fill, weights_folder
 from llama.weights.folder import lock as lock_folder
 from llama.weights.folder import pull as pull_folder
@@ -35,7 +35,7 @@ FolderArgument = Annotated[
 def pull(folder: FolderArgument = None) -> None:
     """Download and verify the files of the manifest that are missing or wrong."""
     settings = Settings.from_environment()
-    folder = folder or folder_to_fill(settings)
+    folder = expanded(folder, "FOLDER") if folder else folder_to_fill(settings)
     downloaded = pull_folder(folder, settings)
     print(f"{folder} is complete; {_files(downloaded)} downloaded")
 
@@ -44,11 +44,9 @@ def pull(folder: FolderArgument = None) -> None:
 @command
 def verify(folder: FolderArgument = None) -> int:
     """Look for missing, incomplete and damaged files. The exit code is 1 if there are any."""
-    from llama.weights.manifest import read_manifest
-
     settings = Settings.from_environment()
-    folder = folder or folder_to_fill(settings)
-    return _print_inspection(folder, verify_folder(folder, read_manifest(settings.weights_manifest)))
+    folder = expanded(folder, "FOLDER") if folder else folder_to_fill(settings)
+    return _print_inspection(folder, verify_folder(folder, settings))
 
 
 @weights.command()
@@ -56,8 +54,8 @@ def verify(folder: FolderArgument = None) -> int:
 def lock(folder: FolderArgument = None) -> int:
     """Write the SHA-256 of the folder's files into the manifest."""
     settings = Settings.from_environment()
-    folder = folder or folder_to_fill(settings)
-    inspection = lock_folder(folder, settings.weights_manifest)
+    folder = expanded(folder, "FOLDER") if folder else folder_to_fill(settings)
+    inspection = lock_folder(folder, settings)
     if inspection.faults:
         _print_faults(inspection)
         print(f"{settings.weights_manifest} was not changed", file=sys.stderr)
@@ -100,5 +98,6 @@ def pack(
     settings = Settings.from_environment()
     if settings.weights is None:
         raise BadSettings("LLAMA_WEIGHTS is not set; set it to the folder to pack")
+    target = expanded(target, "TARGET")
     pack_folder(weights_folder(settings), target, quantization, pick_device(settings))
-    print(f"{target} is complete; serve it with LLAMA_WEIGHTS={target}")
+    print(f"{target} is complete; serve it with LLAMA_WEIGHTS={target.absolute()}")

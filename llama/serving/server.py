@@ -49,17 +49,31 @@ def server_environment(port: int) -> dict[str, str]:
     return {**baked, **os.environ, "PORT": str(port), "PATH": path}
 
 
-def listening_fault(host: str, port: int) -> str | None:
-    """Return why a server cannot listen on this address, or None if it can."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+def numeric_address(host: str) -> str:
+    """Resolve a host to an IP address, which is all that Cog's server accepts. Raises ValueError."""
+    try:
+        address = socket.getaddrinfo(host.strip("[]") or None, None, type=socket.SOCK_STREAM)[0][4][0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
+    return str(address)
+
+
+def check_listening(address: str, port: int) -> None:
+    """Raises ValueError with the reason if a server cannot listen on this IP address and port."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((address, port))
         except OSError as error:
-            return error.strerror or str(error)
-        except OverflowError:
-            return "a port is a number from 0 to 65535"
-    return None
+            raise ValueError(error.strerror or str(error)) from error
+        except OverflowError as error:
+            raise ValueError("a port is a number from 0 to 65535") from error
+
+
+def url_of(address: str, port: int) -> str:
+    """The URL of a server that listens on this IP address; one that listens on all is asked on loopback."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
 
 
 def free_port() -> int:
@@ -80,11 +94,12 @@ class ChildServer(ABC):
         port: int,
         output: IO[bytes] | int | None = subprocess.DEVNULL,
         grace: float | None = 30,
+        address: str = "127.0.0.1",
     ) -> None:
         self.port, self._grace = port, grace
         self._command, self._environment, self._output = command, environment, output
         # Ignore the proxies in the environment, which cannot reach the loopback interface of this machine.
-        self.client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_NO_TIMEOUT, trust_env=False)
+        self.client = httpx2.Client(base_url=url_of(address, port), timeout=_NO_TIMEOUT, trust_env=False)
 
     @abstractmethod
     def ready(self) -> bool:
@@ -146,14 +161,15 @@ class CogServer(ChildServer):
         environment: Mapping[str, str] | None = None,
         *,
         output: IO[bytes] | int | None = subprocess.DEVNULL,
-        host: str = "127.0.0.1",
+        address: str = "127.0.0.1",
         port: int | None = None,
         grace: float | None = 30,
     ) -> None:
         port = free_port() if port is None else port
         environment = {**server_environment(port), **(environment or {})}
+        host = f"[{address}]" if ":" in address else address
         command = [sys.executable, "-m", "cog.server.http", "--host", host]
-        super().__init__(command, environment, port, output, grace)
+        super().__init__(command, environment, port, output, grace, address)
 
     def health(self) -> dict[str, Any]:
         """Return the body of `/health-check`, whose HTTP status is always 200."""
@@ -168,7 +184,11 @@ class CogServer(ChildServer):
         return bool(health["status"] == "READY")
 
     def stream(self, inputs: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Run a prediction and yield the name and data of its server-sent events as they arrive."""
+        """Run a prediction and yield the name and data of its server-sent events as they arrive.
+
+        Raises httpx2.HTTPStatusError if the server refuses the prediction, and httpx2.TransportError if it
+        ends during the answer.
+        """
         # No limit on the size of an event, because the last one repeats the whole answer.
         request = self.client.sse("/predictions", method="POST", json={"input": inputs}, max_event_size=None)
         with request as source:

@@ -77,8 +77,9 @@ def pull(folder: Path, settings: Settings, retry: RetryPolicy | None = None) -> 
 
 def _check_not_packed(folder: Path) -> None:
     """Raises BadSettings for a packed folder: its files have the manifest's names, but other contents."""
+    config = folder / "config.json"
     with suppress(BadConfig):
-        if PACKED in read_object(folder / "config.json"):
+        if os.path.isfile(config) and PACKED in read_object(config):  # noqa: PTH113 - see _is_folder
             raise BadSettings(
                 f"{folder} contains packed weights, not the files of the manifest; choose another folder"
             )
@@ -87,10 +88,15 @@ def _check_not_packed(folder: Path) -> None:
 def _sources(folder: Path, settings: Settings) -> list[Source]:
     from llama.weights.transfer import Source
 
-    entries = read_manifest(settings.weights_manifest)
+    entries = read_manifest(manifest_path(settings))
     if settings.weights_base_url:
         entries = rebase(entries, settings.weights_base_url)
     return [Source(e.url, path_in(folder, e.destination), e.sha256) for e in entries]
+
+
+def manifest_path(settings: Settings) -> Path:
+    """Return the manifest in the settings. Raises BadSettings if its `~` cannot be expanded."""
+    return expanded(settings.weights_manifest, "LLAMA_WEIGHTS_MANIFEST")
 
 
 def _token(settings: Settings) -> str | None:
@@ -114,12 +120,32 @@ class Inspection:
     """The number of files in the manifest."""
 
 
-def verify(folder: Path, entries: Sequence[Entry], *, hash_all: bool = False) -> Inspection:
-    """Check that every file exists, has a valid format, and has the manifest's SHA-256 if that has one.
+def verify(folder: Path, settings: Settings) -> Inspection:
+    """Check that every file of the manifest exists, has a valid format, and matches the manifest's SHA-256.
 
-    `hash_all` hashes the other files as well. Raises WeightsNotFound if there is no folder; all other faults
-    are returned.
+    Raises BadManifest, BadSettings for a packed folder, and WeightsNotFound if there is no folder; all other
+    faults are returned.
     """
+    _check_not_packed(folder)
+    return _inspect(folder, read_manifest(manifest_path(settings)), hash_all=False)
+
+
+def lock(folder: Path, settings: Settings) -> Inspection:
+    """Verify the folder and write the SHA-256 of every file into the manifest.
+
+    If any file has a fault, including a hash that differs from the manifest's, the manifest is not changed.
+    Raises the same errors as `verify`.
+    """
+    _check_not_packed(folder)
+    manifest = manifest_path(settings)
+    entries = read_manifest(manifest)
+    inspection = _inspect(folder, entries, hash_all=True)
+    if not inspection.faults:
+        write_hashes(manifest, entries, inspection.hashes)
+    return inspection
+
+
+def _inspect(folder: Path, entries: Sequence[Entry], *, hash_all: bool) -> Inspection:
     if not _is_folder(folder):
         raise WeightsNotFound(
             f"{folder} does not exist or is not a folder; create it with "
@@ -133,37 +159,24 @@ def verify(folder: Path, entries: Sequence[Entry], *, hash_all: bool = False) ->
     faults += [
         f"{name} is missing, but {INDEX} names it; pull with a manifest that lists it"
         for name in _indexed(folder)
-        if name not in listed and not (folder / name).is_file()
+        if name not in listed and not os.path.isfile(folder / name)  # noqa: PTH113 - see _is_folder
     ]
     return Inspection([DamagedWeights(fault) for fault in faults], hashes, len(entries))
-
-
-def lock(folder: Path, manifest: Path) -> Inspection:
-    """Verify the folder and write the SHA-256 of every file into the manifest.
-
-    If any file has a fault, including a hash that differs from the manifest's, the manifest is not changed.
-    """
-    _check_not_packed(folder)
-    entries = read_manifest(manifest)
-    inspection = verify(folder, entries, hash_all=True)
-    if not inspection.faults:
-        write_hashes(manifest, entries, inspection.hashes)
-    return inspection
 
 
 def _fault(folder: Path, entry: Entry, hashes: dict[str, str], hash_all: bool) -> str | None:
     path = folder / entry.destination  # a link out of the folder is fine, because nothing is written
     try:
         if not path.is_file():
-            return "is missing; pull again"
+            return "is missing; run `weights pull`"
         fault = find_fault(path, path.name) if path.stat().st_size else "is empty"
         if fault is None and (entry.sha256 or hash_all):
             hashes[entry.destination] = sha256 = file_sha256(path)
             if entry.sha256 not in (None, sha256):
                 fault = f"has the SHA-256 {sha256} instead of {entry.sha256}"
     except OSError as error:
-        return f"cannot be read ({error.strerror}); make it readable, or delete it and pull again"
-    return fault and f"{fault}; delete it and pull again"
+        return f"cannot be read ({error.strerror}); make it readable, or delete it and run `weights pull`"
+    return fault and f"{fault}; delete it and run `weights pull`"
 
 
 def _indexed(folder: Path) -> list[str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Self
 
 import httpx2
@@ -21,10 +21,10 @@ import httpx2
 from llama.errors import BadSettings, DownloadFailed
 from llama.weights.retry import Transient
 
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", re.IGNORECASE)
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-\d{1,18}|\*)/(\d{1,18}|\*)", re.IGNORECASE)
 _CONNECT_TIMEOUT = 10.0
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
-_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+_CERTIFICATES = {"SSL_CERT_FILE": "cafile", "SSL_CERT_DIR": "capath"}
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """Statuses after which another attempt may succeed."""
@@ -43,7 +43,8 @@ class ResponseHead:
     def validator(self) -> str | None:
         """A value for `If-Range`: a strong ETag, or a date."""
         etag = str(self.response.headers.get("etag", ""))
-        return etag if etag.startswith('"') else self.response.headers.get("last-modified")
+        strong = etag.startswith('"') and etag.isascii()
+        return etag if strong else self.response.headers.get("last-modified")
 
     @property
     def start(self) -> int | None:
@@ -55,7 +56,7 @@ class ResponseHead:
         """The size of the whole file in bytes; None if the server does not send it."""
         if self.response.status_code == 200:
             length = self.response.headers.get("content-length", "")
-            return int(length) if length.isdecimal() else None
+            return int(length) if length.isdecimal() and len(length) <= 18 else None
         return self._content_range()[1]
 
     def _content_range(self) -> tuple[int | None, int | None]:
@@ -173,13 +174,13 @@ def transient(error: httpx2.TransportError, timeout: float) -> Transient:
 def retry_after(headers: httpx2.Headers) -> float:
     """Return the `Retry-After` header in seconds, or 0 if there is none. The header may also be a date."""
     text = headers.get("retry-after", "")
-    if text.isdecimal():
-        return float(text)
     try:
+        if text.isdecimal():
+            return float(text)
         date = parsedate_to_datetime(text)
-    except ValueError:
+        return max(0.0, (date.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return 0.0
-    return max(0.0, (date.astimezone(UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _check_redirects(name: str, response: httpx2.Response) -> None:
@@ -201,7 +202,10 @@ def _faulty_variable() -> str:
                 httpx2.HTTPTransport(proxy=value, trust_env=False).close()
             except Exception:
                 return name
-    for name in _CERTIFICATES:
-        if name in os.environ and not Path(os.environ[name]).exists():
-            return name
+    for name, argument in _CERTIFICATES.items():
+        if name in os.environ:
+            try:
+                ssl.create_default_context().load_verify_locations(**{argument: os.environ[name]})
+            except OSError:
+                return name
     return next((name for name in os.environ if name.upper() == "NO_PROXY"), "NO_PROXY")

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from llama.errors import BadManifest, BadSettings, DamagedWeights, DownloadFailed
 from llama.weights.disk import disk_errors, file_sha256, move_into_place
 from llama.weights.hub_faults import translate
+from llama.weights.manifest import split_http_url
 from llama.weights.retry import RetryPolicy, Stopped
 from llama.weights.transfer import Source, Transfer
 
@@ -71,7 +72,8 @@ class Hub:
     def __init__(self, folder: Path, token: str | None, retry: RetryPolicy, stop: threading.Event) -> None:
         """Raises BadSettings if huggingface_hub cannot use its environment variables."""
         _silence()
-        self.staging = folder / _STAGING
+        # Absolute, because huggingface_hub expands a `~`.
+        self.staging = folder.absolute() / _STAGING
         # huggingface_hub itself tries five times at the failures that are worth it.
         self.retry, self.stop = replace(retry, attempts=min(retry.attempts, _ATTEMPTS)), stop
         # False, because None would let huggingface_hub look for a token in other places.
@@ -80,6 +82,8 @@ class Hub:
     def __enter__(self) -> Self:
         # The parts of an earlier process, which huggingface_hub does not resume.
         with disk_errors(self.staging):
+            if self.staging.is_symlink() or self.staging.is_file():
+                self.staging.unlink()
             for part in self.staging.rglob("*.incomplete"):
                 part.unlink(missing_ok=True)
         return self
@@ -98,8 +102,8 @@ class Hub:
     def _check_environment(self) -> None:
         from huggingface_hub import constants
 
-        endpoint = urlsplit(constants.ENDPOINT)
-        if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
+        endpoint = split_http_url(constants.ENDPOINT)
+        if endpoint is None:
             raise BadSettings("HF_ENDPOINT is not a URL; set it to https://HOST or unset it")
         if self.token and endpoint.scheme == "http" and endpoint.hostname not in _LOOPBACK:
             raise BadSettings(

@@ -44,12 +44,15 @@ def _translate(error: Exception, name: str, timeout: float, from_storage: bool) 
 
     if isinstance(error, HfHubHTTPError):
         return _http_fault(error.response, name)
-    if isinstance(error, httpx2.TransportError):
-        return transient(error, timeout)
-    if isinstance(error, FileMetadataError | httpx2.TooManyRedirects):
+    unusable = FileMetadataError, httpx2.TooManyRedirects, httpx2.UnsupportedProtocol, httpx2.InvalidURL
+    if isinstance(error, unusable):
         return DownloadFailed(
             f"{name}: {_endpoint_host()} does not respond like a Hugging Face hub; correct HF_ENDPOINT"
         )
+    if isinstance(error, httpx2.TransportError):
+        return transient(error, timeout)
+    if isinstance(error, httpx2.DecodingError):
+        return Transient(f"{error.request.url.host} sent a response that cannot be decompressed")
     if isinstance(error, HFValidationError):
         return DownloadFailed(
             f"{name}: its URL does not name a valid repository on the hub; correct the manifest"

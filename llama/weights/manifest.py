@@ -6,6 +6,7 @@ format, and which files are allowed where in a folder; knows nothing about netwo
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -69,7 +70,7 @@ def _entry(fields: list[str]) -> Entry:
         raise ValueError(f"expected 2 fields, got {len(fields)}; write `URL DESTINATION` without comments")
     url, destination = fields
     _check_destination(destination)
-    parts = _split(url)
+    parts = split_http_url(url)
     if parts is None:
         raise ValueError(f"the URL of {destination} is not valid; write https://HOST/PATH")
     hashed = _SHA256.fullmatch(parts.fragment.lower())
@@ -81,7 +82,7 @@ def _entry(fields: list[str]) -> Entry:
     return Entry(urlunsplit(parts._replace(fragment="")), destination, hashed[1] if hashed else None)
 
 
-def _split(url: str) -> SplitResult | None:
+def split_http_url(url: str) -> SplitResult | None:
     """Parse an HTTP or HTTPS URL. Returns None for anything else."""
     try:
         parts = urlsplit(url)
@@ -115,7 +116,7 @@ def rebase(entries: Iterable[Entry], base_url: str) -> list[Entry]:
 
     Raises BadSettings if `base_url` is not valid.
     """
-    base = _split(base_url)
+    base = split_http_url(base_url)
     if base is None or base.fragment:
         raise BadSettings("LLAMA_WEIGHTS_BASE_URL is not the URL of a folder; set it to https://HOST/PATH")
     folder = base.path.rstrip("/")
@@ -127,7 +128,11 @@ def rebase(entries: Iterable[Entry], base_url: str) -> list[Entry]:
 def path_in(folder: Path, destination: str) -> Path:
     """Return the path of a destination. Raises BadManifest if a symbolic link leads out of the folder."""
     path = folder / destination
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # a link to itself, or a deleted current folder
+        raise BadManifest(f"{path} cannot be resolved ({error}); remove the link") from error
+    if not inside:
         raise BadManifest(
             f"{path} is, or is below, a symbolic link that leads out of {folder}; remove the link"
         )
@@ -137,7 +142,10 @@ def path_in(folder: Path, destination: str) -> Path:
 def write_hashes(path: Path, entries: Iterable[Entry], hashes: Mapping[str, str]) -> None:
     """Write the hashes, given by destination, into the manifest atomically. Raises BadManifest."""
     lines = [f"{replace(entry, sha256=hashes[entry.destination])}\n" for entry in entries]
+    path = path.resolve()  # a link stays, and its target is written
     try:
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
         mode = path.stat().st_mode & 0o777
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f"{path.name}.", delete=False

@@ -121,7 +121,7 @@ def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None
         ),
         (
             ["complete", "Hi!", "-i", "temperature=warm"],
-            "E1000 InvalidInput: -i temperature: the value is not JSON; write a JSON value of type number",
+            "E1000 InvalidInput: -i temperature: the value is not JSON; write a number, such as 0.7",
         ),
         (
             ["complete", "Hi!", "-i", f"seed={'9' * 5000}"],

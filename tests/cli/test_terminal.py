@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 import torch
@@ -232,6 +233,85 @@ def test_a_signal_to_serve_ends_it_quietly(llama_folder: Path, number: int, code
     assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "url"),
+    [
+        (("--host", "localhost"), "http://localhost:"),
+        (("--host", "::1"), "http://[::1]:"),
+        (("--port", "0"), "http://localhost:"),
+    ],
+)
+def test_serve_listens_on_the_address_that_it_prints(
+    scripted_folder: Path, arguments: tuple[str, ...], url: str
+) -> None:
+    port = () if "--port" in arguments else ("--port", str(free_port()))
+    with started("serve", *arguments, *port, weights=scripted_folder) as process:
+        assert process.stderr is not None
+        while not (line := process.stderr.readline()).startswith(b"ready on "):
+            assert line
+        address = line.decode().split()[2].rstrip(";")
+        assert address.startswith(url)
+        assert httpx2.get(f"{address}/health-check", trust_env=False).json()["status"] == "READY"
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_predict_reports_a_server_that_dies_during_the_answer(llama_folder: Path) -> None:
+    with started("predict", "--prompt", "x", *ENDLESS, weights=llama_folder) as process:
+        server, _ = server_and_worker(process.pid)
+        assert process.stdout is not None
+        process.stdout.read(1)
+        server.kill()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"the server ended during the answer; run " in errors
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", ["complete x", "plan --gpus 85", "--version"])
+def test_a_closed_standard_output_is_no_traceback(scripted_folder: Path, command: str) -> None:
+    result = subprocess.run(
+        ["bash", "-c", f"exec {' '.join(COMMAND)} {command} >&-"],
+        cwd=ROOT,
+        env=environment(scripted_folder),
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0
+    assert b"Traceback" not in result.stderr
+
+
+def test_a_closed_standard_error_sends_nothing_to_the_answer(scripted_folder: Path) -> None:
+    result = subprocess.run(
+        ["bash", "-c", f"exec {' '.join([*COMMAND, 'complete', 'x', *GREEDY])} 2>&-"],
+        cwd=ROOT,
+        env=environment(scripted_folder),
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout.decode()) == (0, "a🦙\u2028b\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("argument", ["--version", "--help"])
+def test_output_that_cannot_be_written_is_a_failure(argument: str) -> None:
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        result = subprocess.run(
+            [*COMMAND, argument], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert result.returncode == 1
+    assert b"Traceback" not in result.stderr
+
+
+def test_metrics_are_printed_below_the_answer(scripted_folder: Path) -> None:
+    more = ("-i", "log_performance_metrics=true")
+    result = run("complete", "x", *GREEDY, *more, weights=scripted_folder)
+    assert result.stdout.decode() == "a🦙\u2028b\n"
+    assert b"\noutput_token_count: " in result.stderr
+    result = run("chat", *GREEDY, *more, weights=scripted_folder, text=b"one\n")
+    assert b"input_token_count: " in result.stderr
+
+
 @LINUX
 def test_killing_predict_ends_its_server(llama_folder: Path) -> None:
     with started("predict", "--prompt", "x", *ENDLESS, weights=llama_folder) as process:
@@ -289,6 +369,12 @@ def test_a_closed_output_pipe_ends_the_command_quietly(llama_folder: Path) -> No
         ),
         (("serve", "--port", "-1"), b"cannot listen on 127.0.0.1:-1 (a port is a number from 0 to 65535)"),
         (("complete", "x", "-i", "temperature=9"), b"E1000 InvalidInput: temperature is 9"),
+        (("predict", "--prompt", "x", "-i", "temperature=9"), b"E1000 InvalidInput: temperature is 9"),
+        (("predict", "--prompt", "x", "-i", "temperature=NaN"), b"E1000 InvalidInput: temperature is nan"),
+        (("predict", "--prompt", ""), b"E1001 PromptRequired: "),
+        (("predict", "--prompt", "caf\udce9"), b"E1000 InvalidInput: the prompt is not valid utf-8"),
+        (("complete", "x", "-i", "system_prompt=caf\udce9"), b"E1000 InvalidInput: -i is not valid utf-8"),
+        (("serve", "--host", "nowhere.invalid"), b"cannot listen on nowhere.invalid:5000 ("),
         (("complete", ""), b"E1001 PromptRequired: "),
         (("chat", "-i", "top_k=-5"), b"E1000 InvalidInput: top_k is -5"),
     ],
@@ -504,7 +590,7 @@ def test_an_unknown_home_directory_is_reported_with_the_setting_to_change() -> N
         settings: dict[str, Any] = {"weights": "", name: value}
         result = run("complete", "x", **settings)
         assert result.returncode == 1, result.stderr
-        line = f"E3000 BadSettings: {name} is {value}, but the home directory is unknown"
+        line = f"E3000 BadSettings: {name} is {value}, but that home directory is unknown"
         assert result.stderr.decode().startswith(line)
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 from pulling import FILES, NAMES, QUICK, SHARD, SHARDS, contents, write_manifest
 from weights_server import (
@@ -35,6 +36,7 @@ from llama.errors import (
 from llama.settings import Settings
 from llama.weights.file_checks import PACKED
 from llama.weights.folder import folder_to_serve, lock, pull, weights_folder
+from llama.weights.http import retry_after
 from llama.weights.retry import RetryPolicy
 
 # --- without faults ---
@@ -290,13 +292,26 @@ def test_an_error_page_of_a_proxy_does_not_replace_a_file(
     assert contents(folder) == FILES
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("5", 5.0),
+        ("soon", 0.0),
+        ("Fri, 31 Dec 9999 23:59:59 -1200", 0.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ],
+)
+def test_a_retry_after_that_cannot_be_read_counts_as_none(header: str, seconds: float) -> None:
+    assert retry_after(httpx2.Headers({"Retry-After": header})) == seconds
+
+
 def test_a_packed_folder_is_neither_pulled_into_nor_locked(
     server: Server, settings: Settings, folder: Path
 ) -> None:
     pull(folder, settings, QUICK)
     (folder / "config.json").write_text(json.dumps({PACKED: "nf4"}))
     before = contents(folder)
-    for command in (lambda: pull(folder, settings, QUICK), lambda: lock(folder, settings.weights_manifest)):
+    for command in (lambda: pull(folder, settings, QUICK), lambda: lock(folder, settings)):
         with pytest.raises(BadSettings, match="contains packed weights, not the files of the manifest"):
             command()
     assert contents(folder) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -22,11 +23,12 @@ from weights_server import (
 
 from llama import ROOT
 from llama.errors import (
+    BadManifest,
     DownloadFailed,
 )
 from llama.settings import Settings
 from llama.weights.folder import lock, pull, verify
-from llama.weights.manifest import Entry, read_manifest
+from llama.weights.manifest import read_manifest, write_hashes
 from llama.weights.retry import RetryPolicy
 
 # --- verify and lock ---
@@ -46,7 +48,7 @@ def test_verify_reports_all_faults_at_once(hashed: Settings, folder: Path) -> No
     assert result.stdout == ""
     size = len(SHARDS[0])
     expected = [
-        "config.json is missing; pull again",
+        "config.json is missing; run `weights pull`",
         "tokenizer.model has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and pull again",
         "LICENSE.txt is empty; delete it and pull again",
         "model.safetensors.index.json has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and pull again",
@@ -89,9 +91,9 @@ def test_lock_writes_the_hashes_that_verify_and_pull_use(
     assert [(e.url, e.destination) for e in after] == [(e.url, e.destination) for e in before]
     assert [e.sha256 for e in after] == [sha256(FILES[e.destination]) for e in after]
     assert manifest.stat().st_mode & 0o777 == 0o640
-    assert verify(folder, after).faults == []
+    assert verify(folder, settings).faults == []
     text = manifest.read_text("utf-8")
-    assert lock(folder, manifest).faults == []
+    assert lock(folder, settings).faults == []
     assert manifest.read_text("utf-8") == text
 
 
@@ -189,11 +191,51 @@ def test_verify_follows_the_links_of_a_snapshot_in_the_hubs_cache(tmp_path: Path
     (blobs / "b").write_text("{}")
     (snapshot / "x.json").symlink_to("../../blobs/b")
     (snapshot / "gone.json").symlink_to("../../blobs/none")
-    entries = [Entry("https://h.example/x.json", "x.json", sha256(b"{}"))]
-    assert verify(snapshot, entries).faults == []
-    entries.append(Entry("https://h.example/gone.json", "gone.json"))
-    (fault,) = verify(snapshot, entries).faults
+    manifest = tmp_path / "manifest"
+    settings = Settings(weights_manifest=manifest)
+    manifest.write_text(f"https://h.example/x.json#sha256={sha256(b'{}')} x.json\n")
+    assert verify(snapshot, settings).faults == []
+    with manifest.open("a") as file:
+        file.write("https://h.example/gone.json gone.json\n")
+    (fault,) = verify(snapshot, settings).faults
     assert "gone.json is missing" in str(fault)
+
+
+def test_lock_writes_through_a_link_and_never_replaces_a_device(
+    server: Server, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    pull(folder, settings, QUICK)
+    link = tmp_path / "link.txt"
+    link.symlink_to(settings.weights_manifest)
+    lock(folder, settings.model_copy(update={"weights_manifest": link}))
+    assert link.is_symlink()
+    assert all(entry.sha256 for entry in read_manifest(settings.weights_manifest))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(BadManifest, match="^E3006 .*pipe cannot be written .not a regular file"):
+        write_hashes(pipe, [], {})
+    assert pipe.is_fifo()
+
+
+def test_a_folder_may_begin_with_a_tilde(server: Server, settings: Settings, tmp_path: Path) -> None:
+    manifest, home = str(settings.weights_manifest), str(tmp_path)
+    result = run("pull", "~/inside", LLAMA_WEIGHTS_MANIFEST=manifest, HOME=home)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "inside") == FILES
+    result = run("pull", "~nobody-here/x", LLAMA_WEIGHTS_MANIFEST=manifest)
+    assert result.stderr.startswith("E3000 BadSettings: FOLDER is ~nobody-here/x, but that home directory is")
+
+
+def test_a_link_to_itself_and_an_overlong_name_are_reported(settings: Settings, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(BadManifest, match="^E3006 BadManifest: .* cannot be resolved"):
+        pull(loop, settings, QUICK)
+    folder = tmp_path / "w"
+    folder.mkdir()
+    index = {"weight_map": {"a": f"{'x' * 300}.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert any("xxx.safetensors is missing" in str(fault) for fault in verify(folder, settings).faults)
 
 
 def test_lock_names_the_manifest_that_it_has_written(

@@ -271,6 +271,11 @@ def test_an_environment_that_cannot_be_used_is_reported(hub: SmallHub, puller: P
         ({"HF_HOME": __file__}, f"E3007 DownloadFailed: {XET}: hf-xet cannot write to its folder ("),
         ({"HF_HUB_OFFLINE": "1"}, "E3007 DownloadFailed: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
         ({"HF_ENDPOINT": "hub.example"}, "E3000 BadSettings: HF_ENDPOINT is not a URL; "),
+        ({"HF_ENDPOINT": "http://127.0.0.1:abc"}, "E3000 BadSettings: HF_ENDPOINT is not a URL; "),
+        (
+            {"HF_HUB_ETAG_TIMEOUT": "abc"},
+            "E3000 BadSettings: huggingface_hub cannot use one of the HF_ environment variables (",
+        ),
         (
             {"HF_ENDPOINT": "http://hub.example"},
             "E3000 BadSettings: HF_ENDPOINT is http://hub.example, and HF",
@@ -282,6 +287,17 @@ def test_an_environment_that_cannot_be_used_is_reported(hub: SmallHub, puller: P
         result = puller.run(environment)
         assert result.returncode == 1
         assert result.stderr.splitlines()[-1].startswith(text)
+
+
+def test_the_staging_folder_is_never_a_link(hub: SmallHub, puller: Puller, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.incomplete").touch()
+    puller.folder.mkdir()
+    (puller.folder / ".hub").symlink_to(other)
+    puller.write_manifest("config.json")
+    assert puller.run().returncode == 0
+    assert (other / "x.incomplete").exists()
 
 
 def test_a_complete_folder_is_served_offline(hub: SmallHub, puller: Puller) -> None:
