@@ -46,7 +46,7 @@ def serve_packed(config: LlamaConfig, folder: Path, device: torch.device) -> dic
             used = free - _free(device)
         output.seek(0)
         log = output.read().decode(errors="replace")
-    context, requests = map(int, re.search(r"context (\d+) tokens, (\d+) requests", log).groups())  # type: ignore[union-attr]
+    context, requests = map(int, re.search(r"context (\d+) tokens, room for (\d+) requests", log).groups())  # type: ignore[union-attr]
     per_token = bytes_per_token(config, torch.bfloat16)
     planned = bytes_of_weights(config, _QUANTIZATION) + requests * context * per_token
     return {

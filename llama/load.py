@@ -70,7 +70,7 @@ def load_llama(settings: Settings) -> Llama:
         except BaseException:
             engine.close()
             raise
-    logger.info("context %d tokens, %d concurrent requests", engine.context_length, engine.max_requests)
+    logger.info("context %d tokens, room for %d requests at once", engine.context_length, engine.max_requests)
     logger.info("ready after %s", times)
     return Llama(tokenizer, engine, settings.max_concurrency)
 

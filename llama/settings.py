@@ -29,6 +29,7 @@ EngineName = Literal["torch", "vllm"]
 _PREFIX = "LLAMA_"
 _EXPECTED = {
     "byte_size": "should be a size such as 8GB or 512MiB",
+    "byte_size_unit": "should be a size such as 8GB or 512MiB",
     "bool_parsing": "should be 0 or 1",
     "int_parsing": "should be an integer",
     "float_parsing": "should be a number",

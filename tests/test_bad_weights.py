@@ -325,7 +325,7 @@ def test_the_error_of_an_invalid_setting_names_it_and_what_to_do(
     line = str(raised.value)
     assert line.startswith("E3")
     assert variable in line
-    assert re.search(r"; (set|give) ", line)
+    assert re.search(r"; (set|correct) ", line)
     assert len(line.splitlines()) == 1
 
 

@@ -17,7 +17,7 @@ from llama.weights.folder import weights_folder
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-    from llama.model.precision_plan import Gpu, Plan, Planner
+    from llama.model.precision_plan import Gpu, Plan, Planner, PrecisionOption
 
 _LARGEST = 1e9  # GB
 
@@ -96,7 +96,7 @@ def table(found: Plan, planner: Planner, most: int) -> str:
             f"{planner.dtype.itemsize * 8} bits" if choice.quantization == "none" else choice.quantization,
             f"{choice.weights / 1e9:.1f} GB",
             f"{choice.cache / 1e9:.1f} GB",
-            f"{most} ({choice.requests} fit)" if choice.requests > most else str(choice.requests),
+            _requests(choice, most),
             planner.engine,
             choice.refusal or ("chosen" if choice is found.chosen else ""),
         )
@@ -107,6 +107,12 @@ def table(found: Plan, planner: Planner, most: int) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, *rows)
     )
+
+
+def _requests(choice: PrecisionOption, most: int) -> str:
+    if choice.refusal:
+        return "-"
+    return f"{most} ({choice.requests} fit)" if choice.requests > most else str(choice.requests)
 
 
 def _gpus(sizes: str | None, capability: str) -> Sequence[Gpu]:

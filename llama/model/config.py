@@ -5,6 +5,7 @@ Knows the fields of a Llama configuration; knows nothing about settings, weights
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama.errors import BadConfig
 from llama.weights.file_checks import named_ends, read_object
+
+logger = logging.getLogger(__name__)
 
 _STRETCHED = ("linear", "dynamic")
 _TYPES: dict[str, type] = {
@@ -100,6 +103,8 @@ def longest_context(config: LlamaConfig) -> int:
 def context_length(config: LlamaConfig, limit: int | None) -> int:
     """The maximum number of tokens of prompt and answer together: the model's own, or `limit` if smaller."""
     most = longest_context(config)
+    if limit is not None and limit > most:
+        logger.warning("LLAMA_MAX_CONTEXT is %d and is lowered to %d, the model's own limit", limit, most)
     return min(limit or most, most)
 
 

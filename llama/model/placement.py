@@ -91,7 +91,7 @@ def pick_device(settings: Settings) -> torch.device:
             return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadSettings(
-            f"LLAMA_DEVICE is {name!r}, which torch cannot use on this machine; set it to cpu, cuda:0 or auto"
+            f"LLAMA_DEVICE is {name!r}, which torch cannot use on this machine; set it to cpu or auto"
         ) from error
     raise BadSettings(
         f"LLAMA_DEVICE is {name!r}, but only CPUs and CUDA GPUs are supported; set it to cpu, cuda:0 or auto"
@@ -124,7 +124,7 @@ def local_gpus() -> list[Gpu]:
     """All GPUs of this machine. Raises BadSettings if torch cannot use any."""
     if not torch.cuda.is_available():
         raise BadSettings(
-            "torch cannot use a GPU on this machine; describe the GPUs with --gpus, for example --gpus 80,80"
+            "torch cannot use a GPU on this machine; describe the GPUs with --gpus, for example --gpus 85"
         )
     return [gpu_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
 

@@ -22,7 +22,8 @@ from llama.weights.disk import disk_errors
 from llama.weights.hash_cache import HashCache
 from llama.weights.http import Transport
 from llama.weights.http_file import HttpServers
-from llama.weights.hub import Hub, hub_location
+from llama.weights.hub import Hub
+from llama.weights.hub_location import hub_location
 from llama.weights.progress import progress
 from llama.weights.retry import RetryPolicy, Stopped
 from llama.weights.transfer import Source, Transfer

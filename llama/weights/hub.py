@@ -17,53 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
 
-from llama.errors import BadManifest, BadSettings, DamagedWeights, DownloadFailed
+from llama.errors import BadSettings, DamagedWeights, DownloadFailed
 from llama.weights.disk import disk_errors, file_sha256, move_into_place
 from llama.weights.hub_faults import translate
+from llama.weights.hub_location import HubLocation
 from llama.weights.manifest import split_http_url
 from llama.weights.retry import RetryPolicy, Stopped
 from llama.weights.transfer import Source, Transfer
 
 _STAGING = ".hub"
-_HOST = "huggingface.co"
-_PATH = re.compile(r"/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ATTEMPTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class HubLocation:
-    """A file in a repository on the hub."""
-
-    repository: str
-    revision: str
-    path: str
-
-
-def hub_location(url: str, name: str) -> HubLocation | None:
-    """Parse a URL such as `https://huggingface.co/OWNER/NAME/resolve/REVISION/PATH`.
-
-    Returns None for a URL of another server. Raises BadManifest for any other URL of the hub.
-    """
-    parts = urlsplit(url)
-    if parts.hostname != _HOST:
-        return None
-    match = _PATH.fullmatch(parts.path)
-    location = HubLocation(*map(unquote, match.groups())) if match else None
-    if (
-        location is None
-        or {"", ".", ".."} & set(location.path.split("/"))
-        or (parts.scheme, parts.port or 443) != ("https", 443)
-        or parts.query not in ("", "download=true")  # the link that the hub's pages offer
-    ):
-        raise BadManifest(
-            f"the URL of {name} does not name a file of a model on the hub; write "
-            f"https://{_HOST}/OWNER/NAME/resolve/REVISION/PATH"
-        )
-    return location
 
 
 class Hub:

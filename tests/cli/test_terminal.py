@@ -107,7 +107,7 @@ def test_an_answer_with_a_line_separator_passes_through_the_server_unchanged(scr
     assert first == "starting the server and loading the model ..."
     assert loaded == f"loaded {scripted_folder.name}: float32 on cpu"
     assert (context, ready[:11], last[:11]) == (
-        "context 2048 tokens, 2 concurrent requests",
+        "context 2048 tokens, room for 2 requests at once",
         "ready after",
         "first token",
     )

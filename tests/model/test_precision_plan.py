@@ -198,7 +198,9 @@ def test_all_gpus_are_used_by_tensor_parallelism_first(
 
 
 def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
-    with pytest.raises(BadSettings, match="^E3000 BadSettings: LLAMA_TENSOR_PARALLEL is 3, but .* 64 heads"):
+    with pytest.raises(
+        BadSettings, match="^E3000 BadSettings: LLAMA_TENSOR_PARALLEL is 3, but .* 64 attention heads"
+    ):
         parallel_sizes(LLAMA_2_70B, 3, tensor=3, pipeline=None)
 
 

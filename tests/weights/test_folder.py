@@ -49,11 +49,11 @@ def test_verify_reports_all_faults_at_once(hashed: Settings, folder: Path) -> No
     size = len(SHARDS[0])
     expected = [
         "config.json is missing; run `weights pull`",
-        "tokenizer.model has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and pull again",
-        "LICENSE.txt is empty; delete it and pull again",
-        "model.safetensors.index.json has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and pull again",
-        f"{NAMES[0]} has {size - 8} bytes, but its header describes {size}; delete it and pull again",
-        f"{NAMES[1]} has no valid safetensors header .*; delete it and pull again",
+        "tokenizer.model has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and run `weights pull`",
+        "LICENSE.txt is empty; delete it and run `weights pull`",
+        "model.safetensors.index.json has the SHA-256 [0-9a-f]{64} instead of [0-9a-f]{64}; delete it and run `weights pull`",
+        f"{NAMES[0]} has {size - 8} bytes, but its header describes {size}; delete it and run `weights pull`",
+        f"{NAMES[1]} has no valid safetensors header .*; delete it and run `weights pull`",
         "model-00003-of-00003.safetensors is missing, but model.safetensors.index.json names it; pull .*",
     ]
     lines = result.stderr.splitlines()

@@ -21,7 +21,7 @@ from weights_server import cut_after, other_bytes, slowly, status
 
 from llama import ROOT
 from llama.errors import BadManifest
-from llama.weights.hub import HubLocation, hub_location
+from llama.weights.hub_location import HubLocation, hub_location
 
 XET, CDN = NAMES  # one shard is offered by Xet, the other one by the CDN alone
 XORB, BLOB = f"/xorb/{XET}", f"/lfs/{CDN}"

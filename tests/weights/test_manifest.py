@@ -16,7 +16,7 @@ from llama.errors import (
 )
 from llama.settings import Settings
 from llama.weights.folder import pull
-from llama.weights.hub import hub_location
+from llama.weights.hub_location import hub_location
 from llama.weights.manifest import read_manifest
 
 
