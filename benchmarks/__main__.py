@@ -84,9 +84,9 @@ def _specs(model: Path, arguments: argparse.Namespace) -> Iterator[Spec]:
         if dtype == "bfloat16":
             yield Spec(SERVED, "served", str(model), variables)
             if arguments.vllm:
-                # A context of 2,048 tokens fits the workload's prompts, and both servers then read as many
-                # tokens per step. At 4,096, ours would read 4,096, because on a CPU it turns off chunked
-                # prefill, and vLLM's server 2,048.
+                # A context of 2,048 tokens fits the workload's prompts, and both servers then read the same
+                # number of tokens per step. At 4,096, ours would read 4,096, because it turns off chunked
+                # prefill on a CPU; vLLM's server would read 2,048.
                 alike = {"LLAMA_DTYPE": dtype, "LLAMA_MAX_CONTEXT": "2048"}
                 on_vllm = {**alike, "LLAMA_ENGINE": "vllm"}
                 yield Spec(SERVED_ON_VLLM, "served", str(model), on_vllm, arguments.vllm)

@@ -43,7 +43,7 @@ def kernels() -> dict[str, Kernel]:
         "int8 weights, _weight_int8pack_mm": _int8(weight),
         "int8, FBGEMM, dynamic": dynamic(_observed(weight)),
     }
-    with suppress(RuntimeError):  # CPUs without AVX-512 and AVX-NE-CONVERT do not have this kernel
+    with suppress(RuntimeError):  # CPUs with neither AVX-512 nor AVX-NE-CONVERT do not have this kernel
         found["bfloat16, oneDNN packed"] = _bfloat16(half)
     return {**found, **_bitsandbytes(weight)}
 

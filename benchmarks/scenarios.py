@@ -89,7 +89,7 @@ def _in_rounds(
 ) -> dict[str, Row]:
     """Measure all peers once per round, in reverse order in every other round. Return medians by peer.
 
-    A peer that has used more than `seconds` in at least two rounds is left out of the later rounds.
+    After the second round, a peer that has used more than `seconds` in total is left out.
     """
     rows: dict[str, list[Row]] = {peer.spec.name: [] for peer in peers}
     left = list(peers)

@@ -63,7 +63,8 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, int]) -> None:
 def _in_pairs(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Reorder the output channels of a projection.
 
-    llama.cpp rotates pairs of neighbouring channels; transformers pairs a channel of each half.
+    llama.cpp rotates pairs of neighbouring channels; transformers pairs each channel with one of the other
+    half.
     """
     halves = weight.reshape(heads, 2, -1, weight.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))

@@ -30,11 +30,11 @@ class TokenStream:
         self._ended = threading.Event()
         self._tell_engine: Callable[[], object] | None = None
         self.finish_reason: FinishReason | None = None
-        """Why the answer ended. None until it has ended, and if the request failed."""
+        """Why the answer ended. None while it is running, and after a failure."""
         self._error: EngineError | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield lists of token ids, at most 32 per second. Each has all tokens that are ready, without EOS.
+        """Yield token ids in lists, at most 32 lists per second. Each has all that are ready, without EOS.
 
         Raises an EngineError if the request failed, and raises it again if iterated again.
         """

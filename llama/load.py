@@ -98,9 +98,8 @@ def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
     named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
     if not (ends := {i for i in named if i < tokenizer.size}):
         raise BadTokenizer(
-            f"the ids of the tokens that end an answer in {folder} ({sorted(named)}) are all outside the "
-            f"vocabulary: vocab_size in config.json is {config.vocab_size}; copy the model's own tokenizer "
-            "files"
+            f"the tokens that end an answer (ids {sorted(named)}) are all outside the vocabulary: vocab_size "
+            f"in {folder / 'config.json'} is {config.vocab_size}; copy the model's own tokenizer files"
         )
     return ends
 
@@ -114,6 +113,6 @@ def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:
             pass
     except EngineError as error:
         raise BadCheckpoint(
-            f"the first step of the model in {folder} failed ({error}); copy the weights again, or set "
-            "LLAMA_DTYPE to another type"
+            f"the model in {folder} cannot generate a token ({error.message.partition(';')[0]}); copy the "
+            "weights again, or set LLAMA_DTYPE to another type"
         ) from error

@@ -73,7 +73,7 @@ class Metrics:
         self.input_token_count = 0
         self.output_token_count = 0
         self.finish_reason: FinishReason | None = None
-        """None until the answer has ended, and if it failed."""
+        """None while the answer is running, and after a failure."""
 
     def count_token(self) -> None:
         """Count one token of the answer, and record when the first one arrives."""
@@ -86,7 +86,7 @@ class Metrics:
         self._ended = time.perf_counter()
 
     def values(self) -> dict[str, float | str]:
-        """Return the published metrics by name. Times are in seconds, speeds in tokens/s since the start."""
+        """Return the published metrics by name. Times are in seconds, the average speed in tokens/s."""
         elapsed = (time.perf_counter() if self._ended is None else self._ended) - self._started
         values: dict[str, float | str] = {
             "input_token_count": self.input_token_count,

@@ -1,7 +1,7 @@
 """Sampling parameters: every rule of the API about numbers and stop sequences.
 
-Knows their names and bounds, which of two names takes precedence, and the values that disable a rule. Knows
-nothing about the model: `generation.py` clamps the token limits to the room left in the context.
+Knows their names and bounds, which of several names takes precedence, and the values that disable a rule.
+Knows nothing about the model: `generation.py` clamps the token limits to the room left in the context.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     cache_dir: Path = Path("~/.cache/llama-cog")
     """The folder that stores the converted embedded model."""
     pull: bool = False
-    """Download the manifest's files that are missing in `weights` at setup."""
+    """At setup, download the manifest's files that are missing from `weights`."""
     weights_manifest: Path = ROOT / "weights.txt"
     """The manifest that `weights pull`, `verify` and `lock` use."""
     weights_base_url: str | None = None

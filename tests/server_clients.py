@@ -196,7 +196,7 @@ BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 4  # keys and values, layers, KV heads, head 
 
 
 def tiny_server(folder: Path, *, output: Any = DEVNULL, **environment: str) -> CogServer:
-    """A server with the model in `folder`. It uses one CPU thread, because more slow down such a small model."""
+    """A server with the model in `folder`, on one CPU thread: more threads slow down such a small model."""
     variables = {"LLAMA_WEIGHTS": str(folder), "OMP_NUM_THREADS": "1", **environment}
     return CogServer(variables, output=output)
 

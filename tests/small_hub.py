@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback, with what `hf_hub_download` and hf-xet need of one.
+"""A small Hugging Face hub on loopback, that offers what `hf_hub_download` and hf-xet need.
 
 The hub is one origin. Its CDN and its Xet storage are another one, which must never receive the hub's token.
 """
@@ -21,7 +21,7 @@ _CHUNK = 64 * 1024  # bytes in a chunk of a xorb; Xet allows up to 128 KiB
 
 class SmallHub(Server):
     """`repository` has the files by name; `refused` maps a name to a status and an X-Error-Code. The inherited
-    `steps` go by name too, and answer HEAD requests as well. The steps of `storage` go by path."""
+    `steps` are also by name, and answer HEAD requests as well. The steps of `storage` are by path."""
 
     def __init__(self) -> None:
         super().__init__(handler=_HubHandler)

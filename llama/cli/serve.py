@@ -57,8 +57,8 @@ def predict(
 
 
 def _prepare_server() -> dict[str, str]:
-    """Check the settings, find the weights and write the schema. Returns the server's own environment
-    variables."""
+    """Check the settings, find the weights and write the schema. Returns environment variables to pass to the
+    server."""
     from llama.serving.schema import write_schema
 
     settings = settings_to_load()
@@ -85,7 +85,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on. Use 0 to choose a free one.")] = 5000,
 ) -> int:
-    """Run Cog's server. Ctrl-C stops it after the running answers have finished, a second Ctrl-C at once."""
+    """Run Cog's server. The first Ctrl-C waits for the running answers; a second one stops it at once."""
     from llama.serving.server import (
         CogServer,
         ServerFailed,

@@ -88,7 +88,7 @@ def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
 
 
 def forgiving_streams() -> None:
-    """Print characters that the terminal's encoding lacks as `?`. Read bytes that cannot be decoded as lone
+    """Print characters that the terminal's encoding lacks as `?`. Read undecodable bytes as lone
     surrogates, which `undecodable` finds. What is printed to a closed stream is discarded."""
     for number in range(3):
         with suppress(OSError):

@@ -26,8 +26,9 @@ _LLAMA_2_CONTEXT = 4096
 def tokenize() -> int:
     """Read inputs from standard input, one JSON object per line, and print their token ids.
 
-    Each output line has the `token_ids` and the formatted `text`, or an `error`. The exit code is 1 if any
-    line has an error; the other lines are still processed.
+    Each output line has the `token_ids` and the formatted `text`, or an `error`.
+
+    The exit code is 1 if any line has an error; the other lines are still processed.
     """
     from llama.prompt.limits import PromptLimits
     from llama.serving.schema import input_defaults

@@ -18,14 +18,15 @@ from llama.weights.folder import verify as verify_folder
 
 weights = typer.Typer(
     help="Download, verify, lock and pack the weights. LLAMA_WEIGHTS_MANIFEST names the manifest, which "
-    "lists the files and their URLs; the default is weights.txt.",
+    "lists the files and their URLs; the default is weights.txt in the repository.",
     no_args_is_help=True,
 )
 
 FolderArgument = Annotated[
     Path | None,
     typer.Argument(
-        help="The weights folder; by default LLAMA_WEIGHTS or, if that is unset, weights/llama-2-70b-chat."
+        help="The weights folder; by default LLAMA_WEIGHTS or, if that is unset, "
+        "weights/llama-2-70b-chat in the repository."
     ),
 ]
 
@@ -52,7 +53,7 @@ def verify(folder: FolderArgument = None) -> int:
 @weights.command()
 @command
 def lock(folder: FolderArgument = None) -> int:
-    """Write the SHA-256 of the folder's files into the manifest."""
+    """Verify the files of the manifest and, if all are valid, write their SHA-256 hashes into it."""
     settings = Settings.from_environment()
     folder = expanded(folder, "FOLDER") if folder else folder_to_fill(settings)
     inspection = lock_folder(folder, settings)

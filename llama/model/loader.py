@@ -44,7 +44,7 @@ def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> Llama
     Raises BadCheckpoint (which names the file or tensor at fault), BadConfig or DoesNotFit.
     """
     checkpoint = Checkpoint(folder)
-    # The two are tied, and the checkpoint stores them under the name of the output layer only.
+    # A checkpoint may store tied embeddings under the name of the output layer only.
     renamed = {HEAD: EMBEDDINGS} if config.tie_word_embeddings and checkpoint.has_only_the_head else {}
     if config.tie_word_embeddings and checkpoint.has_head_of_its_own:
         logger.warning(

@@ -137,7 +137,7 @@ class Planner:
         if requested == "auto":
             if found.chosen is None:
                 listed = ", ".join(f"{c.quantization!r} {c.refusal}" for c in found.choices)
-                raise DoesNotFit(f"no precision fits on {cards}: {listed}; {self._advice()}")
+                raise DoesNotFit(f"no LLAMA_QUANTIZATION fits on {cards}: {listed}; {self._advice()}")
             return found.chosen.quantization
         (choice,) = (choice for choice in found.choices if choice.quantization == requested)
         if choice.refusal:
@@ -198,8 +198,8 @@ class Planner:
         weights = bytes_of_weights(self.config, narrowest, self.dtype)
         needed = weights + self._bytes_per_request + RESERVE["torch"]
         return (
-            f"use a GPU with {needed / 1e9:.0f} GB free (for {narrowest!r} and one request of "
-            f"{self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use several GPUs with "
+            f"use LLAMA_ENGINE=torch on a GPU with {needed / 1e9:.0f} GB free (for {narrowest!r} and one "
+            f"request of {self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use more GPUs with "
             "LLAMA_ENGINE=vllm"
         )
 

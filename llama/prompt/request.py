@@ -89,9 +89,11 @@ def _fill_template(
     notes = []
     if template.is_for_llama_3:
         notes.append(
-            "warning: prompt_template is in Llama 3's format, whose control words this model does not know"
+            "warning: prompt_template is in Llama 3's format, whose control words are sent to the model as "
+            "plain text"
         )
-    # Check only the repeated text here. The rest is counted when it is encoded, as formats strip white space.
+    # Check only the repeated text here. The rest is counted when it is encoded, because formats may strip
+    # white space.
     limits.check_characters(template.repeated(prompt, system_prompt))
     if template.is_open_dialogue:
         return _within(read_prompt(template.expand(prompt, system_prompt), ""), limits), notes

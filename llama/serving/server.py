@@ -71,7 +71,7 @@ def check_listening(address: str, port: int) -> None:
 
 
 def url_of(address: str, port: int) -> str:
-    """The URL of a server that listens on this IP address; one that listens on all is asked on loopback."""
+    """The URL of a server on this IP address. For one that listens on all addresses, it uses loopback."""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     return f"http://{f'[{address}]' if ':' in address else address}:{port}"
 
@@ -141,15 +141,16 @@ class ChildServer(ABC):
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerFailed(
-                    f"the server ended with exit code {self.process.returncode}; run `python -m llama serve` "
-                    "to see its log"
+                    f"the server ended with exit code {self.process.returncode}; see its log, which "
+                    "`python -m llama serve` prints"
                 )
             with suppress(httpx2.TransportError):
                 if self.ready():
                     return
             time.sleep(0.05)
         raise ServerFailed(
-            f"the server was not ready after {timeout:.0f} s; run `python -m llama serve` to see its log"
+            f"the server was not ready after {timeout:.0f} s; see its log, which `python -m llama serve` "
+            "prints"
         )
 
 

@@ -59,8 +59,8 @@ def read_fast_vocabulary(backend: FastTokenizer) -> Vocabulary:
                 pieces[token_id] = _byte_fallback_piece(piece)
     except KeyError as error:
         raise BadTokenizer(
-            f"tokenizer.json is byte-level, but one of its pieces contains the character {error}; copy the "
-            "file again"
+            f"tokenizer.json is byte-level, but one of its pieces contains {error}, which stands for no "
+            "byte; copy the file again"
         ) from error
     return Vocabulary(pieces, sentencepiece=not byte_level)
 

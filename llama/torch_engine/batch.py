@@ -189,10 +189,10 @@ class Batch:
         try:
             yield
         except Exception as error:
-            logger.exception("a prompt could not be read")
+            logger.exception("the engine failed on a prompt")
             request.stream.fail(
                 GenerationFailed(
-                    f"the prompt could not be read ({type(error).__name__}); see the server's log"
+                    f"the engine failed on this prompt ({type(error).__name__}); see the server's log"
                 )
             )
             self._scheduler.forget_prefixes()

@@ -103,7 +103,7 @@ class TorchEngine:
             with self._lock:
                 self._stopped = True
             for stream in self._streams:  # this has no effect on streams that have ended
-                # Each stream gets its own exception, because raising one adds the traceback of that thread.
+                # Each stream gets its own exception, because each reader's thread adds a traceback to it.
                 stream.fail(type(failure)(failure.message))
 
     def _serve(self, batch: Batch) -> None:

@@ -62,7 +62,7 @@ def packed(module: nn.Module, arithmetic: torch.dtype) -> nn.Module:
 class _HalfLinear(nn.Module):
     """FBGEMM with weights in float16, which halves the bytes to read; inputs, sums and outputs are float32.
 
-    float16 weights are stored exactly, and so are bfloat16 weights down to float16's smallest number.
+    float16 weights are stored exactly, and so are bfloat16 weights down to float16's smallest normal number.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -23,7 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Takes a layer's cache, queries [N, heads, D], and keys and values [N, 2, KV heads, D]; returns
 [N, heads x D]."""
 
-_ROUND_UP = 16  # the number of cached positions is rounded up to a multiple, so that few shapes occur
+_ROUND_UP = 16  # the number of cached positions is rounded up to a multiple of this, so that few shapes occur
 
 
 class Runner:

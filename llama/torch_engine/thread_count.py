@@ -27,7 +27,7 @@ _TRY_FEWER_EVERY = 10.0  # seconds between trials of fewer threads: on an idle m
 
 @dataclass(slots=True)
 class _Trial:
-    """Steps with another number of threads than `usual`, with which a step took `before` seconds."""
+    """Steps with a number of threads on trial. With the `usual` number, a step took `before` seconds."""
 
     usual: int
     before: float

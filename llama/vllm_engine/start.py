@@ -89,7 +89,10 @@ def gpus_for_vllm(settings: Settings) -> list[Gpu]:
     from vllm.platforms import current_platform
 
     if current_platform.is_unspecified():
-        raise BadSettings("LLAMA_ENGINE is vllm, but vLLM found no GPU; start the container with --gpus all")
+        raise BadSettings(
+            "LLAMA_ENGINE is vllm, but vLLM found no GPU; in a container, pass --gpus all to `docker run`, "
+            "otherwise unset LLAMA_ENGINE"
+        )
     if not current_platform.is_cuda_alike():
         return []
     gpus = []

@@ -38,7 +38,7 @@ def download(sources: Sequence[Source], folder: Path, retry: RetryPolicy, token:
 
     `token` is sent to the hub only. Raises BadManifest, BadSettings, DiskFull, DamagedWeights or
     DownloadFailed. A fault before the first download, and a full disk, are raised at once. After any other
-    fault, the other files are tried first, and all faults but the first are logged.
+    fault, the other files are still downloaded; then the first fault is raised, and the others are logged.
     """
     stop = threading.Event()
     located = [(source, hub_location(source.url, source.name)) for source in sources]

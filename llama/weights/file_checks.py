@@ -24,7 +24,7 @@ PACKED = "packed_by_weights_pack"
 
 
 def read_object(path: Path, kind: type[WeightsError] = BadConfig) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises `kind` if the file is missing, unreadable or anything else."""
+    """Read a JSON object from a file. Raises `kind` if it is missing or unreadable, or has other contents."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:

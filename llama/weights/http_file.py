@@ -1,6 +1,6 @@
 """A file from a mirror or another plain HTTP server, downloaded into a `.part` file and resumed.
 
-The part is named after what the server says about the file, so bytes of two versions are never mixed. Knows
+The part is named after the version of the file, so bytes of two versions are never mixed. Knows
 ranges and validators; knows nothing about other files.
 """
 

@@ -40,13 +40,13 @@ class Hub:
         _silence()
         # Absolute, because huggingface_hub expands a `~`.
         self.staging = folder.absolute() / _STAGING
-        # huggingface_hub itself tries five times at the failures that are worth it.
+        # huggingface_hub itself makes up to five attempts if a failure is worth retrying.
         self.retry, self.stop = replace(retry, attempts=min(retry.attempts, _ATTEMPTS)), stop
         # False, because None would let huggingface_hub look for a token in other places.
         self.token: str | bool = token or False
 
     def __enter__(self) -> Self:
-        # The parts of an earlier process, which huggingface_hub does not resume.
+        # Remove the parts of an earlier process, which huggingface_hub does not resume.
         with disk_errors(self.staging):
             if self.staging.is_symlink() or self.staging.is_file():
                 self.staging.unlink()

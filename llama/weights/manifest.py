@@ -102,7 +102,7 @@ def _check_destination(destination: str) -> None:
     if not all(_PART.fullmatch(part) for part in destination.split("/")):
         raise ValueError(
             f"the destination {destination!a} is not a valid path inside the folder; write a relative path "
-            "of letters, digits, `.`, `_` and `-`"
+            "of letters, digits, `.`, `_` and `-`, in which no name begins with `.` or `-`"
         )
     if not is_read(destination):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A file to download: the code that downloads from the hub and from other servers share.
+"""A file to download: what downloads from the hub and from other servers have in common.
 
 Knows sizes, hashes and paths; knows nothing about networks.
 """

@@ -133,7 +133,7 @@ def test_a_quantized_checkpoint_is_planned_only_in_its_stored_precision() -> Non
 @pytest.mark.parametrize(
     ("card", "wanted", "stored", "words"),
     [
-        (gpus(24), "auto", "none", "no precision fits on .*use a GPU with 44 GB free .for 'nf4'"),
+        (gpus(24), "auto", "none", "no LLAMA_QUANTIZATION fits on .*on a GPU with 44 GB free .for 'nf4'"),
         (
             gpus(48),
             "int8",
@@ -143,7 +143,7 @@ def test_a_quantized_checkpoint_is_planned_only_in_its_stored_precision() -> Non
         ),
         (gpus(80, capability=AMPERE), "fp8", "none", "needs compute capability 8.9 .the GPU has 8.0."),
         (gpus(80), "none", "none", "set LLAMA_QUANTIZATION to fp8 or int8 or nf4"),
-        (gpus(48), "auto", "int8", "use a GPU with 74 GB free .for 'int8'"),
+        (gpus(48), "auto", "int8", "on a GPU with 74 GB free .for 'int8'"),
     ],
 )
 def test_the_refusal_of_a_precision_names_what_would_fit(
@@ -165,7 +165,7 @@ def test_int8_and_nf4_are_not_picked_for_vllm() -> None:
         DoesNotFit, match="on a GPU of 85 GB: it is not supported by vLLM.*; set LLAMA_QUANTIZATION to fp8"
     ):
         planner(card, engine="vllm").pick("int8")
-    with pytest.raises(DoesNotFit, match="no precision fits"):
+    with pytest.raises(DoesNotFit, match="no LLAMA_QUANTIZATION fits"):
         planner(gpus(48), engine="vllm").pick("auto")
 
 
