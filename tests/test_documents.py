@@ -182,7 +182,7 @@ def test_the_examples_of_the_readme_get_the_answers_that_it_shows(embedded_folde
             for match in re.finditer(r"^\$ (curl .*?\}\}')$", block, re.MULTILINE | re.DOTALL)
         )
         (python,) = blocks("python")
-        assert run([sys.executable, "-c"], python) == "The capital of France is Paris."
+        assert run([sys.executable, "-c"], python) == "The capital of France is Paris.\n"
     body = json.loads(plain)
     assert "".join(body["output"]) == "The capital of France is Paris."
     assert f'"input_token_count":{body["metrics"]["input_token_count"]}, ...' in read("README.md")
