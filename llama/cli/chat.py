@@ -28,7 +28,10 @@ _WAITING, _ERASE = "...", "\r\x1b[K"
 
 @command
 def chat(inputs: InputOptions = None) -> None:
-    """Chat with the model. Ctrl-C stops an answer; Ctrl-D or `exit` ends the chat."""
+    """Chat with the model. Ctrl-C stops an answer; Ctrl-D or `exit` ends the chat.
+
+    A custom prompt_template cannot be used in a chat; use `complete` for one.
+    """
     values = read_inputs(inputs)
     if sys.stdin is None:
         raise PromptRequired(

@@ -76,7 +76,7 @@ class CommandWithInputs(TyperCommand):
         grid = Table.grid(padding=(0, 2, 0, 0))
         for name, schema in _options().items():
             grid.add_row(name, f"{schema['description']} ({_type_and_default(schema)})")
-        title = "Inputs (-i NAME=VALUE): write strings as they are and all other types as JSON"
+        title = "Inputs (-i NAME=VALUE): write strings as they are, other types as JSON"
         Console(highlight=False, markup=False).print(
             Panel(grid, title=title, title_align="left", border_style="dim")
         )
@@ -95,7 +95,10 @@ def read_inputs(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or ():
         name, separator, value = decoded(pair, "-i").partition("=")
         if name == "prompt":
-            raise InvalidInput("-i does not set prompt; pass the prompt as the command's own argument")
+            raise InvalidInput(
+                "-i cannot set prompt; pass it to `complete` as the argument or to `predict` as --prompt, or "
+                "type it in `chat`"
+            )
         if not separator or name not in options:
             near = get_close_matches(name, options, n=1)
             raise InvalidInput(

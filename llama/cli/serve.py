@@ -85,7 +85,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on. Use 0 to choose a free one.")] = 5000,
 ) -> int:
-    """Run Cog's server. The first Ctrl-C waits for the running answers; a second one stops it at once."""
+    """Run Cog's server. Ctrl-C stops it after the running answers end; a second Ctrl-C stops it at once."""
     from llama.serving.server import (
         CogServer,
         ServerFailed,

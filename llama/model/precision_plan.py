@@ -137,7 +137,7 @@ class Planner:
         if requested == "auto":
             if found.chosen is None:
                 listed = ", ".join(f"{c.quantization!r} {c.refusal}" for c in found.choices)
-                raise DoesNotFit(f"no LLAMA_QUANTIZATION fits on {cards}: {listed}; {self._advice()}")
+                raise DoesNotFit(f"no precision fits on {cards}: {listed}; {self._advice()}")
             return found.chosen.quantization
         (choice,) = (choice for choice in found.choices if choice.quantization == requested)
         if choice.refusal:

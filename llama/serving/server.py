@@ -141,16 +141,16 @@ class ChildServer(ABC):
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerFailed(
-                    f"the server ended with exit code {self.process.returncode}; see its log, which "
-                    "`python -m llama serve` prints"
+                    f"the server ended with exit code {self.process.returncode}; see the server's log "
+                    "(`python -m llama serve` shows it)"
                 )
             with suppress(httpx2.TransportError):
                 if self.ready():
                     return
             time.sleep(0.05)
         raise ServerFailed(
-            f"the server was not ready after {timeout:.0f} s; see its log, which `python -m llama serve` "
-            "prints"
+            f"the server was not ready after {timeout:.0f} s; see the server's log (`python -m llama serve` "
+            "shows it)"
         )
 
 

@@ -130,7 +130,8 @@ def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> Asyn
         skip_tokenizer_init=True,
         dtype=str(planner.dtype).removeprefix("torch."),
         quantization=_quantization(replace(planner, gpus=assume_identical(gpus, workers)), settings),
-        # vLLM calls the FP8 format of `weights pack` so, and refuses it as deprecated without this.
+        # "fbgemm_fp8" is vLLM's name for the FP8 format of `weights pack`. Without this, vLLM refuses it as
+        # deprecated.
         allow_deprecated_quantization=_method(config) == "fbgemm_fp8",
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
@@ -143,8 +144,8 @@ def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> Asyn
         kv_cache_memory_bytes=None if cache is None else cache // workers,
         # Compiling for a CPU would take one minute at every start.
         enforce_eager=not (gpus and settings.cuda_graphs),
-        # On a CPU, a seeded request whose prompt is read in several chunks would end vLLM 0.32, because torch
-        # lacks the generator. None leaves the choice to vLLM.
+        # On a CPU, a seeded request whose prompt is read in several chunks would crash vLLM 0.32, because torch's
+        # CPU generators have no offset. None leaves the choice to vLLM.
         enable_chunked_prefill=None if gpus else False,
     )
 

@@ -123,8 +123,8 @@ class Inspection:
 def verify(folder: Path, settings: Settings) -> Inspection:
     """Check that every file of the manifest exists, has a valid format, and matches the manifest's SHA-256.
 
-    Raises BadManifest, BadSettings for a packed folder, and WeightsNotFound if there is no folder; all other
-    faults are returned.
+    Raises BadManifest, WeightsNotFound if there is no folder, and BadSettings if the folder is packed or the
+    manifest's `~` cannot be expanded; all other faults are returned.
     """
     _check_not_packed(folder)
     return _inspect(folder, read_manifest(manifest_path(settings)), hash_all=False)

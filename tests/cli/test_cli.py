@@ -113,7 +113,7 @@ def test_complete_prints_the_answer_and_nothing_else(llama_folder: Path) -> None
     [
         (
             ["complete", "Hi!", "-i", "prompt=Ho!"],
-            "E1000 InvalidInput: -i does not set prompt; pass the prompt as the command's own argument",
+            "E1000 InvalidInput: -i cannot set prompt; pass it to `complete` as the argument",
         ),
         (
             ["complete", "Hi!", "-i", "temprature=0"],

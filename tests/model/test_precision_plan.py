@@ -133,7 +133,7 @@ def test_a_quantized_checkpoint_is_planned_only_in_its_stored_precision() -> Non
 @pytest.mark.parametrize(
     ("card", "wanted", "stored", "words"),
     [
-        (gpus(24), "auto", "none", "no LLAMA_QUANTIZATION fits on .*on a GPU with 44 GB free .for 'nf4'"),
+        (gpus(24), "auto", "none", "no precision fits on .*on a GPU with 44 GB free .for 'nf4'"),
         (
             gpus(48),
             "int8",
@@ -165,7 +165,7 @@ def test_int8_and_nf4_are_not_picked_for_vllm() -> None:
         DoesNotFit, match="on a GPU of 85 GB: it is not supported by vLLM.*; set LLAMA_QUANTIZATION to fp8"
     ):
         planner(card, engine="vllm").pick("int8")
-    with pytest.raises(DoesNotFit, match="no LLAMA_QUANTIZATION fits"):
+    with pytest.raises(DoesNotFit, match="no precision fits"):
         planner(gpus(48), engine="vllm").pick("auto")
 
 

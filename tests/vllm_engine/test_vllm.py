@@ -128,7 +128,7 @@ def test_ray_is_used_if_there_are_more_workers_than_gpus(tmp_path: Path) -> None
 
 
 def test_a_model_that_does_not_fit_is_refused_with_a_suggestion(tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: no LLAMA_QUANTIZATION fits on"):
+    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: no precision fits on"):
         arguments_for(tmp_path, LLAMA_2_70B, Settings(), [SMALL])
     with pytest.raises(
         DoesNotFit,
