@@ -144,8 +144,8 @@ def engine_arguments(folder: Path, planner: Planner, settings: Settings) -> Asyn
         kv_cache_memory_bytes=None if cache is None else cache // workers,
         # Compiling for a CPU would take one minute at every start.
         enforce_eager=not (gpus and settings.cuda_graphs),
-        # On a CPU, a seeded request whose prompt is read in several chunks would crash vLLM 0.32, because torch's
-        # CPU generators have no offset. None leaves the choice to vLLM.
+        # On a CPU, a seeded request whose prompt is read in several chunks would crash vLLM 0.32, because
+        # torch's CPU generators have no offset. None leaves the choice to vLLM.
         enable_chunked_prefill=None if gpus else False,
     )
 
