@@ -6,8 +6,6 @@ import os
 import platform
 from pathlib import Path
 
-import psutil
-
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
@@ -18,6 +16,8 @@ def usable_cores() -> int:
 
 def describe() -> dict[str, object]:
     """Return the processor, the number of usable cores, the memory in GB, and the vector instructions."""
+    import psutil  # here, because a peer that needs only `usable_cores` may not have it
+
     info = Path("/proc/cpuinfo")
     lines = {
         name.strip(): value.strip()

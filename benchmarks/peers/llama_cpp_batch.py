@@ -5,7 +5,6 @@ Uses the C interface, because the Python class of llama-cpp-python answers one r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +13,8 @@ from typing import Any
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
+from benchmarks.machine import usable_cores
 from benchmarks.protocol import Clock, Request, Times, serve
-
-
-def _usable_cores() -> int:
-    """The same as `machine.usable_cores`; that module imports psutil, which this environment may not have."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LlamaCpp:
@@ -56,7 +51,7 @@ class LlamaCpp:
         params.n_ctx = -(-sequences * length // 256) * 256
         params.n_batch, params.n_ubatch = sequences * length, 512
         params.n_seq_max, params.kv_unified = sequences, True
-        params.n_threads = params.n_threads_batch = _usable_cores()
+        params.n_threads = params.n_threads_batch = usable_cores()
         return lib.llama_init_from_model(self._model, params)
 
     def _step(self, context: Any, batch: Any, chunks: list[list[int]], position: int) -> list[int]:

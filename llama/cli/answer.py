@@ -9,8 +9,8 @@ import typer
 
 from llama.cli.inputs import InputOptions, check_inputs, read_inputs
 from llama.cli.loading import load_with_notice
-from llama.cli.terminal import command, decoded, undecodable
-from llama.errors import InvalidInput, PromptRequired
+from llama.cli.terminal import command, decoded
+from llama.errors import PromptRequired
 
 
 @command
@@ -46,6 +46,4 @@ def _read_prompt() -> str:
         raise PromptRequired(
             f"standard input cannot be read ({error.strerror}); pass the prompt as an argument"
         ) from error
-    if undecodable(prompt):
-        raise InvalidInput(f"standard input is not valid {sys.stdin.encoding}; convert it and try again")
-    return prompt
+    return decoded(prompt, "standard input", sys.stdin.encoding)

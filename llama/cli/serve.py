@@ -68,8 +68,8 @@ def _prepare_server() -> dict[str, str]:
 
 
 def _absolute_paths(settings: Settings) -> dict[str, str]:
-    """The variables that hold paths, made absolute: the server runs in the repository's
-    folder, but this command may run in any folder."""
+    """The variables that hold paths, made absolute: the server runs in the repository's folder, but this
+    command may run in any folder."""
     variables = ((f"LLAMA_{name.upper()}", getattr(settings, name)) for name in settings.model_fields_set)
     return {
         variable: str(expanded(path, variable).absolute())

@@ -88,8 +88,8 @@ def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
 
 
 def forgiving_streams() -> None:
-    """Print characters that the terminal's encoding lacks as `?`. Read undecodable bytes as lone
-    surrogates, which `undecodable` finds. What is printed to a closed stream is discarded."""
+    """Print characters that the terminal's encoding lacks as `?`. Read undecodable bytes as lone surrogates,
+    which `undecodable` finds. What is printed to a closed stream is discarded."""
     for number in range(3):
         with suppress(OSError):
             os.fstat(number)
@@ -108,10 +108,11 @@ def undecodable(text: str) -> bool:
     return _UNDECODABLE.search(text) is not None
 
 
-def decoded(text: str, what: str) -> str:
-    """Return an argument unchanged. Raises InvalidInput if it could not be decoded; `what` names it."""
+def decoded(text: str, what: str, encoding: str = sys.getfilesystemencoding()) -> str:
+    """Return a text unchanged. Raises InvalidInput if it could not be decoded; `what` names it. The default
+    encoding is that of the arguments."""
     if undecodable(text):
-        raise InvalidInput(f"{what} is not valid {sys.getfilesystemencoding()}; convert it and try again")
+        raise InvalidInput(f"{what} is not valid {encoding}; convert it and try again")
     return text
 
 

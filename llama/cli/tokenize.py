@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from llama.cli.inputs import published_run
-from llama.cli.terminal import command, undecodable
+from llama.cli.terminal import command, decoded
 from llama.errors import InvalidInput, LlamaError
 from llama.settings import Settings
 from llama.weights.folder import weights_folder
@@ -62,8 +62,7 @@ def _tokenize_line(
     from llama.text.tokenizer import encode_within
 
     try:
-        if undecodable(line):
-            raise InvalidInput(f"line {number} is not valid {sys.stdin.encoding}; convert it and try again")
+        decoded(line, f"line {number}", sys.stdin.encoding)
         try:
             inputs = json.loads(line)
         except (ValueError, RecursionError):

@@ -31,12 +31,16 @@ FolderArgument = Annotated[
 ]
 
 
+def _folder(argument: Path | None, settings: Settings) -> Path:
+    return expanded(argument, "FOLDER") if argument else folder_to_fill(settings)
+
+
 @weights.command()
 @command
 def pull(folder: FolderArgument = None) -> None:
     """Download and verify the files of the manifest that are missing or wrong."""
     settings = Settings.from_environment()
-    folder = expanded(folder, "FOLDER") if folder else folder_to_fill(settings)
+    folder = _folder(folder, settings)
     downloaded = pull_folder(folder, settings)
     print(f"{folder} is complete; {_files(downloaded)} downloaded")
 
@@ -46,7 +50,7 @@ def pull(folder: FolderArgument = None) -> None:
 def verify(folder: FolderArgument = None) -> int:
     """Look for missing, incomplete and damaged files. The exit code is 1 if there are any."""
     settings = Settings.from_environment()
-    folder = expanded(folder, "FOLDER") if folder else folder_to_fill(settings)
+    folder = _folder(folder, settings)
     return _print_inspection(folder, verify_folder(folder, settings))
 
 
@@ -55,7 +59,7 @@ def verify(folder: FolderArgument = None) -> int:
 def lock(folder: FolderArgument = None) -> int:
     """Verify the files of the manifest and, if all are valid, write their SHA-256 hashes into it."""
     settings = Settings.from_environment()
-    folder = expanded(folder, "FOLDER") if folder else folder_to_fill(settings)
+    folder = _folder(folder, settings)
     inspection = lock_folder(folder, settings)
     if inspection.faults:
         _print_faults(inspection)

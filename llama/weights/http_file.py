@@ -1,7 +1,7 @@
 """A file from a mirror or another plain HTTP server, downloaded into a `.part` file and resumed.
 
-The part is named after the version of the file, so bytes of two versions are never mixed. Knows
-ranges and validators; knows nothing about other files.
+The part is named after the version of the file, so bytes of two versions are never mixed. Knows ranges and
+validators; knows nothing about other files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama.weights.disk import move_into_place
 from llama.weights.http import Transport
 from llama.weights.partial_file import PartialFile
 from llama.weights.retry import RetryPolicy, Stopped
@@ -73,7 +74,7 @@ class HttpFile(Transfer):
             if fault := self.fault_of(part.path, part.size, part.sha256):
                 part.path.unlink()
                 raise self.damaged(fault)
-            part.move_to(self.source.path)
+            move_into_place(part.path, self.source.path)
             return part.sha256
 
     def _receive_all(self, part: PartialFile) -> None:

@@ -96,8 +96,8 @@ class Hub:
         if source.sha256 and stored not in (None, source.sha256):
             raise DamagedWeights(
                 f"{source.name}: the hub has a file with the SHA-256 {stored}, but the manifest requires "
-                f"{source.sha256}; in the manifest, set the revision in the URL of this file to the"
-                " commit whose hashes `weights lock` recorded"
+                f"{source.sha256}; in the manifest, set the revision in the URL of this file to the "
+                "commit whose hashes `weights lock` recorded"
             )
         # Download from the commit, because a branch may move in the meantime.
         pinned = HubLocation(location.repository, metadata.commit_hash, location.path)

@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Self
 
-from llama.weights.disk import move_into_place
-
 _CHUNK = 2**20
 
 
@@ -54,7 +52,3 @@ class PartialFile:
         self._file.truncate()
         self._hash = hashlib.sha256()
         self.size = 0
-
-    def move_to(self, path: Path) -> None:
-        """Write the file to the disk and give it its final name."""
-        move_into_place(self.path, path)

@@ -62,6 +62,12 @@ def run(
     )
 
 
+def run_in_shell(arguments: str, weights: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a command whose arguments may include redirections."""
+    command = ["bash", "-c", f"exec {' '.join(COMMAND)} {arguments}"]
+    return subprocess.run(command, cwd=ROOT, env=environment(weights), capture_output=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def scripted_folder(
     llama_folder: Path, sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory
@@ -142,10 +148,7 @@ def test_a_prompt_that_cannot_be_decoded_is_refused(llama_folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["complete", "chat"])
 def test_a_closed_standard_input_is_reported_on_one_line(llama_folder: Path, command: str) -> None:
-    shell = f"exec {' '.join(COMMAND)} {command} <&-"
-    result = subprocess.run(
-        ["bash", "-c", shell], cwd=ROOT, env=environment(llama_folder), capture_output=True, check=False
-    )
+    result = run_in_shell(f"{command} <&-", llama_folder)
     assert result.returncode == 1
     assert result.stderr.startswith(b"E1001 PromptRequired: standard input is closed")
     assert len(result.stderr.splitlines()) == 1
@@ -270,25 +273,13 @@ def test_predict_reports_a_server_that_dies_during_the_answer(llama_folder: Path
 
 @pytest.mark.parametrize("command", ["complete x", "plan --gpus 85", "--version"])
 def test_a_closed_standard_output_is_no_traceback(scripted_folder: Path, command: str) -> None:
-    result = subprocess.run(
-        ["bash", "-c", f"exec {' '.join(COMMAND)} {command} >&-"],
-        cwd=ROOT,
-        env=environment(scripted_folder),
-        capture_output=True,
-        check=False,
-    )
+    result = run_in_shell(f"{command} >&-", scripted_folder)
     assert result.returncode == 0
     assert b"Traceback" not in result.stderr
 
 
 def test_a_closed_standard_error_sends_nothing_to_the_answer(scripted_folder: Path) -> None:
-    result = subprocess.run(
-        ["bash", "-c", f"exec {' '.join([*COMMAND, 'complete', 'x', *GREEDY])} 2>&-"],
-        cwd=ROOT,
-        env=environment(scripted_folder),
-        capture_output=True,
-        check=False,
-    )
+    result = run_in_shell(f"complete x {' '.join(GREEDY)} 2>&-", scripted_folder)
     assert (result.returncode, result.stdout.decode()) == (0, "a🦙\u2028b\n")
 
 
