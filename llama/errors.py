@@ -13,18 +13,22 @@
     ├── EngineError              the engine failed, E2xxx
     │   ├── GenerationFailed     E2001
     │   └── EngineStopped        E2002
-    └── WeightsError             weights or settings are at fault, found at setup, E3xxx
-        ├── BadSettings          E3000
-        ├── WeightsNotFound      E3001
-        ├── BadConfig            E3002
-        ├── BadCheckpoint        E3003
-        ├── BadTokenizer         E3004
-        ├── DoesNotFit           E3005
-        ├── BadManifest          E3006
-        ├── DownloadFailed       E3007
-        ├── DiskFull             E3008
-        ├── DamagedWeights       E3009
-        └── EngineNotStarted     E3010
+    ├── WeightsError             weights or settings are at fault, found at setup, E3xxx
+    │   ├── BadSettings          E3000
+    │   ├── WeightsNotFound      E3001
+    │   ├── BadConfig            E3002
+    │   ├── BadCheckpoint        E3003
+    │   ├── BadTokenizer         E3004
+    │   ├── DoesNotFit           E3005
+    │   ├── BadManifest          E3006
+    │   ├── DownloadFailed       E3007
+    │   ├── DiskFull             E3008
+    │   ├── DamagedWeights       E3009
+    │   └── EngineNotStarted     E3010
+    └── GatewayError             the gateway could not get an answer from a server, E4xxx
+        ├── ServerLost           E4001
+        ├── GatewayRestarted     E4002
+        └── NotStarted           E4003
 
 A message states what happened and what to do, on one line. It never quotes the caller's text, because Cog
 reports a prediction as cancelled if its error message contains the word "cancelled".
@@ -197,3 +201,25 @@ class EngineNotStarted(WeightsError):
     """The engine did not start with these weights and settings."""
 
     code = "E3010"
+
+
+class GatewayError(LlamaError):
+    """The gateway got no answer from a server. The same request may succeed later."""
+
+
+class ServerLost(GatewayError):
+    """The server ended, or stopped responding, during the answer."""
+
+    code = "E4001"
+
+
+class GatewayRestarted(GatewayError):
+    """The gateway ended during the answer."""
+
+    code = "E4002"
+
+
+class NotStarted(GatewayError):
+    """No server took the request in time."""
+
+    code = "E4003"

@@ -9,7 +9,7 @@ import logging
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, PositiveInt, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -26,7 +26,6 @@ DEFAULT_CONCURRENCY = 32
 
 EngineName = Literal["torch", "vllm"]
 
-_PREFIX = "LLAMA_"
 _EXPECTED = {
     "byte_size": "should be a size such as 8GB or 512MiB",
     "byte_size_unit": "should be a size such as 8GB or 512MiB",
@@ -34,14 +33,57 @@ _EXPECTED = {
     "int_parsing": "should be an integer",
     "float_parsing": "should be a number",
 }
-_OTHERS = ("LLAMA_GATEWAY_",)
-"""Prefixes of variables that belong to other programs, so no warning is logged about them."""
+
+class EnvironmentSettings(BaseSettings):
+    """Settings that are read from environment variables with one prefix."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True)
+
+    others: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of variables that belong to other programs, so no warning is logged about them."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the environment, and log a warning for every unknown variable that starts with the prefix.
+
+        Raises BadSettings, which names the first invalid variable.
+        """
+        cls._warn_about_unknown()
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            variable = name if name.isupper() else f"{cls._prefix()}{name.upper()}"
+            expected = _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input ")
+            raise BadSettings(
+                f"{variable} is {first['input']!r}, but it {expected}; correct it or unset it"
+            ) from error
+
+    @classmethod
+    def _prefix(cls) -> str:
+        return cls.model_config["env_prefix"]
+
+    @classmethod
+    def _warn_about_unknown(cls) -> None:
+        known = [name.upper() for name in cls.model_fields]
+        for variable in os.environ:
+            name = variable.removeprefix(cls._prefix())
+            if name == variable or name in known or variable.startswith(cls.others):
+                continue
+            near = get_close_matches(name, known, n=1)
+            logger.warning(
+                "%s is not a known setting and is ignored%s",
+                variable,
+                f"; did you mean {cls._prefix()}{near[0]}?" if near else "",
+            )
 
 
-class Settings(BaseSettings):
+class Settings(EnvironmentSettings):
     """One field per variable. `docs/reference.md` describes them."""
 
-    model_config = SettingsConfigDict(env_prefix="LLAMA_", env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix="LLAMA_")
+    others = ("LLAMA_GATEWAY_",)
 
     weights: Path | None = None
     """A folder in Hugging Face format; None means the embedded model."""
@@ -93,41 +135,13 @@ class Settings(BaseSettings):
     requests than this at a time."""
 
     @classmethod
-    def from_environment(cls) -> Settings:
-        """Read the environment, and log a warning for every unknown variable that starts with `LLAMA_`.
-
-        Raises BadSettings, which names the first invalid variable.
-        """
-        cls._warn_about_unknown()
-        try:
-            settings = cls()
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            variable = name if name.isupper() else f"LLAMA_{name.upper()}"
-            expected = _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input ")
-            raise BadSettings(
-                f"{variable} is {first['input']!r}, but it {expected}; correct it or unset it"
-            ) from error
+    def from_environment(cls) -> Self:
+        settings = super().from_environment()
         if settings.pull and settings.weights is None:
             raise BadSettings(
                 "LLAMA_PULL is 1, but LLAMA_WEIGHTS is not set; set it to the folder to download weights to"
             )
         return settings
-
-    @classmethod
-    def _warn_about_unknown(cls) -> None:
-        known = [name.upper() for name in cls.model_fields]
-        for variable in os.environ:
-            name = variable.removeprefix(_PREFIX)
-            if name == variable or name in known or variable.startswith(_OTHERS):
-                continue
-            near = get_close_matches(name, known, n=1)
-            logger.warning(
-                "%s is not a known setting and is ignored%s",
-                variable,
-                f"; did you mean {_PREFIX}{near[0]}?" if near else "",
-            )
 
 
 def expanded(path: Path, variable: str) -> Path:

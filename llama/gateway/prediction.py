@@ -1,0 +1,166 @@
+"""One prediction: what was asked for, its state, and its pieces of text.
+
+Both APIs, the queue and the store use this object. Knows nothing about HTTP, servers or files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class Status(StrEnum):
+    """The state of a prediction, in Replicate's words."""
+
+    STARTING = "starting"
+    PROCESSING = "processing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def ended(self) -> bool:
+        return self not in (Status.STARTING, Status.PROCESSING)
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Where to send a prediction, and after which events: start, output, logs and completed."""
+
+    url: str
+    events: frozenset[str]
+
+
+@dataclass(frozen=True)
+class PredictionRequest:
+    """What a client asked for."""
+
+    key_id: int
+    inputs: dict[str, Any]
+    """The inputs of the predictor, as they are sent to a server."""
+    model: str
+    version: str = "hidden"
+    """The id of the version that the client named, or "hidden"."""
+    deployment: str | None = None
+    webhook: Webhook | None = None
+    base_url: str = ""
+    """The gateway's address as this client sees it, without a slash at the end."""
+    seconds: float | None = None
+    """The prediction is cancelled so many seconds after its creation."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a prediction ended."""
+
+    status: Status
+    error: str | None = None
+    logs: str | None = None
+    """None keeps the logs so far."""
+    ended_at: float = field(default_factory=time.time)
+
+
+class Prediction:
+    """One prediction. Times are Unix times in seconds."""
+
+    def __init__(self, request: PredictionRequest) -> None:
+        self.request = request
+        self.id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(26))
+        self.stream_token = secrets.token_urlsafe(32)
+        """The unguessable last part of the stream's URL, which needs no key."""
+        self.created_at = time.time()
+        self.started_at: float | None = None
+        self.completed_at: float | None = None
+        self.status = Status.STARTING
+        self.pieces: list[str] = []
+        self.logs = ""
+        self.error: str | None = None
+        self.metrics: dict[str, float | str] = {}
+        self.data_removed = False
+        """Whether the inputs, the output and the logs were deleted."""
+        self._changed = asyncio.Event()
+
+    @property
+    def deadline(self) -> float | None:
+        seconds = self.request.seconds
+        return None if seconds is None else self.created_at + seconds
+
+    def start(self) -> None:
+        """A server has begun to work on it."""
+        self.status = Status.PROCESSING
+        self.started_at = self.started_at or time.time()
+        self._notify()
+
+    def restart(self) -> None:
+        """The server was lost before the first piece, and another one will begin again."""
+        assert not self.pieces
+        self.status, self.metrics, self.logs = Status.STARTING, {}, ""
+
+    def add_piece(self, piece: str) -> None:
+        """Append a piece of the answer."""
+        # Replicate's clients take a piece that begins like a URL for the address of a file.
+        if piece.startswith(("https:", "data:")):
+            self.pieces += [piece[0], piece[1:]]
+        elif piece:
+            self.pieces.append(piece)
+        self._notify()
+
+    def add_logs(self, text: str) -> None:
+        self.logs += text
+        self._notify()
+
+    def end(self, outcome: Outcome) -> None:
+        """Make the outcome visible to all readers. Call it after the outcome was stored."""
+        self.status, self.error, self.completed_at = outcome.status, outcome.error, outcome.ended_at
+        if outcome.logs is not None:
+            self.logs = outcome.logs
+        self._notify()
+
+    async def follow(self, start: int = 0, silence: float = 10.0) -> AsyncIterator[list[str]]:
+        """Yield the pieces from index `start` on as they arrive, several at a time, until the end.
+
+        An empty list means that nothing has happened for `silence` seconds.
+        """
+        while True:
+            ended, changed = self.status.ended, self._changed
+            if new := self.pieces[start:]:
+                start += len(new)
+                yield new
+            elif ended:
+                return
+            elif not await _within(changed, silence):
+                yield []
+
+    async def changed(self, timeout: float | None = None) -> bool:
+        """Wait for the next change. Returns False if there was none within `timeout` seconds."""
+        return await _within(self._changed, timeout)
+
+    async def wait_until_ended(self, timeout: float | None = None) -> bool:
+        """Wait for the end. Returns False if it did not come within `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.status.ended:
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+async def _within(event: asyncio.Event, seconds: float | None) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,60 @@
+"""An error that a client is told, in the shapes of Replicate's and OpenAI's APIs.
+
+Knows statuses and bodies. Which of the shapes a client gets is decided by the path, in `app.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Problem(Exception):
+    """A request that is refused. `code` and `param` are OpenAI's; `members` are further members of
+    Replicate's body. The message never quotes a key."""
+
+    def __init__(
+        self,
+        status: int,
+        title: str,
+        detail: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        members: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.title, self.detail = status, title, detail
+        self.code, self.param = code, param
+        self.members, self.headers = members or {}, headers or {}
+
+    def for_replicate(self) -> dict[str, Any]:
+        """Problem JSON (RFC 9457)."""
+        return {"title": self.title, "detail": self.detail, "status": self.status, **self.members}
+
+    def for_openai(self) -> dict[str, Any]:
+        kind = _OPENAI_TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def for_both(self) -> dict[str, Any]:
+        return {**self.for_openai(), **self.for_replicate()}
+
+
+def not_found(detail: str = "The requested resource could not be found.") -> Problem:
+    return Problem(404, "Not found", detail, code="not_found")
+
+
+def throttled(detail: str, seconds: int) -> Problem:
+    """Too many requests: try again after some seconds."""
+    return Problem(
+        429,
+        "Too many requests",
+        detail,
+        code="rate_limit_exceeded",
+        members={"retry_after": seconds},
+        headers={"Retry-After": str(seconds)},
+    )

@@ -1,0 +1,67 @@
+"""The gateway's settings: the `LLAMA_GATEWAY_*` environment variables."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from llama.settings import EnvironmentSettings
+
+Network = IPv4Network | IPv6Network
+
+PUBLISHED_VERSIONS = (
+    "02e509c789964a7ea8736978a43525956ef40397be9033abf9fd2badfe68c9e3",
+    "2d19859030ff705a87c746f7e96eea03aefb71f166725aee39692f1476566d48",
+    "2c1608e18606fad2812020dc541930f2d0495ce32eee50074220b87300bc16e1",
+    "2796ee9483c3fd7aa2e171d38f4ca12251a30609463dcfd4cd76703f22e96cdf",
+)
+"""Versions of Llama 2 70B Chat on Replicate. Programs that name one of them get this gateway's model."""
+
+
+def _comma_separated(value: object) -> object:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+class GatewaySettings(EnvironmentSettings):
+    """One field per variable. `docs/reference.md` describes them."""
+
+    model_config = SettingsConfigDict(env_prefix="LLAMA_GATEWAY_")
+
+    key: SecretStr | None = None
+    """A key that clients can use, in addition to those of `llama keys add`."""
+    model: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = "meta/llama-2-70b-chat"
+    """The name under which clients find the model, as `owner/name`."""
+    versions: Annotated[tuple[str, ...], NoDecode] = PUBLISHED_VERSIONS
+    """Version ids that are accepted in addition to the model's own, separated by commas."""
+    deployments: Annotated[tuple[Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")], ...], NoDecode] = ()
+    """Names of deployments of the model, as `owner/name,...`."""
+    database: Path = Path("~/.local/share/llama-cog/gateway.sqlite3")
+    """The file that stores predictions, keys and usage. Only one gateway can use it at a time."""
+    public_url: str | None = None
+    """The gateway's address in responses. None means the address that the client used."""
+    places: PositiveInt = 32
+    """How many predictions a server runs at once. It must not be more than the server's own maximum."""
+    queue: PositiveInt = 1000
+    """How many predictions of one key may wait."""
+    queue_timeout: PositiveFloat = 1800
+    """Seconds after which a waiting prediction fails."""
+    retention: PositiveFloat = 3600
+    """Seconds after which the inputs and the output of a finished prediction are deleted."""
+    max_body: Annotated[ByteSize, Field(gt=0)] = ByteSize(1_000_000)
+    """The maximum size of a request's body."""
+    webhook_networks: Annotated[tuple[Network, ...], NoDecode] = ()
+    """Private networks that webhooks may reach, such as `10.0.0.0/8`, separated by commas."""
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Origins whose pages may use the API from a browser, separated by commas."""
+    trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
+    """Addresses or networks of the proxies whose `X-Forwarded-*` headers count, separated by commas."""
+
+    _split = field_validator(
+        "versions", "deployments", "webhook_networks", "allowed_origins", "trusted_proxies", mode="before"
+    )(_comma_separated)
