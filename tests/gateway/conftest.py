@@ -1,0 +1,64 @@
+"""Gateways and the servers behind them: fakes of Cog's server for most tests, and the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateways import Gateway
+
+from benchmarks.fake_cog import FakeCog
+from llama import ROOT
+from llama.serving.schema import write_schema
+from llama.serving.server import CogServer
+from predict import Predictor
+
+
+@pytest.fixture
+def cog() -> Iterator[FakeCog]:
+    """A fake of Cog's server. Change `cog.rules` to script it."""
+    with FakeCog() as running:
+        yield running
+
+
+@pytest.fixture
+def gateways(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
+    """Start a gateway: `gateways(cog.url, other.url, retention=1)`. All are stopped after the test."""
+    with ExitStack() as stack:
+
+        def start(*servers: str, wiring: dict[str, Any] | None = None, **settings: Any) -> Gateway:
+            database = tmp_path / "gateway.sqlite3"
+            gateway = Gateway(servers, **{"database": database, **settings}, wiring=wiring)
+            stack.enter_context(gateway)
+            gateway.wait_until_ready()
+            return gateway
+
+        yield start
+
+
+@pytest.fixture
+def gateway(cog: FakeCog, gateways: Callable[..., Gateway]) -> Gateway:
+    """A gateway in front of `cog`."""
+    return gateways(cog.url)
+
+
+@pytest.fixture(scope="session")
+def real_cog(embedded_folder: Path) -> Iterator[CogServer]:
+    """Cog's own server with the embedded model."""
+    write_schema(Predictor.run, ROOT)
+    with CogServer({"LLAMA_WEIGHTS": str(embedded_folder)}) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def real_gateway(real_cog: CogServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway in front of Cog's own server. It has a deployment, and its webhooks may reach loopback."""
+    database = tmp_path_factory.mktemp("gateway") / "gateway.sqlite3"
+    settings = {"deployments": "acme/llama", "webhook_networks": "127.0.0.0/8"}
+    with Gateway([str(real_cog.client.base_url)], database, **settings) as running:
+        running.wait_until_ready()
+        yield running

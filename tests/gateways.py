@@ -1,0 +1,94 @@
+"""A gateway on a loopback port, in a thread of the tests, and what tests ask it.
+
+All requests are real HTTP. Knows predictions and keys; knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+from server_clients import Body, until
+
+from benchmarks.web_thread import WebThread
+from llama.gateway.settings import GatewaySettings
+
+KEY = "test"
+MODEL = "meta/llama-2-70b-chat"
+
+
+class Gateway:
+    """A context manager that runs a gateway in front of `servers`, with the key "test".
+
+    `settings`: fields of GatewaySettings. `wiring`: other arguments of `create_app`.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        database: Path,
+        *,
+        wiring: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._servers, self._wiring = servers, wiring or {}
+        self.settings = GatewaySettings(**{"key": KEY, "database": database, **settings})
+        self._port = 0
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        from llama.gateway.app import create_app
+
+        app = create_app(self.settings, self._servers, **self._wiring)
+        self._web = WebThread(app, port=self._port, lifespan=True)
+        self._web.__enter__()
+        self._port, self.url = self._web.port, self._web.url
+        self.client = self.client_of(KEY)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        self._web.__exit__(kind, error, trace)
+
+    def restart(self) -> None:
+        """Stop the gateway as Ctrl-C does, and start another one with the same database and port."""
+        self.__exit__(None, None, None)
+        self._start()
+
+    def client_of(self, key: str | None) -> httpx2.Client:
+        """Return a client that sends this key, or none."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+
+    def wait_until_ready(self) -> None:
+        until(lambda: self.client.get("/readyz").status_code == 200)
+
+    def create(self, *, client: httpx2.Client | None = None, prefer: str = "", **inputs: Any) -> Body:
+        """Create a prediction and return it. `prefer`: the header, such as "wait"."""
+        response = (client or self.client).post(
+            f"/v1/models/{self.settings.model}/predictions",
+            json={"input": {"prompt": "Hello", **inputs}},
+            headers={"Prefer": prefer} if prefer else {},
+        )
+        assert response.is_success, response.text
+        body: Body = response.json()
+        return body
+
+    def get(self, prediction: Body) -> Body:
+        response = self.client.get(f"/v1/predictions/{prediction['id']}")
+        assert response.status_code == 200, response.text
+        body: Body = response.json()
+        return body
+
+    def wait_for(self, prediction: Body, *statuses: str) -> Body:
+        """Wait until a prediction has one of these statuses; without any, until it has ended."""
+        wanted = statuses or ("succeeded", "failed", "canceled")
+        until(lambda: self.get(prediction)["status"] in wanted)
+        return self.get(prediction)
