@@ -58,7 +58,7 @@ def real_cog(embedded_folder: Path) -> Iterator[CogServer]:
 def real_gateway(real_cog: CogServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway in front of Cog's own server. It has a deployment, and its webhooks may reach loopback."""
     database = tmp_path_factory.mktemp("gateway") / "gateway.sqlite3"
-    settings = {"deployments": "acme/llama", "webhook_networks": "127.0.0.0/8"}
+    settings: dict[str, Any] = {"deployments": "acme/llama", "webhook_networks": "127.0.0.0/8"}
     with Gateway([str(real_cog.client.base_url)], database, **settings) as running:
         running.wait_until_ready()
         yield running
