@@ -1,0 +1,119 @@
+"""Tells which key a request was made with, from its Authorization header.
+
+Reads the keys from the store, and reads them again every second, so that a key that the command line adds or
+revokes takes effect while the gateway runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from llama.gateway.keys import Key, hash_of, same
+from llama.gateway.problems import Problem
+from llama.gateway.store import Store, StoredKey
+
+T = TypeVar("T")
+
+ENVIRONMENT, LOCAL = "environment", "local"
+RESERVED_NAMES = (ENVIRONMENT, LOCAL)
+"""The names of `LLAMA_GATEWAY_KEY`, and of all requests to a gateway without any key."""
+
+_SECONDS_FRESH = 1.0
+
+
+class Storage(Protocol):
+    async def run(self, function: Callable[[Store], T]) -> T: ...
+
+
+class Keys:
+    """All keys. If there has never been one and the gateway listens on loopback only, it is open: requests
+    need no key, and all are made by the key "local"."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        environment_key: str | None,
+        loopback: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._storage, self._loopback, self._clock = storage, loopback, clock
+        self._environment_hash = hash_of(environment_key) if environment_key else None
+        self._stored: list[StoredKey] = []
+        self._local: Key | None = None
+        self._read_at = -float("inf")
+        self._reading = asyncio.Lock()
+
+    async def load(self) -> None:
+        """Read the keys. Call it once before requests are served; it stores the keys with reserved names."""
+        if self._environment_hash is not None:
+            await self._storage.run(lambda store: store.ensure_key(ENVIRONMENT, self._environment_hash))
+        if self._loopback:
+            self._local = await self._storage.run(lambda store: store.ensure_key(LOCAL, None))
+        await self._refresh()
+
+    async def is_open(self) -> bool:
+        """Whether requests need no key. A revoked key counts: revoking the last one does not open the
+        gateway."""
+        await self._refresh()
+        return self._local is not None and not self._secret_keys()
+
+    async def identify(self, authorization: str | None) -> Key:
+        """Return the key of an Authorization header. Raises Problem 401 if it contains no key that is in
+        use."""
+        if await self.is_open():
+            assert self._local is not None
+            return self._local
+        scheme, _, secret = (authorization or "").strip().partition(" ")
+        if not secret.strip():
+            raise _unauthenticated("an authentication token")
+        key = self._find(hash_of(secret.strip())) if scheme.lower() in ("bearer", "token") else None
+        if key is None:
+            raise _unauthenticated("a valid authentication token")
+        return key
+
+    def by_id(self, key_id: int) -> Key | None:
+        """Return the key with this id, also after it was revoked."""
+        return next((stored.key for stored in self._stored if stored.key.id == key_id), None)
+
+    def webhook_secret(self, key_id: int) -> str | None:
+        """Return what signs the webhooks of a key, also after it was revoked."""
+        secrets = (stored.key.webhook_secret for stored in self._stored if stored.key.id == key_id)
+        return next(secrets, None)
+
+    def _find(self, hashed: str) -> Key | None:
+        found = None
+        for stored in self._secret_keys():  # all of them: the time must not tell which key is nearly right
+            if same(stored.hash or "", hashed) and stored.revoked_at is None:
+                found = stored.key
+        return found
+
+    def _secret_keys(self) -> list[StoredKey]:
+        """The keys that a client can know. The one of an environment variable that is no longer set is not
+        among them."""
+        return [
+            stored
+            for stored in self._stored
+            if stored.hash is not None
+            and (stored.key.name != ENVIRONMENT or stored.hash == self._environment_hash)
+        ]
+
+    async def _refresh(self) -> None:
+        async with self._reading:
+            now = self._clock()
+            if now - self._read_at >= _SECONDS_FRESH:
+                self._stored = await self._storage.run(lambda store: store.keys())
+                self._read_at = now
+
+
+def _unauthenticated(what: str) -> Problem:
+    return Problem(
+        401,
+        "Unauthenticated",
+        f"You did not pass {what}",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )

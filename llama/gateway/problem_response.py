@@ -1,0 +1,37 @@
+"""Renders a problem as a response, in the shape of the API that the path belongs to.
+
+`app.py` uses it for what the routes raise, `middleware.py` for what is refused before a route is found.
+"""
+
+from __future__ import annotations
+
+from starlette.responses import JSONResponse, Response
+
+from llama.gateway.problems import Problem
+
+# fmt: off
+_OPENAI = (
+    "assistants", "audio", "batches", "chat", "completions", "containers", "conversations", "embeddings",
+    "engines", "evals", "fine_tuning", "images", "moderations", "realtime", "responses", "threads", "uploads",
+    "vector_stores", "videos",
+)
+"""The first parts of the paths that only OpenAI's API has."""
+_REPLICATE = (
+    "account", "collections", "deployments", "hardware", "predictions", "search", "stream", "trainings",
+    "webhooks",
+)
+"""The first parts of the paths that only Replicate's API has."""
+# fmt: on
+
+
+def problem_response(problem: Problem, path: str) -> Response:
+    """Render a problem. `path` has no leading `/v1`. Paths of both APIs, and unknown ones, get one body with
+    the members of both."""
+    parts = path.strip("/").split("/")
+    below_a_model = parts[0] == "models" and len(parts) > 3  # such as /models/{owner}/{name}/predictions
+    body, media_type = problem.for_both(), "application/json"
+    if parts[0] in _OPENAI:
+        body = problem.for_openai()
+    elif parts[0] in _REPLICATE or below_a_model:
+        body, media_type = problem.for_replicate(), "application/problem+json"
+    return JSONResponse(body, problem.status, problem.headers, media_type)
