@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.fake_cog_app import CogApp, real_schema
-from benchmarks.fake_cog_script import Body, Counts, Received, Rules, Script
+from benchmarks.fake_cog_script import Body, Counts, Received, Rules, Script, Served
 from benchmarks.web_thread import WebThread
 
-__all__ = ["Body", "Counts", "FakeCog", "Received", "Rules", "Script", "real_schema"]
+__all__ = ["Body", "Counts", "FakeCog", "Received", "Rules", "Script", "Served", "real_schema"]
 
 
 class FakeCog:
@@ -50,6 +50,11 @@ class FakeCog:
         return [r.inputs for r in self.received if (r.method, r.path) == ("POST", "/predictions")]
 
     @property
+    def served(self) -> list[Served]:
+        """All predictions that were accepted, in the order of their start."""
+        return list(self._app.served)
+
+    @property
     def counts(self) -> Counts:
         return self._app.counts
 
@@ -59,6 +64,7 @@ class FakeCog:
 
     def die(self) -> None:
         """Drop all connections and refuse new ones, as if the process had been killed."""
+        self._app.dead = True
         self._web.drop_connections()
 
     def drain(self) -> None:
@@ -68,6 +74,7 @@ class FakeCog:
     def start_again(self) -> None:
         """Listen on the same port after `die` or `drain`."""
         self._web.__exit__(None, None, None)
+        self._app.dead = False
         self._web = WebThread(self._app, port=self._web.port)
         self._web.__enter__()
 

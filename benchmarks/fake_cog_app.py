@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mutabl
 from contextlib import suppress
 from typing import Any
 
-from benchmarks.fake_cog_script import Body, Counts, Received, Rules, Script
+from benchmarks.fake_cog_script import Body, Counts, Received, Rules, Script, Served
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -35,8 +35,9 @@ class CogApp:
 
     def __init__(self, rules: Rules | None = None, on_death: Callable[[], None] = lambda: None) -> None:
         self.rules, self._on_death = rules or Rules(), on_death
-        self.received = list[Received]()
+        self.received, self.served = list[Received](), list[Served]()
         self.counts = Counts()
+        self.dead = False
         self._released = asyncio.Event()
         self._ids = itertools.count(1)
 
@@ -81,20 +82,26 @@ class CogApp:
         script = self.rules.script
         if callable(script):
             script = script(request.inputs)
+        served = Served(request.inputs)
+        self.served.append(served)
         self.counts.running += 1
         self.counts.most_running = max(self.counts.most_running, self.counts.running)
-        work = asyncio.ensure_future(self._stream(script, request.inputs, send))
+        work = asyncio.ensure_future(self._stream(script, served, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                self.counts.cancelled += 1
+                self._end(served, "lost" if self.dead else "cancelled")
         finally:
             self.counts.running -= 1
             for task in (work, gone):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+
+    def _end(self, served: Served, status: str) -> None:
+        served.status = status
+        setattr(self.counts, status, getattr(self.counts, status) + 1)
 
     def _refusal(self, request: Received) -> tuple[int, Body | str]:
         """Return the status and the body with which a prediction is refused, or 0."""
@@ -112,17 +119,17 @@ class CogApp:
             return 0, ""
         return 409, {"error": "At capacity - all prediction slots busy", "status": "failed"}
 
-    async def _stream(self, script: Script, inputs: Body, send: Send) -> None:
+    async def _stream(self, script: Script, served: Served, send: Send) -> None:
         if script.hang:
             await asyncio.Event().wait()
         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-        async for events in self._events(script, inputs):
+        async for events in self._events(script, served):
             await send({"type": "http.response.body", "body": events, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _events(self, script: Script, inputs: Body) -> AsyncIterator[bytes]:
+    async def _events(self, script: Script, served: Served) -> AsyncIterator[bytes]:
         prediction_id, started = f"pred_{next(self._ids):016x}", time.perf_counter()
-        metrics: Body = {"input_token_count": len(str(inputs.get("prompt", "")).split())}
+        metrics: Body = {"input_token_count": len(str(served.inputs.get("prompt", "")).split())}
         yield _event("start", {"id": prediction_id, "status": "processing"})
         if not _fails_at_once(script):
             yield _metric("input_token_count", metrics["input_token_count"])
@@ -131,6 +138,7 @@ class CogApp:
         for index, piece in enumerate(script.pieces):
             await self._pause(script, index, started)
             metrics["output_token_count"] = index + 1
+            served.pieces += 1
             self.counts.pieces += 1
             yield _metric("output_token_count", index + 1) + _event(
                 "output", {"chunk": piece, "index": index}
@@ -138,11 +146,11 @@ class CogApp:
         await self._pause(script, len(script.pieces), started, last=True)
         end: Body = {"id": prediction_id, "logs": script.logs, "output": list(script.pieces)}
         if script.error is None:
-            self.counts.succeeded += 1
+            self._end(served, "succeeded")
             metrics["finish_reason"] = script.finish_reason
             end["status"] = "succeeded"
         else:
-            self.counts.failed += 1
+            self._end(served, "failed")
             end |= {"status": "failed", "error": _error(script)}
         if _fails_at_once(script):
             del metrics["input_token_count"], end["output"]

@@ -45,6 +45,17 @@ class Received:
 
 
 @dataclass
+class Served:
+    """One prediction that the server accepted."""
+
+    inputs: Body
+    pieces: int = 0
+    """How many pieces it has sent."""
+    status: str = "running"
+    """Or succeeded, failed, cancelled (its connection was dropped), or lost (the server died)."""
+
+
+@dataclass
 class Counts:
     """What has happened to the predictions of a server."""
 
@@ -54,7 +65,9 @@ class Counts:
     succeeded: int = 0
     failed: int = 0
     cancelled: int = 0
-    """How many were stopped because their connection was dropped. It includes those of a server that died."""
+    """How many were stopped because their connection was dropped."""
+    lost: int = 0
+    """How many were running when the server died."""
 
 
 @dataclass
