@@ -76,13 +76,8 @@ class Keys:
         return key
 
     def by_id(self, key_id: int) -> Key | None:
-        """Return the key with this id, also after it was revoked."""
+        """Return a key, also after it was revoked. None if the database has no such key."""
         return next((stored.key for stored in self._stored if stored.key.id == key_id), None)
-
-    def webhook_secret(self, key_id: int) -> str | None:
-        """Return what signs the webhooks of a key, also after it was revoked."""
-        secrets = (stored.key.webhook_secret for stored in self._stored if stored.key.id == key_id)
-        return next(secrets, None)
 
     def _find(self, hashed: str) -> Key | None:
         found = None
