@@ -117,6 +117,8 @@ class Llama:
         log = guarded(
             log, "a prediction's log could not be written; no more lines are logged for this prediction"
         )
+        # So that a prediction that is cancelled or lost can be billed.
+        scope.record_metric("input_token_count", metrics.input_token_count)
         for note in self._notes(prediction):
             log(note)
         try:

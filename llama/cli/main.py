@@ -15,6 +15,7 @@ import typer
 import llama
 from llama.cli.answer import complete
 from llama.cli.chat import chat
+from llama.cli.gateway import gateway, up
 from llama.cli.inputs import CommandWithInputs
 from llama.cli.plan import plan
 from llama.cli.serve import predict, schema, serve
@@ -61,6 +62,8 @@ app.command(cls=CommandWithInputs)(chat)
 app.command(cls=CommandWithInputs)(complete)
 app.command(cls=CommandWithInputs)(predict)
 app.command()(serve)
+app.command()(gateway)
+app.command()(up)
 app.command()(tokenize)
 app.command()(plan)
 app.add_typer(weights, name="weights")

@@ -30,7 +30,7 @@ def predict(
 
     values = {**read_inputs(inputs), "prompt": decoded(prompt, "the prompt")}
     check_inputs(values)
-    environment = _prepare_server()
+    environment = prepare_server()
     answering = Event()
     with CogServer(environment, output=subprocess.PIPE) as server:
         Thread(target=print_setup, args=(server.process.stdout, answering), daemon=True).start()
@@ -43,9 +43,9 @@ def predict(
                     first = first or time.monotonic() - started
                     print(data["chunk"], end="", flush=True)
                 elif event == "completed" and data.get("error"):
-                    return fail(_without_prefix(data["error"]))
+                    return fail(without_prefix(data["error"]))
         except ServerFailed as error:
-            return fail(_without_prefix(str(error)))
+            return fail(without_prefix(str(error)))
         except httpx2.HTTPStatusError as error:
             return fail(f"the server refused the prediction: {error.response.text}")
         except httpx2.TransportError:
@@ -56,7 +56,7 @@ def predict(
     return None
 
 
-def _prepare_server() -> dict[str, str]:
+def prepare_server() -> dict[str, str]:
     """Check the settings, find the weights and write the schema. Returns environment variables to pass to the
     server."""
     from llama.serving.schema import write_schema
@@ -104,12 +104,12 @@ def serve(
             "--port (make serve PORT=...)"
         )
     port = port or free_port()
-    environment = _prepare_server()
+    environment = prepare_server()
     with CogServer(environment, output=None, address=address, port=port, grace=None) as server:
         try:
             server.wait_until_ready()
         except ServerFailed as error:
-            fail(_without_prefix(str(error)))
+            fail(without_prefix(str(error)))
         else:
             url = url_of(address, port).replace("127.0.0.1", "localhost")
             print(_invitation(url), file=sys.stderr)
@@ -124,7 +124,7 @@ def serve(
             raise
 
 
-def _without_prefix(error: str) -> str:
+def without_prefix(error: str) -> str:
     """An error without the words that Cog's server puts before it."""
     found = re.search(r"E\d{4} \w+: .*", error, re.DOTALL)
     return found[0] if found else error

@@ -54,6 +54,8 @@ class PredictionRequest:
     """The gateway's address as this client sees it, without a slash at the end."""
     seconds: float | None = None
     """The prediction is cancelled so many seconds after its creation."""
+    needs_client: bool = False
+    """Whether the answer is of use only to the connection that asked for it, as in OpenAI's API."""
 
 
 @dataclass(frozen=True)

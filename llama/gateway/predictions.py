@@ -1,17 +1,35 @@
-"""All predictions of the gateway: creates, finds, lists and cancels them.
+"""All predictions of the gateway: creates, finds, lists and cancels them, and stores how they end.
 
 This is what both APIs call. Knows nothing about HTTP.
 """
 
 from __future__ import annotations
 
-from llama.gateway.prediction import Prediction, PredictionRequest
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
+
+from llama.errors import GatewayRestarted, NotStarted
+from llama.gateway.auth import Keys
+from llama.gateway.dispatcher import Dispatcher
+from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
+from llama.gateway.problems import Problem
+from llama.gateway.queue import FairQueue
+from llama.gateway.storage import Storage
+from llama.gateway.throttle import Throttle
+
+logger = logging.getLogger(__name__)
+
+_PAGE = 100  # as many as Replicate returns
 
 
 @dataclass(frozen=True)
 class Page:
-    """Some predictions, newest first. The cursors are opaque texts for `Predictions.page`, or None at either end."""
+    """Some predictions, newest first. The cursors are texts for `Predictions.page`; None at either end."""
 
     predictions: list[Prediction]
     next: str | None
@@ -19,18 +37,142 @@ class Page:
 
 
 class Predictions:
+    """Keeps the predictions that have not ended in memory, and all of them in the database."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        keys: Keys,
+        queue: FairQueue,
+        dispatcher: Dispatcher,
+        *,
+        queue_timeout: float,
+        on_begin: Callable[[Prediction], None],
+    ) -> None:
+        """`on_begin` is called with every prediction that is queued for the first time."""
+        self._storage, self._keys, self._throttle = storage, keys, Throttle()
+        self._queue, self._dispatcher = queue, dispatcher
+        self._queue_timeout, self._on_begin = queue_timeout, on_begin
+        dispatcher.finish, dispatcher.on_sent = self._finish, self._mark_sent
+        self._active = dict[str, Prediction]()
+        """The predictions that have not ended, or whose end is not stored yet."""
+        self._unsaved = dict[str, tuple[Prediction, Outcome]]()
+        self._timers = dict[str, list[asyncio.TimerHandle]]()
+        self._tasks = set[asyncio.Task[None]]()
+        self._saved_counts = dict[str, object]()
+        self.created = 0
+        """How many predictions were created since the database exists."""
+
     async def create(self, request: PredictionRequest) -> Prediction:
-        """Store a prediction and queue it. Raises Problem: 429 if the queue of its key is full, 503 if it
-        cannot be stored."""
-        raise NotImplementedError
+        """Store a prediction and queue it. Raises Problem: 429 if its key has too many requests per minute or
+        too many waiting predictions, 503 if it cannot be stored."""
+        key = self._keys.by_id(request.key_id)
+        prediction = Prediction(request)
+        with self._queue.room_for(request.key_id):
+            if key is not None:
+                self._throttle.check(key)
+            try:
+                await self._storage.run(lambda store: store.insert(prediction))
+            except sqlite3.Error as error:
+                logger.error("a prediction cannot be stored: %s", error)
+                raise _not_stored() from error
+        self.created += 1
+        self._begin(prediction)
+        return prediction
+
+    async def recover(self) -> None:
+        """Queue the predictions that waited when the gateway ended, and fail those that ran."""
+        self.created = await self._storage.run(lambda store: store.count())
+        lost = GatewayRestarted("the gateway was restarted during the prediction; create it again")
+        for prediction in await self._storage.run(lambda store: store.unfinished()):
+            if prediction.status is Status.STARTING and not prediction.request.needs_client:
+                self._begin(prediction)
+            else:
+                await self._finish(prediction, Outcome(Status.FAILED, str(lost)))
+
+    def _begin(self, prediction: Prediction) -> None:
+        self._active[prediction.id] = prediction
+        not_started = NotStarted(
+            f"no server took the prediction within {self._queue_timeout:.0f} s; try again later"
+        )
+        age = time.time() - prediction.created_at
+        timers = [self._end_in(self._queue_timeout - age, prediction, Status.FAILED, str(not_started))]
+        if prediction.request.seconds is not None:
+            timers.append(self._end_in(prediction.request.seconds - age, prediction, Status.CANCELED))
+        self._timers[prediction.id] = timers
+        self._on_begin(prediction)
+        self._dispatcher.add(prediction)
+
+    def _end_in(
+        self, seconds: float, prediction: Prediction, status: Status, error: str | None = None
+    ) -> asyncio.TimerHandle:
+        """End a prediction after some seconds, with an error only if it still waits then."""
+
+        def end() -> None:
+            outcome = Outcome(status, error)
+            self._start(self._dispatcher.stop(prediction, outcome, only_waiting=error is not None))
+
+        return asyncio.get_running_loop().call_later(max(0.0, seconds), end)
+
+    async def cancel(self, prediction: Prediction) -> None:
+        """Cancel a prediction, and return when it has ended. Does nothing if it has ended already."""
+        await self._dispatcher.stop(prediction, Outcome(Status.CANCELED))
+        await prediction.wait_until_ended()
+
+    async def _finish(self, prediction: Prediction, outcome: Outcome) -> None:
+        """Store how a prediction ended, and then tell its readers."""
+        for timer in self._timers.pop(prediction.id, ()):
+            timer.cancel()
+        self._saved_counts.pop(prediction.id, None)
+        try:
+            await self._store_end(prediction, outcome)
+        except sqlite3.Error as error:
+            logger.error("the end of a prediction cannot be stored yet: %s", error)
+            self._unsaved[prediction.id] = prediction, outcome
+        else:
+            self._active.pop(prediction.id, None)
+        prediction.end(outcome)
+
+    def _mark_sent(self, prediction: Prediction) -> None:
+        async def mark() -> None:
+            try:
+                await self._storage.run(lambda store: store.mark_sent(prediction.id))
+            except sqlite3.Error as error:
+                logger.error("the state of a prediction cannot be stored: %s", error)
+
+        self._start(mark())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def save(self) -> None:
+        """Store the counts of running predictions that have changed, and the ends that could not be stored.
+        Raises sqlite3.Error. Call it several times a second."""
+        counts = {p.id: (p.started_at, p.metrics.get("output_token_count")) for p in self._dispatcher.running}
+        changed = [p for p in self._dispatcher.running if counts[p.id] != self._saved_counts.get(p.id)]
+        if changed:
+            await self._storage.run(lambda store: store.save_progress(changed))
+            self._saved_counts.update({p.id: counts[p.id] for p in changed})
+        for prediction, outcome in list(self._unsaved.values()):
+            await self._store_end(prediction, outcome)
+            del self._unsaved[prediction.id], self._active[prediction.id]
+
+    async def _store_end(self, prediction: Prediction, outcome: Outcome) -> None:
+        await self._storage.run(lambda store: store.finish(prediction, outcome))
 
     async def find(self, key_id: int, prediction_id: str) -> Prediction | None:
         """Return a key's prediction; None if there is none with this id, or if it belongs to another key."""
-        raise NotImplementedError
+        found = self._active.get(prediction_id) or await self._storage.run(
+            lambda store: store.prediction(prediction_id)
+        )
+        return found if found is not None and found.request.key_id == key_id else None
 
     async def find_stream(self, stream_token: str) -> Prediction | None:
-        """Return the prediction with this stream token, while its data exists."""
-        raise NotImplementedError
+        """Return the prediction with this stream token, as long as its output is kept."""
+        found = await self._storage.run(lambda store: store.prediction_of_stream(stream_token))
+        return None if found is None or found.data_removed else self._active.get(found.id, found)
 
     async def page(
         self,
@@ -41,8 +183,35 @@ class Predictions:
         created_before: float | None = None,
     ) -> Page:
         """Return at most 100 of a key's predictions. Raises ValueError if the cursor is invalid."""
-        raise NotImplementedError
+        direction, _, number = (cursor or "").partition("-")
+        if cursor and direction not in ("before", "after"):
+            raise ValueError("the cursor is not one of this gateway")
+        position = {direction: int(number)} if cursor else {}
+        found = await self._storage.run(
+            lambda store: store.page(
+                key_id,
+                **position,
+                created_after=created_after,
+                created_before=created_before,
+                limit=_PAGE + 1,
+            )
+        )
+        more = len(found) > _PAGE
+        shown = (found[-_PAGE:] if direction == "after" else found[:_PAGE]) if more else found
+        older = f"before-{shown[-1][0]}" if shown and (direction == "after" or more) else None
+        newer = (
+            f"after-{shown[0][0]}"
+            if shown and (direction == "before" or (direction == "after" and more))
+            else None
+        )
+        return Page([self._active.get(p.id, p) for _, p in shown], older, newer)
 
-    async def cancel(self, prediction: Prediction) -> None:
-        """Cancel a prediction, and return when it has ended. Does nothing if it has ended already."""
-        raise NotImplementedError
+
+def _not_stored() -> Problem:
+    return Problem(
+        503,
+        "Service unavailable",
+        "The gateway cannot store predictions at the moment; its disk may be full. Try again later.",
+        code="service_unavailable",
+        headers={"Retry-After": "5"},
+    )

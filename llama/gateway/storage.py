@@ -38,7 +38,8 @@ class Storage:
 
     async def run(self, function: Callable[[Store], T]) -> T:
         """Call a function with the store in the store's thread. Cancelling the caller does not undo it."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._store)
+        call = asyncio.get_running_loop().run_in_executor(self._thread, function, self._store)
+        return await asyncio.shield(call)
 
     def close(self) -> None:
         """Finish the calls that were made, and close the file."""

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llama.errors import BadSettings, GatewayRestarted
+from llama.errors import BadSettings
 from llama.gateway.keys import Key, new_webhook_secret
 from llama.gateway.migrations import migrate
 from llama.gateway.prediction import Outcome, Prediction, Status
@@ -136,13 +136,20 @@ class Store:
         with self._transaction() as db:
             db.execute(f"INSERT INTO predictions ({', '.join(values)}) VALUES ({marks})", [*values.values()])
 
+    def mark_sent(self, prediction_id: str) -> None:
+        """Note that a prediction was given to a server: after a restart it is not queued again."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE predictions SET status = ? WHERE id = ? AND completed_at IS NULL",
+                (Status.PROCESSING, prediction_id),
+            )
+
     def save_progress(self, predictions: Sequence[Prediction]) -> None:
-        """Save the state and the counts of running predictions, so that a killed gateway can bill them."""
+        """Save the counts of running predictions, so that they are not lost if the gateway is killed."""
         with self._transaction() as db:
             db.executemany(
-                "UPDATE predictions SET status = ?, started_at = ?, metrics = ? "
-                "WHERE id = ? AND completed_at IS NULL",
-                [(p.status, p.started_at, metrics_values(p), p.id) for p in predictions],
+                "UPDATE predictions SET started_at = ?, metrics = ? WHERE id = ? AND completed_at IS NULL",
+                [(p.started_at, metrics_values(p), p.id) for p in predictions],
             )
 
     def finish(self, prediction: Prediction, outcome: Outcome) -> None:
@@ -224,17 +231,18 @@ class Store:
         (count,) = self._db.execute("SELECT COALESCE(SUM(predictions), 0) FROM usage").fetchone()
         return int(count)
 
-    def recover(self) -> list[Prediction]:
-        """Fail the predictions that ran when the gateway ended. Returns those whose `completed` webhook has
-        not been delivered."""
-        outcome = Outcome(
-            Status.FAILED, str(GatewayRestarted("the gateway was restarted; create the prediction again"))
+    def unfinished(self) -> list[Prediction]:
+        """Return the predictions that had not ended when the gateway ended, the oldest first."""
+        rows = self._db.execute("SELECT * FROM predictions WHERE completed_at IS NULL ORDER BY sequence")
+        return [prediction_of(row) for row in rows.fetchall()]
+
+    def undelivered(self) -> list[Prediction]:
+        """Return the ended predictions whose `completed` webhook has not been delivered, the oldest first."""
+        rows = self._db.execute(
+            "SELECT * FROM predictions WHERE webhook_due = 1 AND completed_at IS NOT NULL "
+            "AND inputs IS NOT NULL ORDER BY sequence"
         )
-        running = self._db.execute("SELECT * FROM predictions WHERE completed_at IS NULL").fetchall()
-        for row in running:
-            self.finish(prediction_of(row), outcome)
-        due = "SELECT * FROM predictions WHERE webhook_due = 1 AND inputs IS NOT NULL ORDER BY sequence"
-        return [prediction_of(row) for row in self._db.execute(due).fetchall()]
+        return [prediction_of(row) for row in rows.fetchall()]
 
     def webhook_delivered(self, prediction_id: str) -> None:
         """Note that the `completed` webhook was delivered, or that it was given up."""

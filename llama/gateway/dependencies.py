@@ -1,0 +1,46 @@
+"""What the routes of both APIs take from a request: the gateway, the key, the base URL and the body."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+from pydantic_core import from_json
+
+from llama.gateway.base_url import base_url_of
+from llama.gateway.gateway import Gateway
+from llama.gateway.keys import Key
+from llama.gateway.problems import Problem
+
+
+def gateway(request: Request) -> Gateway:
+    return cast(Gateway, request.app.state.gateway)
+
+
+def current_key(request: Request) -> Key:
+    """The key that the middleware found."""
+    return cast(Key, request.state.key)
+
+
+def base_url(request: Request) -> str:
+    """The gateway's address as the client sees it, without a slash at the end."""
+    return base_url_of(request.scope, gateway(request).settings)
+
+
+async def json_body(request: Request) -> Any:
+    """The body as JSON, whatever its content type says: curl sends JSON as a form unless told otherwise.
+
+    Raises Problem 400 if it is not JSON. `NaN` and lone surrogates are not.
+    """
+    try:
+        return from_json(await request.body(), allow_inf_nan=False)
+    except ValueError as error:
+        raise Problem(
+            400, "Bad request", f"The body of the request is not valid JSON: {error}", code="invalid_json"
+        ) from error
+
+
+CurrentGateway = Annotated[Gateway, Depends(gateway)]
+CurrentKey = Annotated[Key, Depends(current_key)]
+BaseUrl = Annotated[str, Depends(base_url)]
+JsonBody = Annotated[Any, Depends(json_body)]

@@ -1,0 +1,125 @@
+"""Puts the parts of a gateway together, and starts and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+
+from llama.gateway.addresses import Addresses
+from llama.gateway.auth import Keys
+from llama.gateway.dispatcher import Dispatcher
+from llama.gateway.predictions import Predictions
+from llama.gateway.queue import FairQueue
+from llama.gateway.servers import Servers
+from llama.gateway.settings import GatewaySettings
+from llama.gateway.storage import Storage
+from llama.settings import expanded
+
+logger = logging.getLogger(__name__)
+
+_SAVE_EVERY = 0.25  # seconds
+_SAVE_AGAIN_AFTER = 1.0  # seconds, when the disk is full
+_SCHEMA = "openapi_schema"
+
+
+class Gateway:
+    """All parts of one gateway. `running` starts and ends what works in the background."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        addresses: Addresses,
+        *,
+        loopback: bool = True,
+        grace: float = 30.0,
+        ping_interval: float = 10.0,
+    ) -> None:
+        """`loopback`: the gateway can be reached from this machine only. `grace`: how many seconds running
+        predictions have to end when the gateway ends. `ping_interval`: seconds between two comments on a
+        silent stream. Raises BadSettings if the database cannot be opened."""
+        self.settings, self.ping_interval = settings, ping_interval
+        self._grace = grace
+        self.storage = Storage(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
+        key = settings.key.get_secret_value() if settings.key else None
+        self.keys = Keys(self.storage, environment_key=key, loopback=loopback)
+        # The environment's proxies are for the outside. A prediction may take any time.
+        self._client = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(None, connect=5),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,
+        )
+        self.servers = Servers(self._client, addresses, settings.places)
+        queue = FairQueue(settings.queue)
+        dispatcher = Dispatcher(self._client, self.servers, queue, self._at_once)
+        self.predictions = Predictions(
+            self.storage,
+            self.keys,
+            queue,
+            dispatcher,
+            queue_timeout=settings.queue_timeout,
+            on_begin=lambda _: None,
+        )
+        self._dispatcher = dispatcher
+
+    def _at_once(self, key_id: int) -> int | None:
+        key = self.keys.by_id(key_id)
+        return key.at_once if key else None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Go on where the last gateway with this database ended, and serve until the block ends."""
+        await self.keys.load()
+        await self._remember_schema()
+        await self.predictions.recover()
+        tasks = [asyncio.create_task(work) for work in (self.servers.watch(), self._save(), self._clean_up())]
+        try:
+            yield
+        finally:
+            await self._dispatcher.close(self._grace)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._client.aclose()
+            self.storage.close()
+
+    async def _remember_schema(self) -> None:
+        """Know the model's schema before its servers are ready, if they have been ready once."""
+        known = await self.storage.run(lambda store: store.fact(_SCHEMA))
+        self.servers.schema = json.loads(known) if known else None
+        self.servers.on_schema = self._store_schema
+
+    async def _store_schema(self, schema: dict[str, Any]) -> None:
+        text = json.dumps(schema)
+        try:
+            await self.storage.run(lambda store: store.set_fact(_SCHEMA, text))
+        except sqlite3.Error as error:
+            logger.error("the model's schema cannot be stored: %s", error)
+
+    async def _save(self) -> None:
+        """Store the progress of running predictions several times a second."""
+        while True:
+            await asyncio.sleep(_SAVE_EVERY)
+            try:
+                await self.predictions.save()
+            except sqlite3.Error as error:
+                logger.error("the state of predictions cannot be stored: %s", error)
+                await asyncio.sleep(_SAVE_AGAIN_AFTER)
+
+    async def _clean_up(self) -> None:
+        """Delete inputs and outputs when they have been kept long enough."""
+        retention = self.settings.retention
+        while True:
+            before = time.time() - retention
+            try:
+                await self.storage.run(lambda store, before=before: store.remove_data(before))  # type: ignore[misc]
+            except sqlite3.Error as error:
+                logger.error("old inputs and outputs cannot be deleted: %s", error)
+            await asyncio.sleep(min(60.0, retention / 2))

@@ -1,0 +1,76 @@
+"""The predictions that wait for a server, fair by key.
+
+Knows the order. Knows nothing about servers or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from llama.gateway.prediction import Prediction
+from llama.gateway.problems import throttled
+
+_RETRY_AFTER = 2  # seconds; OpenAI's client waits as long as it is told to
+
+
+class FairQueue:
+    """One queue per key. The keys take turns, however many predictions each of them has."""
+
+    def __init__(self, limit: int) -> None:
+        """At most `limit` predictions of one key wait at the same time."""
+        self._limit = limit
+        self._by_key = OrderedDict[int, deque[Prediction]]()
+        self._reserved = Counter[int]()
+
+    def __len__(self) -> int:
+        return sum(len(waiting) for waiting in self._by_key.values())
+
+    @contextmanager
+    def room_for(self, key_id: int) -> Iterator[None]:
+        """Reserve a place in a key's queue. Raises Problem 429 if it is full."""
+        if len(self._by_key.get(key_id, ())) + self._reserved[key_id] >= self._limit:
+            raise throttled(
+                f"{self._limit} predictions of this key are already waiting; try again when some have ended",
+                _RETRY_AFTER,
+            )
+        self._reserved[key_id] += 1
+        try:
+            yield
+        finally:
+            self._reserved[key_id] -= 1
+
+    def add(self, prediction: Prediction) -> None:
+        """Append a prediction to the queue of its key."""
+        self._by_key.setdefault(prediction.request.key_id, deque()).append(prediction)
+
+    def add_first(self, prediction: Prediction) -> None:
+        """Put a prediction that lost its server back, before all others."""
+        key_id = prediction.request.key_id
+        self._by_key.setdefault(key_id, deque()).appendleft(prediction)
+        self._by_key.move_to_end(key_id, last=False)
+
+    def next(self, may_run: Callable[[int], bool]) -> Prediction | None:
+        """Remove and return the first prediction of the key whose turn it is. `may_run` tells whether a key
+        may run one more."""
+        for key_id, waiting in self._by_key.items():
+            if may_run(key_id):
+                prediction = waiting.popleft()
+                self._by_key.move_to_end(key_id)
+                self._forget_if_empty(key_id)
+                return prediction
+        return None
+
+    def remove(self, prediction: Prediction) -> bool:
+        """Remove a prediction. Returns False if it does not wait."""
+        waiting = self._by_key.get(prediction.request.key_id, deque())
+        if prediction not in waiting:
+            return False
+        waiting.remove(prediction)
+        self._forget_if_empty(prediction.request.key_id)
+        return True
+
+    def _forget_if_empty(self, key_id: int) -> None:
+        if not self._by_key[key_id]:
+            del self._by_key[key_id]

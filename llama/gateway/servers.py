@@ -1,0 +1,166 @@
+"""The servers behind the gateway: which are ready, how many places each has, and which one is next.
+
+Asks `/health-check` every second. Knows nothing about predictions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import httpx2
+
+from llama.gateway.addresses import Address, Addresses
+from llama.gateway.affinity import Affinity
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_TIMEOUT = 5.0  # seconds
+_READY = ("READY", "BUSY")
+
+
+class Server:
+    """One server. `in_flight` predictions run on it."""
+
+    def __init__(self, address: Address, places: int) -> None:
+        self.url, self.host = address.url, address.host
+        self._places = places
+        self.in_flight = 0
+        self.ready = False
+        self.responded_at = time.monotonic()
+        """When its health was last known."""
+        self.check_now = asyncio.Event()
+
+    @property
+    def free(self) -> int:
+        """The number of free places."""
+        return self._places - self.in_flight if self.ready else 0
+
+    def suspect(self) -> None:
+        """A prediction failed on it: do not use it before its health was asked again."""
+        self.ready = False
+        self.check_now.set()
+
+
+class Servers:
+    """All servers. Run `watch` in a task; it calls `on_ready` when a server becomes ready, and `on_lost` with
+    a server that has not responded for `lost_after` seconds or is no longer listed."""
+
+    def __init__(
+        self,
+        client: httpx2.AsyncClient,
+        addresses: Addresses,
+        places: int,
+        *,
+        interval: float = 1.0,
+        lost_after: float = 30.0,
+    ) -> None:
+        self._client, self._addresses, self._places = client, addresses, places
+        self._interval, self._lost_after = interval, lost_after
+        self._watched = dict[Address, tuple[Server, asyncio.Task[None]]]()
+        self._affinity = Affinity()
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[Server], None] = lambda _: None
+        self.on_schema: Callable[[dict[str, Any]], Awaitable[None]] = _ignore
+        self.schema: dict[str, Any] | None = None
+        """The OpenAPI schema of the model, once a server was ready."""
+        self._has_schema = False
+
+    @property
+    def all(self) -> list[Server]:
+        return [server for server, _ in self._watched.values()]
+
+    @property
+    def any_ready(self) -> bool:
+        return any(server.ready for server in self.all)
+
+    def choose(self, dialogue: int) -> Server | None:
+        """Return the server for a dialogue's next turn: the one that has the dialogue's prefix if it has a
+        free place, otherwise the one with the most free places. None if no server has one."""
+        free = [server for server in self.all if server.free > 0]
+        if not free:
+            return None
+        known = self._affinity.server_of(dialogue)
+        server = next((s for s in free if s.url == known), None) or max(free, key=lambda s: s.free)
+        self._affinity.remember(dialogue, server.url)
+        return server
+
+    def reload(self) -> None:
+        """Read the list of servers again."""
+        self._addresses.reload()
+
+    async def watch(self) -> None:
+        """Follow the list of servers and their health until cancelled."""
+        try:
+            while True:
+                self._update(await self._addresses.current())
+                await asyncio.sleep(self._interval)
+        finally:
+            for _, task in self._watched.values():
+                task.cancel()
+
+    def _update(self, addresses: list[Address]) -> None:
+        for address in addresses:
+            if address not in self._watched:
+                server = Server(address, self._places)
+                self._watched[address] = server, asyncio.create_task(self._watch_server(server))
+        for address in [known for known in self._watched if known not in addresses]:
+            server, task = self._watched.pop(address)
+            logger.info("the server %s is no longer listed", server.url)
+            server.ready = False  # its running predictions go on
+            task.cancel()
+
+    async def _watch_server(self, server: Server) -> None:
+        while True:
+            await self._check(server)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(server.check_now.wait(), self._interval)
+                server.check_now.clear()
+                await asyncio.sleep(min(0.1, self._interval))  # it has just failed
+
+    async def _check(self, server: Server) -> None:
+        status = await self._health(server)
+        if status is not None:
+            server.responded_at = time.monotonic()
+        ready = status in _READY
+        if ready and not self._has_schema:
+            await self._fetch_schema(server)
+        if ready != server.ready:
+            logger.info("the server %s is %s", server.url, "ready" if ready else f"not ready ({status})")
+            server.ready = ready
+        if ready:
+            self.on_ready()
+        elif time.monotonic() - server.responded_at > self._lost_after:
+            self.on_lost(server)
+
+    async def _health(self, server: Server) -> str | None:
+        """The status that a server reports; None if it does not respond."""
+        try:
+            response = await self._client.get(
+                f"{server.url}/health-check", headers={"Host": server.host}, timeout=_HEALTH_TIMEOUT
+            )
+            return str(response.json()["status"])
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    async def _fetch_schema(self, server: Server) -> None:
+        try:
+            response = await self._client.get(
+                f"{server.url}/openapi.json", headers={"Host": server.host}, timeout=_HEALTH_TIMEOUT
+            )
+            schema = json.loads(response.raise_for_status().content)
+            schema["components"]["schemas"]["Input"]["properties"]["prompt"]
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the server %s has no usable /openapi.json (%r)", server.url, error)
+            return
+        self.schema, self._has_schema = schema, True
+        await self.on_schema(schema)
+
+
+async def _ignore(_: dict[str, Any]) -> None:
+    """Used until somebody wants to know the schema."""

@@ -1,0 +1,82 @@
+"""Runs a gateway in this process, with uvicorn, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+
+import uvicorn
+
+from llama.errors import BadSettings
+from llama.gateway.addresses import Addresses
+from llama.gateway.app import create_app
+from llama.gateway.gateway import Gateway
+from llama.gateway.settings import GatewaySettings
+from llama.gateway.store import Store
+from llama.settings import expanded
+
+_GRACE = 30  # seconds that running answers have to end
+_IDLE = 75  # seconds; clients keep connections open, and a short limit closes them while they are used again
+
+
+def prepare(settings: GatewaySettings, addresses: Addresses, address: str) -> Gateway:
+    """Build a gateway that will listen on this IP address.
+
+    Raises BadSettings if it would be open to other machines without a key, or if its database cannot be
+    opened.
+    """
+    loopback = ip_address(address).is_loopback
+    if not loopback and settings.key is None and not _has_key(settings):
+        raise BadSettings(
+            f"without a key, the gateway can listen on a loopback address only, not on {address}; add a key "
+            "with `python -m llama keys add NAME`, or set LLAMA_GATEWAY_KEY"
+        )
+    return Gateway(settings, addresses, loopback=loopback, grace=_GRACE)
+
+
+def needs_key(settings: GatewaySettings) -> bool:
+    """Whether clients need a key at the moment."""
+    return settings.key is not None or _has_key(settings)
+
+
+def _has_key(settings: GatewaySettings) -> bool:
+    store = Store(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
+    try:
+        return any(stored.hash and not stored.revoked_at for stored in store.keys())
+    finally:
+        store.close()
+
+
+def run(gateway: Gateway, address: str, port: int, on_start: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM. SIGHUP reads the list of servers again. `on_start` is called when the
+    gateway listens."""
+    config = uvicorn.Config(
+        create_app(gateway),
+        host=address,
+        port=port,
+        lifespan="on",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # base_url.py reads them
+        timeout_keep_alive=_IDLE,
+        timeout_graceful_shutdown=_GRACE,
+    )
+    _Server(config, gateway, on_start).run()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._gateway, self._on_start = gateway, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, self._gateway.servers.reload)
+            self._on_start()
