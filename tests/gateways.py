@@ -14,6 +14,9 @@ import httpx2
 from server_clients import Body, until
 
 from benchmarks.web_thread import WebThread
+from llama.gateway import gateway
+from llama.gateway.addresses import Addresses
+from llama.gateway.app import create_app
 from llama.gateway.settings import GatewaySettings
 
 KEY = "test"
@@ -23,7 +26,7 @@ MODEL = "meta/llama-2-70b-chat"
 class Gateway:
     """A context manager that runs a gateway in front of `servers`, with the key "test".
 
-    `settings`: fields of GatewaySettings. `wiring`: other arguments of `create_app`.
+    `settings`: fields of GatewaySettings. `wiring`: other arguments of `llama.gateway.gateway.Gateway`.
     """
 
     def __init__(
@@ -43,10 +46,9 @@ class Gateway:
         return self
 
     def _start(self) -> None:
-        from llama.gateway.app import create_app
-
-        app = create_app(self.settings, self._servers, **self._wiring)
-        self._web = WebThread(app, port=self._port, lifespan=True)
+        wiring = {"grace": 1.0, **self._wiring}
+        self.inside = gateway.Gateway(self.settings, Addresses(self._servers), **wiring)
+        self._web = WebThread(create_app(self.inside), port=self._port, lifespan=True)
         self._web.__enter__()
         self._port, self.url = self._web.port, self._web.url
         self.client = self.client_of(KEY)
