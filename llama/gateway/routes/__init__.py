@@ -1,0 +1,1 @@
+"""The routes of both APIs. Their paths have no leading `/v1`: the middleware removes it."""
