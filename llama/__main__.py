@@ -8,7 +8,11 @@ from importlib.util import find_spec
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-for package in ("cog", "pydantic_settings", "typer"):
+# The gateway can have an environment of its own (requirements-gateway.txt), without Cog.
+needed = ["pydantic_settings", "typer"]
+if sys.argv[1:2] not in (["gateway"], ["keys"]):
+    needed.append("cog")
+for package in needed:
     if find_spec(package) is None:
         sys.exit(
             f"{sys.executable} does not have the package {package}; run `make install`, and use "

@@ -15,8 +15,7 @@ from llama.gateway.gateway import Gateway
 from llama.gateway.middleware import wrap
 from llama.gateway.problem_response import problem_response
 from llama.gateway.problems import Problem, not_found
-from llama.gateway.routes import catalog, openai, replicate
-from llama.gateway.routes.stream import stream_router
+from llama.gateway.routes import catalog, openai, replicate, stream
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +33,8 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.state.gateway = gateway
     app.add_api_route("/healthz", _healthz)
     app.add_api_route("/readyz", _readyz)
-    for router in (replicate.router, stream_router(gateway.ping_interval), openai.router, catalog.router):
-        app.include_router(router)
+    for routes in (replicate, stream, openai, catalog):
+        app.include_router(routes.router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(Exception, _unexpected)
