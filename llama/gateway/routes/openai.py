@@ -1,0 +1,171 @@
+"""OpenAI's API: chat completions and text completions, whole or streamed.
+
+Translates between HTTP and `Choices`. Bodies are read in `openai_request.py` and written in
+`openai_response.py`. The models are in `catalog.py`, because their paths are also Replicate's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from llama.gateway.dependencies import base_url, current_key, gateway, json_body
+from llama.gateway.disconnect import ClientLeft, while_connected
+from llama.gateway.gateway import Gateway
+from llama.gateway.keys import Key
+from llama.gateway.model_card import version_of
+from llama.gateway.openai_choices import Choices, Update
+from llama.gateway.openai_model import find_model
+from llama.gateway.openai_request import ChatBody, CompletionRequest, TextBody
+from llama.gateway.openai_response import PING, Chunks, Completion, error_event
+from llama.gateway.prediction import PredictionRequest
+from llama.gateway.problems import Problem
+
+router = APIRouter()
+
+TheGateway = Annotated[Gateway, Depends(gateway)]
+TheKey = Annotated[Key, Depends(current_key)]
+
+# What to use instead of each endpoint of OpenAI's API that this gateway does not have.
+_CHAT = "use POST /v1/chat/completions"
+_NOTHING = "this gateway serves a chat model only"
+_ABSENT = {
+    "assistants": _CHAT,
+    "audio": _NOTHING,
+    "batches": f"send the requests one by one: {_CHAT}",
+    "containers": _NOTHING,
+    "conversations": _CHAT,
+    "embeddings": _NOTHING,
+    "engines": _CHAT,
+    "evals": _NOTHING,
+    "fine_tuning": _NOTHING,
+    "images": _NOTHING,
+    "moderations": _NOTHING,
+    "realtime": _CHAT,
+    "responses": _CHAT,
+    "threads": _CHAT,
+    "uploads": _NOTHING,
+    "vector_stores": _NOTHING,
+    "videos": _NOTHING,
+}
+
+
+@router.post("/chat/completions")
+async def create_chat_completion(request: Request, gateway: TheGateway, key: TheKey) -> Response:
+    return await _complete(request, gateway, key, ChatBody.parse(await json_body(request)))
+
+
+@router.post("/completions")
+async def create_completion(request: Request, gateway: TheGateway, key: TheKey) -> Response:
+    return await _complete(request, gateway, key, TextBody.parse(await json_body(request)))
+
+
+async def _complete(request: Request, gateway: Gateway, key: Key, body: ChatBody | TextBody) -> Response:
+    model = find_model(body.model, gateway.settings, version_of(gateway.servers.schema))
+    asked = body.request(gateway.settings.places)
+    predictions = [
+        PredictionRequest(
+            key_id=key.id,
+            inputs=inputs,
+            model=gateway.settings.model,
+            version=model.version,
+            deployment=model.deployment,
+            base_url=base_url(request),
+            needs_client=True,
+        )
+        for inputs in asked.inputs
+    ]
+    choices = await Choices.create(gateway.predictions, predictions, asked)
+    respond = _streamed if asked.stream else _whole
+    try:
+        return await respond(request, choices, asked, gateway.ping_interval)
+    except BaseException as error:
+        await choices.cancel()
+        if isinstance(error, ClientLeft):
+            return Response(status_code=499)  # nobody reads it; nginx's status for this in access logs
+        raise
+
+
+async def _whole(request: Request, choices: Choices, asked: CompletionRequest, _: float) -> Response:
+    await while_connected(request.receive, choices.wait())
+    return JSONResponse(Completion(asked.model, asked.is_chat).body(choices.all(), choices.usage()))
+
+
+async def _streamed(
+    request: Request, choices: Choices, asked: CompletionRequest, ping_interval: float
+) -> Response:
+    """Wait for the first piece, because a failure before it can still be told by the status."""
+    updates = choices.updates(ping_interval)
+    first = await while_connected(request.receive, _first(updates))
+    completion = Completion(asked.model, asked.is_chat)
+    chunks = Chunks(completion, len(asked.inputs), include_usage=asked.include_usage)
+    return CompletionStream(choices, _events(choices, chunks, first, updates))
+
+
+async def _first(updates: AsyncGenerator[Update, None]) -> Update:
+    async for update in updates:
+        if update.text or update.ended:
+            return update
+    raise AssertionError("the updates of a choice end with one that says so")
+
+
+async def _events(
+    choices: Choices, chunks: Chunks, first: Update, updates: AsyncGenerator[Update, None]
+) -> AsyncGenerator[bytes, None]:
+    def event(update: Update) -> bytes:
+        if update.ended:
+            return chunks.last(update.index, choices.finish_reason(update.index))
+        return chunks.text(update.index, update.text) if update.text else PING
+
+    yield chunks.first() + event(first)
+    try:
+        async with aclosing(updates):
+            async for update in updates:
+                yield event(update)
+    except Problem as problem:
+        yield error_event(problem)
+    else:
+        yield chunks.end(choices.usage())
+
+
+class CompletionStream(Response):
+    """Sends the events of a stream. When the client leaves, its predictions are cancelled.
+
+    Starlette's own response for streams starts several tasks, and writes the same.
+    """
+
+    def __init__(self, choices: Choices, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(media_type="text/event-stream")
+        del self.headers["content-length"]
+        self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._choices, self._events = choices, events
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientLeft):
+                await while_connected(receive, self._send(send))
+        finally:
+            await self._choices.cancel()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _refuse(request: Request) -> Response:
+    path = request.url.path
+    detail = f"{request.method} {path} is not offered: {_ABSENT[path.split('/')[1]]}."
+    raise Problem(404, "Not found", detail, code="not_found")
+
+
+for _name in _ABSENT:
+    for _path in (f"/{_name}", f"/{_name}/{{rest:path}}"):
+        router.add_api_route(_path, _refuse, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
