@@ -18,8 +18,8 @@ from llama.gateway.store import Store, StoredKey
 T = TypeVar("T")
 
 ENVIRONMENT, LOCAL = "environment", "local"
-RESERVED_NAMES = (ENVIRONMENT, LOCAL)
-"""The names of `LLAMA_GATEWAY_KEY`, and of all requests to a gateway without any key."""
+RESERVED_NAMES = {ENVIRONMENT: "the key in LLAMA_GATEWAY_KEY", LOCAL: "requests to a gateway without keys"}
+"""Names that the gateway itself gives, and what they stand for."""
 
 _SECONDS_FRESH = 1.0
 

@@ -62,28 +62,28 @@ def _inner(address: Address) -> Address:
 def check_url(url: str, networks: Sequence[Network] = ()) -> None:
     """Find what is wrong with a URL without resolving its host.
 
-    Raises ValueError, with a sentence for the user, if the URL is not an absolute HTTP URL or names a private
-    address.
+    Raises ValueError if the URL is not an absolute HTTP URL or names a private address. The message goes on
+    after the name of what contained the URL.
     """
     try:
         parsed = httpx2.URL(url)
     except (httpx2.InvalidURL, UnicodeError, ValueError) as error:
-        raise ValueError("it must be a valid URL") from error
+        raise ValueError("must be a valid URL") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError("it must be an absolute URL that begins with https:// or http://")
+        raise ValueError("must be an absolute URL that begins with https:// or http://")
     if parsed.userinfo:
-        raise ValueError("it must not contain a user name or a password")
+        raise ValueError("must not contain a user name or a password")
     if parsed.port is not None and not 0 < parsed.port < 65536:
-        raise ValueError("its port must be between 1 and 65535")
+        raise ValueError("must have a port between 1 and 65535")
     host = parsed.host.rstrip(".").lower()
     literal = _literal(host)
     if literal is None and not _HOST_NAME.fullmatch(parsed.raw_host.decode()):
-        raise ValueError("its host is not a valid name")
+        raise ValueError("must have a valid host name")
     refused = literal is not None and not is_allowed(literal, networks)
     if host == "localhost" or host.endswith(".localhost"):
         refused = not any(is_allowed(address, networks) for address in _LOOPBACK)
     if refused:
-        raise ValueError("its host must be public")
+        raise ValueError("must have a public host")
 
 
 def _literal(host: str) -> Address | None:
