@@ -15,21 +15,17 @@ from llama.gateway.sse import events, index_after, nothing_left
 # Nothing on the way may hold back or compress the events.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+router = APIRouter()
 
-def stream_router(ping_interval: float = 10.0) -> APIRouter:
-    """Return the route. It sends a comment whenever there was no event for so many seconds."""
-    router = APIRouter()
 
-    @router.get("/stream/{token}")
-    async def stream(token: str, request: Request, gateway: CurrentGateway) -> Response:
-        prediction = await gateway.predictions.find_stream(token)
-        if prediction is None:
-            raise not_found()
-        start = index_after(prediction, request.headers.get("last-event-id", ""))
-        if nothing_left(prediction, start):
-            return Response(status_code=204)  # a browser connects again after every other status
-        return StreamingResponse(
-            events(prediction, start, ping_interval), media_type="text/event-stream", headers=_HEADERS
-        )
-
-    return router
+@router.get("/stream/{token}")
+async def stream(token: str, request: Request, gateway: CurrentGateway) -> Response:
+    prediction = await gateway.predictions.find_stream(token)
+    if prediction is None:
+        raise not_found()
+    start = index_after(prediction, request.headers.get("last-event-id", ""))
+    if nothing_left(prediction, start):
+        return Response(status_code=204)  # a browser connects again after every other status
+    return StreamingResponse(
+        events(prediction, start, gateway.ping_interval), media_type="text/event-stream", headers=_HEADERS
+    )
