@@ -1,0 +1,60 @@
+"""Compare what a run measured with the gateway's targets. Knows nothing about how it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Results = dict[str, Any]
+Target = tuple[str, float, float | None, bool]
+"""The target's name, the wanted value, the measured value, and whether the wanted value is an upper bound."""
+
+REPLICATE = "gateway, Replicate's stream"
+OPENAI = "gateway, OpenAI's stream"
+FAKE = "fake Cog server"
+REAL = "our server"
+
+
+def evaluate(results: Results) -> list[dict[str, Any]]:
+    """Return all targets with what was wanted, what was measured, and whether that is enough."""
+    return [
+        {
+            "target": text,
+            "wanted": f"{'at most' if upper else 'at least'} {wanted:g}",
+            "got": None if got is None else round(got, 3),
+            "met": None if got is None else bool(got <= wanted if upper else got >= wanted),
+        }
+        for text, wanted, got, upper in _targets(results)
+    ]
+
+
+def _targets(results: Results) -> Iterator[Target]:
+    streams, paced, real = results["streams"], results["paced"]["many"], results["real"]
+    for way in (REPLICATE, OPENAI):
+        speed = paced[way]["per_second"] / paced[FAKE]["per_second"]
+        yield f"{way}: pieces/s relative to the paced server; {streams} streams", 0.97, speed, False
+        cpu = 1e6 * paced[way]["cpu_per_piece"]
+        yield f"{way}: CPU time per piece in us; {streams} streams", 150, cpu, True
+        late = 1e3 * (paced[way]["first"] - paced[FAKE]["first"])
+        yield f"{way}: time to first piece more than that of the paced server, in ms", 10, late, True
+    speed = real["many"][REPLICATE]["per_second"] / real["many"][REAL]["per_second"]
+    yield f"{REPLICATE}: tokens/s relative to our server; {streams} streams", 0.93, speed, False
+    for name, count in (("one", "1 stream"), ("many", f"{streams} streams")):
+        late = 1e3 * (real[name][REPLICATE]["first"] - real[name][REAL]["first"])
+        yield f"{REPLICATE}: time to first token more than that of our server, in ms; {count}", 10, late, True
+    yield from _of_many(results)
+    yield "seconds until the gateway is ready", 2, results["start"]["seconds"], True
+    yield "resident memory of the gateway when it is ready, in MB", 150, _mb(results["start"]), True
+
+
+def _of_many(results: Results) -> Iterator[Target]:
+    waiting, leaving = results["waiting"], results["leaving"]
+    requests = f"{waiting['requests']} waiting requests"
+    yield f"{requests}: the most that one key started before another waiting key", 8, waiting["lead"], True
+    yield f"{requests}: resident memory in MB", 300, _mb(waiting), True
+    wrong = f"{leaving['requests']:,} requests, clients and a server that leave: broken rules"
+    yield wrong, 0, len(leaving["faults"]), True
+
+
+def _mb(row: Results) -> float:
+    return float(row["memory"] / 1e6)
