@@ -25,7 +25,7 @@ class Storage:
     def __init__(self, path: Path) -> None:
         """Raises BadSettings if another gateway uses the file, or if it cannot be opened."""
         self._store = Store(path)
-        self._lock = FileLock(f"{path}.lock")
+        self._lock = FileLock(f"{path}.lock", thread_local=False)  # released in another thread
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:

@@ -1,0 +1,234 @@
+"""How predictions are queued and given to servers, over HTTP and with fakes of Cog's server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import httpx2
+import pytest
+from gateways import Gateway
+from server_clients import Body, until
+
+from benchmarks.fake_cog import FakeCog, Script
+
+StartGateway = Callable[..., Gateway]
+
+
+def start_of(cog: FakeCog) -> list[str]:
+    """The prompts of the predictions that a server has accepted, in order."""
+    return [served.inputs["prompt"] for served in cog.served]
+
+
+def held() -> FakeCog:
+    """A server that holds all predictions after their first piece."""
+    return FakeCog(Script(hold_after=1))
+
+
+def add_key(gateway: Gateway, name: str, **limits: int) -> httpx2.Client:
+    """Add a key as the command line does, and return a client that has it."""
+    from llama.gateway.keys import hash_of
+    from llama.gateway.store import Store
+
+    store = Store(gateway.settings.database)
+    store.add_key(name, hash_of(name), **limits)
+    store.close()
+    client = gateway.client_of(name)
+    until(lambda: client.get("/v1/account").status_code == 200)
+    return client
+
+
+def test_requests_wait_in_the_queue_instead_of_meeting_a_conflict(gateways: StartGateway) -> None:
+    with FakeCog(Script(gap=0.01), places=2) as cog:
+        gateway = gateways(cog.url, places=2)
+        predictions = [gateway.create() for _ in range(10)]
+        assert all(p["status"] == "starting" for p in predictions)
+        assert {gateway.wait_for(p)["status"] for p in predictions} == {"succeeded"}
+        assert cog.counts.most_running == 2
+
+
+def test_false_conflicts_are_tried_again(gateways: StartGateway) -> None:
+    with FakeCog(false_conflicts=8) as cog:
+        gateway = gateways(cog.url)
+        assert gateway.wait_for(gateway.create())["status"] == "succeeded"
+
+
+def test_a_server_with_fewer_places_than_configured_still_serves_all(gateways: StartGateway) -> None:
+    with FakeCog(Script(gap=0.01), places=1) as cog:
+        gateway = gateways(cog.url, places=4)
+        predictions = [gateway.create() for _ in range(8)]
+        assert {gateway.wait_for(p)["status"] for p in predictions} == {"succeeded"}
+
+
+def test_a_full_queue_is_refused_with_a_small_retry_after(gateways: StartGateway) -> None:
+    with held() as cog:
+        gateway = gateways(cog.url, places=1, queue=2)
+        running = gateway.create()
+        gateway.wait_for(running, "processing")
+        waiting = [gateway.create() for _ in range(2)]
+        refused = gateway.client.post(
+            f"/v1/models/{gateway.settings.model}/predictions", json={"input": {"prompt": "Hi"}}
+        )
+        assert refused.status_code == 429
+        assert 0 < int(refused.headers["retry-after"]) <= 5
+        chat = gateway.client.post(
+            "/v1/chat/completions",
+            json={"model": gateway.settings.model, "messages": [{"role": "user", "content": "Hi"}]},
+        )
+        assert (chat.status_code, chat.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        cog.release()
+        for prediction in [running, *waiting]:
+            until(lambda: cog.release() or True)
+            gateway.wait_for(prediction)
+
+
+def test_each_request_goes_to_the_server_with_the_most_free_places(gateways: StartGateway) -> None:
+    with held() as one, held() as other:
+        gateway = gateways(one.url, other.url, places=4)
+        until(lambda: gateway.client.get("/readyz").json()["ready"] == 2)
+        for number in range(6):
+            gateway.wait_for(gateway.create(prompt=f"question {number}"), "processing")
+        assert (one.counts.running, other.counts.running) == (3, 3)
+
+
+def turns(number: int) -> list[Body]:
+    """A dialogue's inputs with so many user turns, in every form that the predictor takes."""
+    answers = " ".join(f"answer {n} [INST] more {n} [/INST]" for n in range(number - 1))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "first"}]
+    for n in range(number - 1):
+        messages += [
+            {"role": "assistant", "content": f"answer {n}"},
+            {"role": "user", "content": f"more {n}"},
+        ]
+    return [
+        {"prompt": f"[INST] first [/INST] {answers}" if number > 1 else "first"},
+        {"prompt": "", "messages": messages},
+    ]
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_the_turns_of_one_dialogue_go_to_the_server_that_has_its_prefix(
+    gateways: StartGateway, form: int
+) -> None:
+    with ExitStack() as stack:
+        cogs = [stack.enter_context(FakeCog()) for _ in range(3)]
+        gateway = gateways(*(cog.url for cog in cogs))
+        until(lambda: gateway.client.get("/readyz").json()["ready"] == 3)
+        for number in (1, 2, 3, 4):
+            gateway.wait_for(gateway.create(**turns(number)[form]))
+            gateway.wait_for(gateway.create(prompt=f"another dialogue {number}"))
+        with_first = [sum("first" in str(served.inputs) for served in cog.served) for cog in cogs]
+        assert sorted(with_first) == [0, 0, 4]
+
+
+def test_a_dialogue_does_not_wait_for_its_server_while_another_one_is_free(gateways: StartGateway) -> None:
+    with held() as one, held() as other:
+        gateway = gateways(one.url, other.url, places=1)
+        until(lambda: gateway.client.get("/readyz").json()["ready"] == 2)
+        for number in (1, 2):
+            gateway.wait_for(gateway.create(**turns(number)[0]), "processing")
+        assert (one.counts.running, other.counts.running) == (1, 1)
+
+
+def test_a_key_runs_no_more_predictions_at_once_than_it_may(gateways: StartGateway) -> None:
+    with held() as cog:
+        gateway = gateways(cog.url, places=8)
+        limited = add_key(gateway, "limited", at_once=2)
+        for number in range(5):
+            gateway.create(client=limited, prompt=f"limited {number}")
+        other = gateway.create(prompt="other")
+        gateway.wait_for(other, "processing")
+        until(lambda: cog.counts.running == 3)
+        assert sorted(start_of(cog)) == ["limited 0", "limited 1", "other"]
+
+
+def test_a_key_with_many_waiting_predictions_does_not_delay_another_key(gateways: StartGateway) -> None:
+    with FakeCog(
+        lambda inputs: Script(hold_after=1 if inputs["prompt"] == "first" else None), places=1
+    ) as cog:
+        gateway = gateways(cog.url, places=1)
+        second = add_key(gateway, "second")
+        gateway.wait_for(gateway.create(prompt="first"), "processing")
+        many = [gateway.create(prompt=f"many {number}") for number in range(5)]
+        gateway.create(client=second, prompt="one of the second key")
+        cog.release()
+        for prediction in many:
+            gateway.wait_for(prediction)
+        assert start_of(cog).index("one of the second key") <= 2
+
+
+def test_a_prediction_that_no_server_takes_in_time_fails(gateways: StartGateway) -> None:
+    with held() as cog:
+        gateway = gateways(cog.url, places=1, queue_timeout=0.5)
+        running = gateway.create()
+        gateway.wait_for(running, "processing")
+        late = gateway.wait_for(gateway.create())
+        assert late["status"] == "failed"
+        assert late["error"].startswith("E4003 NotStarted: ")
+        assert gateway.get(running)["status"] == "processing"  # it has started in time
+
+
+def test_waiting_predictions_are_answered_after_a_restart_of_the_gateway(gateways: StartGateway) -> None:
+    with held() as cog:
+        gateway = gateways(cog.url, places=1)
+        running, waiting = gateway.create(prompt="running"), gateway.create(prompt="waiting")
+        gateway.wait_for(running, "processing")
+        gateway.restart()
+        failed = gateway.get(running)
+        assert failed["status"] == "failed"
+        assert failed["error"].startswith("E4002 GatewayRestarted: ")
+        gateway.wait_for(waiting, "processing")
+        cog.release()
+        answered = gateway.wait_for(waiting)
+        assert (answered["status"], "".join(answered["output"])) == (
+            "succeeded",
+            "The capital of France is Paris.",
+        )
+
+
+def test_a_waiting_prediction_can_be_cancelled_and_never_reaches_a_server(gateways: StartGateway) -> None:
+    with held() as cog:
+        gateway = gateways(cog.url, places=1)
+        gateway.wait_for(gateway.create(prompt="running"), "processing")
+        waiting = gateway.create(prompt="waiting")
+        cancelled = gateway.client.post(f"/v1/predictions/{waiting['id']}/cancel")
+        assert cancelled.json()["status"] == "canceled"
+        cog.release()
+        gateway.wait_for(gateway.create(prompt="last"), "processing")
+        assert start_of(cog) == ["running", "last"]
+
+
+def test_cancelling_a_running_prediction_frees_its_place_and_keeps_its_pieces(gateways: StartGateway) -> None:
+    with held() as cog:
+        gateway = gateways(cog.url, places=1)
+        running = gateway.create()
+        until(lambda: gateway.get(running)["output"] == ["The"])
+        cancelled = gateway.client.post(f"/v1/predictions/{running['id']}/cancel").json()
+        assert (cancelled["status"], cancelled["output"]) == ("canceled", ["The"])
+        assert cancelled["metrics"]["output_token_count"] == 1
+        until(lambda: cog.counts.cancelled == 1)
+        gateway.wait_for(gateway.create(), "processing")
+
+
+def test_only_the_paths_that_the_gateway_needs_reach_a_server(gateway: Gateway, cog: FakeCog) -> None:
+    for path in ("/shutdown", "/v1/shutdown", "/predictions/../shutdown", "/health-check", "/trainings"):
+        gateway.client.post(path)
+        gateway.client.get(path)
+    gateway.client.put("/v1/predictions/%2Ftmp%2Fx", json={"input": {"prompt": "Hi"}})
+    gateway.wait_for(gateway.create())
+    asked = {(request.method, request.path) for request in cog.received}
+    assert asked == {("GET", "/health-check"), ("GET", "/openapi.json"), ("POST", "/predictions")}
+
+
+def test_the_list_goes_page_by_page_to_the_end_and_back(gateway: Gateway) -> None:
+    created = [gateway.create()["id"] for _ in range(103)]
+    first = gateway.client.get("/v1/predictions").json()
+    assert first["next"].startswith(gateway.url)
+    assert first["previous"] is None
+    second = gateway.client.get(first["next"]).json()
+    assert [p["id"] for p in first["results"] + second["results"]] == created[::-1]
+    assert second["next"] is None
+    back = gateway.client.get(second["previous"]).json()
+    assert [p["id"] for p in back["results"]] == created[:2:-1]
+    assert back["previous"] is None
+    assert back["next"] is not None
