@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,8 +15,6 @@ from llama.gateway.middleware import wrap
 from llama.gateway.problem_response import problem_response
 from llama.gateway.problems import Problem, not_found
 from llama.gateway.routes import catalog, openai, replicate, stream
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
@@ -71,9 +68,8 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     return problem_response(problem, request.url.path)
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
-    """An error of the gateway itself. Its text goes to the log only."""
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+async def _unexpected(request: Request, _: Exception) -> Response:
+    """An error of the gateway itself, which uvicorn logs."""
     problem = Problem(
         500, "Internal server error", "The gateway failed; its log says why.", code="internal_error"
     )

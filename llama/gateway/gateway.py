@@ -16,11 +16,15 @@ import httpx2
 from llama.gateway.addresses import Addresses
 from llama.gateway.auth import Keys
 from llama.gateway.dispatcher import Dispatcher
+from llama.gateway.outgoing import Outgoing
 from llama.gateway.predictions import Predictions
 from llama.gateway.queue import FairQueue
+from llama.gateway.replicate_view import prediction_body
 from llama.gateway.servers import Servers
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage import Storage
+from llama.gateway.webhook_delivery import Delivery
+from llama.gateway.webhooks import Webhooks
 from llama.settings import expanded
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,8 @@ class Gateway:
             trust_env=False,
         )
         self.servers = Servers(self._client, addresses, settings.places)
+        delivery = Delivery(Outgoing(settings.webhook_networks), self.keys.by_id)
+        self.webhooks = Webhooks(delivery, prediction_body, self._webhook_delivered)
         queue = FairQueue(settings.queue)
         dispatcher = Dispatcher(self._client, self.servers, queue, self._at_once)
         self.predictions = Predictions(
@@ -65,7 +71,7 @@ class Gateway:
             queue,
             dispatcher,
             queue_timeout=settings.queue_timeout,
-            on_begin=lambda _: None,
+            on_begin=self.webhooks.follow,
         )
         self._dispatcher = dispatcher
 
@@ -79,16 +85,27 @@ class Gateway:
         await self.keys.load()
         await self._remember_schema()
         await self.predictions.recover()
+        for prediction in await self.storage.run(lambda store: store.undelivered()):
+            self.webhooks.deliver_completed(prediction)
         tasks = [asyncio.create_task(work) for work in (self.servers.watch(), self._save(), self._clean_up())]
         try:
             yield
         finally:
             await self._dispatcher.close(self._grace)
+            await self.webhooks.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._client.aclose()
             self.storage.close()
+
+    async def _webhook_delivered(self, prediction_id: str) -> None:
+        try:
+            await self.storage.run(lambda store: store.webhook_delivered(prediction_id))
+        except sqlite3.Error as error:
+            logger.error(
+                "a webhook is sent again after a restart, because its state was not stored: %s", error
+            )
 
     async def _remember_schema(self) -> None:
         """Know the model's schema before its servers are ready, if they have been ready once."""
