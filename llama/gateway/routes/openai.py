@@ -162,7 +162,7 @@ class CompletionStream(Response):
 
 async def _refuse(request: Request) -> Response:
     path = request.url.path
-    detail = f"{request.method} {path} is not offered: {_ABSENT[path.split('/')[1]]}."
+    detail = f"{request.method} /v1{path} is not offered: {_ABSENT[path.split('/')[1]]}."
     raise Problem(404, "Not found", detail, code="not_found")
 
 
