@@ -67,7 +67,8 @@ def add(
 def list_keys() -> None:
     """Print the names, limits and dates of all keys."""
     with _store() as store:
-        found = [stored for stored in store.keys() if stored.key.name not in RESERVED_NAMES]
+        everything = store.keys()
+    found = [stored for stored in everything if stored.key.name not in RESERVED_NAMES]
     if not found:
         print("There are no keys; `keys add NAME` adds one.", file=sys.stderr)
         return
@@ -107,8 +108,8 @@ def _store() -> Iterator[Store]:
         yield store
     except sqlite3.Error as error:
         raise BadSettings(
-            f"the database {path} cannot be used ({error}); check the disk, and that LLAMA_GATEWAY_DATABASE is "
-            "a file that can be written"
+            f"the database {path} cannot be used ({error}); check the disk, and that "
+            "LLAMA_GATEWAY_DATABASE is a file that can be written"
         ) from error
     finally:
         store.close()

@@ -17,6 +17,7 @@ from llama.cli.answer import complete
 from llama.cli.chat import chat
 from llama.cli.gateway import gateway, up
 from llama.cli.inputs import CommandWithInputs
+from llama.cli.keys import keys
 from llama.cli.plan import plan
 from llama.cli.serve import predict, schema, serve
 from llama.cli.terminal import end_by_exception_on_signals, exit_code, forgiving_streams, leave
@@ -64,6 +65,7 @@ app.command(cls=CommandWithInputs)(predict)
 app.command()(serve)
 app.command()(gateway)
 app.command()(up)
+app.add_typer(keys, name="keys")
 app.command()(tokenize)
 app.command()(plan)
 app.add_typer(weights, name="weights")
