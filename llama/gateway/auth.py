@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 
 from llama.gateway.keys import Key, hash_of, same
 from llama.gateway.problems import Problem
-from llama.gateway.store import Store, StoredKey
+from llama.gateway.key_table import StoredKey
+from llama.gateway.store import Store
 
 T = TypeVar("T")
 
@@ -50,9 +51,9 @@ class Keys:
     async def load(self) -> None:
         """Read the keys. Call it once before requests are served; it stores the keys with reserved names."""
         if self._environment_hash is not None:
-            await self._storage.run(lambda store: store.ensure_key(ENVIRONMENT, self._environment_hash))
+            await self._storage.run(lambda store: store.keys.ensure(ENVIRONMENT, self._environment_hash))
         if self._loopback:
-            self._local = await self._storage.run(lambda store: store.ensure_key(LOCAL, None))
+            self._local = await self._storage.run(lambda store: store.keys.ensure(LOCAL, None))
         await self._refresh()
 
     async def is_open(self) -> bool:
@@ -100,7 +101,7 @@ class Keys:
         async with self._reading:
             now = self._clock()
             if now - self._read_at >= _SECONDS_FRESH:
-                self._stored = await self._storage.run(lambda store: store.keys())
+                self._stored = await self._storage.run(lambda store: store.keys.all())
                 self._read_at = now
 
 

@@ -144,7 +144,7 @@ class Problems:
 
 
 def _failed() -> Problem:
-    return Problem(500, "Internal server error", "The gateway failed; its log has the reason.")
+    return Problem(500, "Internal server error", "The gateway failed; its log says why.", code="internal_error")
 
 
 class LoopbackGuard:
