@@ -1,7 +1,6 @@
 # The commands of the README. CI runs check, check-images, test, test-vllm and predict.
 
 PYTHON ?= python3
-PORT ?= 5000
 PROMPT ?= What is the capital of France?
 # Passed on as it was typed, with its quotes, dollars and newlines.
 export PREDICT_PROMPT := $(value PROMPT)
@@ -19,14 +18,14 @@ IMAGE_PLATFORM := x86_64-manylinux_2_35
 TORCH_INDEX ?= https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA))
 RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM)
 
-.PHONY: help install predict serve test test-vllm check check-images bench bench-gpu clean
+.PHONY: help install predict serve up test test-vllm check check-images bench bench-gpu clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## create .venv with the project and its requirements
 
-$(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.txt requirements-embedded.txt
+$(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.txt requirements-gateway.txt requirements-embedded.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@echo "installing the project and its requirements into $(VENV): about two minutes, only once" >&2
 	$(PYTHON) -m venv $(VENV)
@@ -37,8 +36,13 @@ $(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.txt require
 predict: install ## answer PROMPT="..." through Cog's server
 	@$(BIN)/python -m llama predict --prompt="$$PREDICT_PROMPT" -i temperature=0 -i system_prompt=
 
+serve: PORT ?= 5000
 serve: install ## run the server on PORT=5000 until Ctrl-C
 	@$(BIN)/python -m llama serve --port $(PORT)
+
+up: PORT ?= 8000
+up: install ## run a server, and on PORT=8000 a gateway with Replicate's and OpenAI's APIs, until Ctrl-C
+	@$(BIN)/python -m llama up --port $(PORT)
 
 test: install ## run the tests; ARGS="-k chat" or ARGS=tests/cli selects some of them
 	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)

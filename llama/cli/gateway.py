@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ from llama.errors import BadSettings
 
 if TYPE_CHECKING:
     from llama.gateway.addresses import Addresses
-    from llama.gateway.settings import GatewaySettings
+    from llama.gateway.gateway import Gateway
 
 HostOption = Annotated[
     str, typer.Option(help="The address to listen on. Other addresses than 127.0.0.1 need a key.")
@@ -40,45 +40,70 @@ def gateway(
     ] = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
-) -> int | None:
+) -> None:
     """Serve Replicate's and OpenAI's APIs in front of one or several servers."""
     from llama.gateway.addresses import Addresses
 
     if bool(server) == bool(servers):
         raise BadSettings("the gateway needs its servers; give either --server URL or --servers FILE")
-    addresses = Addresses(server or (), servers)
-
-    def announce(url: str, settings: GatewaySettings) -> None:
-        print(f"the gateway listens on {url}; Ctrl-C stops it. {_key_note(settings)}", file=sys.stderr)
-
-    return _run(addresses, host, port, announce)
+    prepared = _prepare(Addresses(server or (), servers), host, port)
+    prepared.run(f"the gateway listens on {prepared.url}; Ctrl-C stops it. {prepared.key_note}")
 
 
 @command
 def up(host: HostOption = "127.0.0.1", port: PortOption = 8000) -> int | None:
     """Start a server and a gateway in front of it. Ctrl-C ends both."""
     from llama.gateway.addresses import Addresses
-    from llama.serving.server import CogServer, ServerFailed, print_setup
+    from llama.serving.server import CogServer, ServerFailed, free_port, print_setup, url_of
 
-    environment = prepare_server()
-    ready = Event()
-    with CogServer(environment, output=subprocess.PIPE) as server:
+    server_port = free_port()
+    prepared = _prepare(Addresses([url_of("127.0.0.1", server_port)]), host, port)
+    environment, ready = prepare_server(), Event()
+    with CogServer(environment, output=subprocess.PIPE, port=server_port) as server:
         Thread(target=print_setup, args=(server.process.stdout, ready), daemon=True).start()
         try:
             server.wait_until_ready()
         except ServerFailed as error:
             return fail(without_prefix(str(error)))
         ready.set()
-        addresses = Addresses([str(server.client.base_url)])
-        return _run(addresses, host, port, lambda url, settings: print(_snippets(url, settings)))
+        prepared.run(_snippets(prepared))
+    return None
 
 
-def _run(
-    addresses: Addresses, host: str, port: int, announce: Callable[[str, GatewaySettings], None]
-) -> int | None:
-    """Run a gateway until a signal ends it. `announce` gets its URL when it listens."""
+@dataclass(frozen=True)
+class _Prepared:
+    """A gateway that can run, and where it will listen."""
+
+    gateway: Gateway
+    address: str
+    port: int
+    url: str
+
+    def run(self, message: str) -> None:
+        """Serve until a signal ends it. The message is printed when the gateway listens."""
+        from llama.gateway.start import run
+
+        run(self.gateway, self.address, self.port, lambda: print(message, file=sys.stderr))
+
+    @property
+    def key_note(self) -> str:
+        from llama.gateway.start import needs_key
+
+        if needs_key(self.gateway.settings):
+            return "Clients need a key."
+        return (
+            "There is no key, so it serves this machine only, and clients can send any key. "
+            "`python -m llama keys add NAME` adds one."
+        )
+
+
+def _prepare(addresses: Addresses, host: str, port: int) -> _Prepared:
+    """Check the settings and the address, and open the database.
+
+    Raises BadSettings if one of them cannot be used.
+    """
     from llama.gateway.settings import GatewaySettings
-    from llama.gateway.start import prepare, run
+    from llama.gateway.start import prepare
     from llama.serving.server import check_listening, free_port, numeric_address, url_of
 
     settings = GatewaySettings.from_environment()
@@ -86,30 +111,19 @@ def _run(
         address = numeric_address(host)
         check_listening(address, port)
     except ValueError as error:
-        return fail(
+        raise BadSettings(
             f"cannot listen on {host}:{port} ({error}); choose another address or port with --host and "
             "--port (make up PORT=...)"
-        )
+        ) from error
     port = port or free_port()
     url = url_of(address, port).replace("127.0.0.1", "localhost")
-    run(prepare(settings, addresses, address), address, port, lambda: announce(url, settings))
-    return None
+    return _Prepared(prepare(settings, addresses, address), address, port, url)
 
 
-def _key_note(settings: GatewaySettings) -> str:
-    from llama.gateway.start import needs_key
-
-    if needs_key(settings):
-        return "Clients need a key."
-    return (
-        "There is no key, so it serves this machine only, and clients can send any key. "
-        "`python -m llama keys add NAME` adds one."
-    )
-
-
-def _snippets(url: str, settings: GatewaySettings) -> str:
+def _snippets(prepared: _Prepared) -> str:
+    url, model = prepared.url, prepared.gateway.settings.model
     return f"""\
-ready on {url}; Ctrl-C stops the server and the gateway. {_key_note(settings)}
+ready on {url}; Ctrl-C stops the server and the gateway. {prepared.key_note}
 
 With OpenAI's client (pip install openai):
 
@@ -117,7 +131,7 @@ With OpenAI's client (pip install openai):
 
     client = OpenAI(base_url="{url}/v1", api_key="any")
     question = [{{"role": "user", "content": "What is the capital of France?"}}]
-    answer = client.chat.completions.create(model="{settings.model}", messages=question)
+    answer = client.chat.completions.create(model="{model}", messages=question, temperature=0)
     print(answer.choices[0].message.content)
 
 With Replicate's client (pip install "replicate<2"):
@@ -125,6 +139,7 @@ With Replicate's client (pip install "replicate<2"):
     from replicate.client import Client
 
     client = Client(base_url="{url}", api_token="any")
-    for piece in client.stream("{settings.model}", input={{"prompt": "What is the capital of France?"}}):
+    inputs = {{"prompt": "What is the capital of France?", "system_prompt": "", "temperature": 0}}
+    for piece in client.stream("{model}", input=inputs):
         print(piece, end="", flush=True)
 """

@@ -18,9 +18,10 @@ import typer
 from llama.cli.terminal import command
 from llama.errors import BadSettings
 from llama.gateway.auth import RESERVED_NAMES
+from llama.gateway.key_table import StoredKey
 from llama.gateway.keys import hash_of, new_key
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.store import Store, StoredKey
+from llama.gateway.store import Store
 from llama.settings import expanded
 
 keys = typer.Typer(
@@ -55,7 +56,7 @@ def add(
     key = new_key()
     with _store() as store:
         try:
-            store.add_key(name, hash_of(key), requests_per_minute, at_once)
+            store.keys.add(name, hash_of(key), requests_per_minute, at_once)
         except ValueError as error:
             raise BadSettings(f"a key named {name} exists; choose another name or revoke that key") from error
     print(key)
@@ -67,7 +68,7 @@ def add(
 def list_keys() -> None:
     """Print the names, limits and dates of all keys."""
     with _store() as store:
-        everything = store.keys()
+        everything = store.keys.all()
     found = [stored for stored in everything if stored.key.name not in RESERVED_NAMES]
     if not found:
         print("There are no keys; `keys add NAME` adds one.", file=sys.stderr)
@@ -84,7 +85,7 @@ def revoke(name: NameArgument) -> None:
     """Revoke a key. A running gateway refuses it after at most a second."""
     _check_name(name)
     with _store() as store:
-        if not store.revoke_key(name):
+        if not store.keys.revoke(name):
             raise BadSettings(f"there is no key named {name}, or it is revoked; `keys list` lists all keys")
     print(f"The key {name} is revoked.", file=sys.stderr)
 

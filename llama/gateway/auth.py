@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from llama.gateway.key_table import StoredKey
 from llama.gateway.keys import Key, hash_of, same
 from llama.gateway.problems import Problem
-from llama.gateway.key_table import StoredKey
 from llama.gateway.store import Store
 
 T = TypeVar("T")

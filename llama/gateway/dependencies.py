@@ -14,12 +14,12 @@ from llama.gateway.problems import Problem
 
 
 def gateway(request: Request) -> Gateway:
-    return cast(Gateway, request.app.state.gateway)
+    return cast("Gateway", request.app.state.gateway)
 
 
 def current_key(request: Request) -> Key:
     """The key that the middleware found."""
-    return cast(Key, request.state.key)
+    return cast("Key", request.state.key)
 
 
 def base_url(request: Request) -> str:

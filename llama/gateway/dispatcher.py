@@ -23,7 +23,7 @@ from llama.gateway.upstream import Busy, Unavailable, run_on_server
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
-"""How many servers may be lost while they work on one prediction, in case that the prediction is the cause."""
+"""How many servers may be lost while they work on one prediction, because it may be the cause."""
 _BUSY_DELAYS = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Seconds between tries. Cog's server can refuse a prediction for a moment although it has a free place."""
 
@@ -72,7 +72,8 @@ class Dispatcher:
         self.dispatch()
 
     async def stop(self, prediction: Prediction, outcome: Outcome, *, only_waiting: bool = False) -> None:
-        """End a prediction with this outcome. Does nothing if it has ended, or if it runs and `only_waiting`."""
+        """End a prediction with this outcome. Does nothing if it has ended, or if it runs and
+        `only_waiting` is set."""
         if self._queue.remove(prediction):
             await self.finish(prediction, outcome)
         elif not only_waiting and (run := self._running.get(prediction.id)) and run.stop is None:

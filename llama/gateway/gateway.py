@@ -8,7 +8,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx2
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SAVE_EVERY = 0.25  # seconds
 _SAVE_AGAIN_AFTER = 1.0  # seconds, when the disk is full
+_FIRST_CHECKS = 0.5  # seconds
 _SCHEMA = "openapi_schema"
 
 
@@ -89,6 +90,7 @@ class Gateway:
             self.webhooks.deliver_completed(prediction)
         tasks = [asyncio.create_task(work) for work in (self.servers.watch(), self._save(), self._clean_up())]
         try:
+            await self._wait_for_a_server()
             yield
         finally:
             await self._dispatcher.close(self._grace)
@@ -98,6 +100,13 @@ class Gateway:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._client.aclose()
             self.storage.close()
+
+    async def _wait_for_a_server(self) -> None:
+        """Give the first health checks a moment, so that a gateway that listens is usually ready, too."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_CHECKS):
+                while not self.servers.any_ready:
+                    await asyncio.sleep(0.01)
 
     async def _webhook_delivered(self, prediction_id: str) -> None:
         try:

@@ -45,7 +45,7 @@ def needs_key(settings: GatewaySettings) -> bool:
 def _has_key(settings: GatewaySettings) -> bool:
     store = Store(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
     try:
-        return any(stored.hash and not stored.revoked_at for stored in store.keys())
+        return any(stored.hash and not stored.revoked_at for stored in store.keys.all())
     finally:
         store.close()
 

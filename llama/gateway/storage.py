@@ -31,8 +31,8 @@ class Storage:
         except Timeout as error:
             self._store.close()
             raise BadSettings(
-                f"another gateway uses the database {path}; stop it, or set LLAMA_GATEWAY_DATABASE to another "
-                "file"
+                f"another gateway uses the database {path}; stop it, or set LLAMA_GATEWAY_DATABASE to "
+                "another file"
             ) from error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 

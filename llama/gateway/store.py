@@ -7,33 +7,20 @@ Every method that writes is one transaction. Knows nothing about HTTP or servers
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llama.errors import BadSettings
-from llama.gateway.keys import Key, new_webhook_secret
-from llama.gateway.migrations import migrate
+from llama.gateway.database import Database
+from llama.gateway.key_table import KeyTable
 from llama.gateway.prediction import Outcome, Prediction, Status
 from llama.gateway.rows import insert_values, metrics_values, prediction_of
 
 _ROWS_KEPT = 30 * 24 * 3600
 """Seconds after which the row of a finished prediction is deleted. Its counts stay."""
-
-
-@dataclass(frozen=True)
-class StoredKey:
-    """A key with the facts that only the command line and the check of a key need."""
-
-    key: Key
-    hash: str | None
-    created_at: float
-    revoked_at: float | None
 
 
 @dataclass(frozen=True)
@@ -53,101 +40,34 @@ class Store:
     """An open database. Raises sqlite3.Error if the file cannot be read or written."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. Raises BadSettings if it is not a database of a gateway."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.touch(mode=0o600)
-            self._db = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._db.row_factory = sqlite3.Row
-            # NORMAL: a killed process loses nothing. After a power failure, the last transactions can be missing.
-            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
-                self._db.execute(f"PRAGMA {pragma}")
-            migrate(self._db)
-        except (OSError, sqlite3.Error) as error:
-            raise BadSettings(
-                f"the database {path} cannot be opened ({error}); set LLAMA_GATEWAY_DATABASE to a file that "
-                "can be written"
-            ) from error
+        """Open or create the file. Raises BadSettings if it cannot be the database of a gateway."""
+        self._db = Database(path)
+        self.keys = KeyTable(self._db)
 
     def close(self) -> None:
         self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._db
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    # Keys
-
-    def keys(self) -> list[StoredKey]:
-        """Return all keys, revoked ones included, in the order in which they were added."""
-        return [_stored_key(row) for row in self._db.execute("SELECT * FROM keys ORDER BY id")]
-
-    def add_key(
-        self, name: str, hash: str | None, requests_per_minute: int | None = None, at_once: int | None = None
-    ) -> Key:
-        """Add a key. Raises ValueError if a key with this name is in use."""
-        secret = new_webhook_secret()
-        try:
-            with self._transaction() as db:
-                cursor = db.execute(
-                    "INSERT INTO keys (name, hash, webhook_secret, requests_per_minute, at_once, created_at) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
-                    (name, hash, secret, requests_per_minute, at_once, time.time()),
-                )
-        except sqlite3.IntegrityError as error:
-            raise ValueError(f"a key named {name} exists") from error
-        assert cursor.lastrowid is not None
-        return Key(cursor.lastrowid, name, requests_per_minute, at_once, secret)
-
-    def revoke_key(self, name: str) -> bool:
-        """Revoke a key. Returns False if no key with this name is in use."""
-        with self._transaction() as db:
-            return (
-                db.execute(
-                    "UPDATE keys SET revoked_at = ? WHERE name = ? AND revoked_at IS NULL",
-                    (time.time(), name),
-                ).rowcount
-                > 0
-            )
-
-    def ensure_key(self, name: str, hash: str | None) -> Key:
-        """Return the key with this name, with this hash. Adds it if there is none."""
-        for stored in self.keys():
-            if stored.key.name == name and stored.revoked_at is None:
-                if stored.hash != hash:
-                    with self._transaction() as db:
-                        db.execute("UPDATE keys SET hash = ? WHERE id = ?", (hash, stored.key.id))
-                return stored.key
-        return self.add_key(name, hash)
-
-    # Predictions
 
     def insert(self, prediction: Prediction) -> None:
         """Add a prediction that has not started."""
         values = insert_values(prediction)
         marks = ", ".join("?" * len(values))
-        with self._transaction() as db:
-            db.execute(f"INSERT INTO predictions ({', '.join(values)}) VALUES ({marks})", [*values.values()])
+        with self._db.transaction():
+            self._db.execute(
+                f"INSERT INTO predictions ({', '.join(values)}) VALUES ({marks})", [*values.values()]
+            )
 
     def mark_sent(self, prediction_id: str) -> None:
         """Note that a prediction was given to a server: after a restart it is not queued again."""
-        with self._transaction() as db:
-            db.execute(
+        with self._db.transaction():
+            self._db.execute(
                 "UPDATE predictions SET status = ? WHERE id = ? AND completed_at IS NULL",
                 (Status.PROCESSING, prediction_id),
             )
 
     def save_progress(self, predictions: Sequence[Prediction]) -> None:
         """Save the counts of running predictions, so that they are not lost if the gateway is killed."""
-        with self._transaction() as db:
-            db.executemany(
+        with self._db.transaction():
+            self._db.executemany(
                 "UPDATE predictions SET started_at = ?, metrics = ? WHERE id = ? AND completed_at IS NULL",
                 [(p.started_at, metrics_values(p), p.id) for p in predictions],
             )
@@ -155,8 +75,8 @@ class Store:
     def finish(self, prediction: Prediction, outcome: Outcome) -> None:
         """Store how a prediction ended, and count it. A second call for the same prediction does nothing."""
         logs = prediction.logs if outcome.logs is None else outcome.logs
-        with self._transaction() as db:
-            ended = db.execute(
+        with self._db.transaction():
+            ended = self._db.execute(
                 "UPDATE predictions SET status = ?, started_at = ?, completed_at = ?, output = ?, logs = ?, "
                 "error = ?, metrics = ? WHERE id = ? AND completed_at IS NULL",
                 (
@@ -246,18 +166,18 @@ class Store:
 
     def webhook_delivered(self, prediction_id: str) -> None:
         """Note that the `completed` webhook was delivered, or that it was given up."""
-        with self._transaction() as db:
-            db.execute("UPDATE predictions SET webhook_due = 0 WHERE id = ?", (prediction_id,))
+        with self._db.transaction():
+            self._db.execute("UPDATE predictions SET webhook_due = 0 WHERE id = ?", (prediction_id,))
 
     def remove_data(self, ended_before: float) -> int:
-        """Delete inputs, outputs and logs of predictions that ended before this time. Returns their number."""
-        with self._transaction() as db:
-            removed = db.execute(
+        """Delete the texts of predictions that ended before this time. Returns the number of predictions."""
+        with self._db.transaction():
+            removed = self._db.execute(
                 "UPDATE predictions SET inputs = NULL, output = NULL, logs = NULL "
                 "WHERE completed_at < ? AND inputs IS NOT NULL",
                 (ended_before,),
             ).rowcount
-            db.execute("DELETE FROM predictions WHERE completed_at < ?", (time.time() - _ROWS_KEPT,))
+            self._db.execute("DELETE FROM predictions WHERE completed_at < ?", (time.time() - _ROWS_KEPT,))
         if removed:  # the write-ahead log contains the deleted texts until it is truncated
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
@@ -277,10 +197,5 @@ class Store:
         return row["value"] if row else None
 
     def set_fact(self, name: str, value: str) -> None:
-        with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-
-
-def _stored_key(row: sqlite3.Row) -> StoredKey:
-    key = Key(row["id"], row["name"], row["requests_per_minute"], row["at_once"], row["webhook_secret"])
-    return StoredKey(key, row["hash"], row["created_at"], row["revoked_at"])
+        with self._db.transaction():
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))

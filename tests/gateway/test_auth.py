@@ -133,7 +133,7 @@ def test_the_problem_has_openais_code_and_never_the_key(play: Play) -> None:
 def test_a_key_added_while_the_gateway_runs_works_within_a_second_and_closes_it(play: Play) -> None:
     async def scene(s: Scene) -> None:
         assert await s.name(None) == "local"
-        s.command_line.add_key("ann", hash_of("k1"), 7, 2)
+        s.command_line.keys.add("ann", hash_of("k1"), 7, 2)
         s.clock.now += 1.0
         key = await s.keys.identify("Bearer k1")
         assert (key.name, key.requests_per_minute, key.at_once) == ("ann", 7, 2)
@@ -145,11 +145,11 @@ def test_a_key_added_while_the_gateway_runs_works_within_a_second_and_closes_it(
 
 def test_a_revoked_key_stops_working_within_a_second(play: Play) -> None:
     async def scene(s: Scene) -> None:
-        s.command_line.add_key("ann", hash_of("k1"))
-        s.command_line.add_key("bob", hash_of("k2"))
+        s.command_line.keys.add("ann", hash_of("k1"))
+        s.command_line.keys.add("bob", hash_of("k2"))
         s.clock.now += 1.0
         ann = await s.keys.identify("Bearer k1")
-        s.command_line.revoke_key("ann")
+        s.command_line.keys.revoke("ann")
         s.clock.now += 1.0
         await s.refusal("Bearer k1")
         assert await s.name("Bearer k2") == "bob"
@@ -162,8 +162,8 @@ def test_a_revoked_key_stops_working_within_a_second(play: Play) -> None:
 
 def test_revoking_the_last_key_does_not_open_the_gateway(play: Play) -> None:
     async def scene(s: Scene) -> None:
-        s.command_line.add_key("ann", hash_of("k1"))
-        s.command_line.revoke_key("ann")
+        s.command_line.keys.add("ann", hash_of("k1"))
+        s.command_line.keys.revoke("ann")
         s.clock.now += 1.0
         assert not await s.keys.is_open()
         await s.refusal(None)
@@ -173,9 +173,9 @@ def test_revoking_the_last_key_does_not_open_the_gateway(play: Play) -> None:
 
 def test_a_name_can_be_used_again_after_its_key_was_revoked(play: Play) -> None:
     async def scene(s: Scene) -> None:
-        old = s.command_line.add_key("ann", hash_of("k1"))
-        s.command_line.revoke_key("ann")
-        new = s.command_line.add_key("ann", hash_of("k2"))
+        old = s.command_line.keys.add("ann", hash_of("k1"))
+        s.command_line.keys.revoke("ann")
+        new = s.command_line.keys.add("ann", hash_of("k2"))
         s.clock.now += 1.0
         assert (await s.keys.identify("Bearer k2")).id == new.id != old.id
         await s.refusal("Bearer k1")
@@ -206,7 +206,7 @@ def test_the_environments_key_ends_with_its_variable(play: Play) -> None:
 
     async def before(s: Scene) -> None:
         assert await s.name("Bearer first") == "environment"
-        s.command_line.add_key("ann", hash_of("k1"))
+        s.command_line.keys.add("ann", hash_of("k1"))
 
     play(before, key="first")
     play(without)

@@ -31,7 +31,7 @@ def add_key(gateway: Gateway, name: str, **limits: int) -> httpx2.Client:
     from llama.gateway.store import Store
 
     store = Store(gateway.settings.database)
-    store.add_key(name, hash_of(name), **limits)
+    store.keys.add(name, hash_of(name), **limits)
     store.close()
     client = gateway.client_of(name)
     until(lambda: client.get("/v1/account").status_code == 200)
@@ -78,7 +78,8 @@ def test_a_full_queue_is_refused_with_a_small_retry_after(gateways: StartGateway
         assert (chat.status_code, chat.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         cog.release()
         for prediction in [running, *waiting]:
-            until(lambda: cog.release() or True)
+            gateway.wait_for(prediction, "processing", "succeeded")
+            cog.release()
             gateway.wait_for(prediction)
 
 

@@ -23,8 +23,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(path: Path) -> Store:
     store = Store(path)
-    store.add_key("one", "hash of one")
-    store.add_key("two", "hash of two")
+    store.keys.add("one", "hash of one")
+    store.keys.add("two", "hash of two")
     return store
 
 
@@ -113,7 +113,7 @@ def test_data_is_removed_after_the_retention_time_but_not_the_counts(store: Stor
 
 def test_removed_texts_are_no_longer_in_the_files(path: Path) -> None:
     store = Store(path)
-    store.add_key("one", "hash")
+    store.keys.add("one", "hash")
     prediction = Prediction(PredictionRequest(1, {"prompt": "a secret prompt"}, "owner/name"))
     store.insert(prediction)
     prediction.add_piece("a secret answer")
@@ -159,12 +159,12 @@ def test_only_undelivered_webhooks_of_ended_predictions_are_due(store: Store) ->
 
 def test_the_name_of_a_revoked_key_can_be_used_again(store: Store) -> None:
     with pytest.raises(ValueError, match="exists"):
-        store.add_key("one", "another hash")
-    assert store.revoke_key("one")
-    assert not store.revoke_key("one")
-    again = store.add_key("one", "another hash")
+        store.keys.add("one", "another hash")
+    assert store.keys.revoke("one")
+    assert not store.keys.revoke("one")
+    again = store.keys.add("one", "another hash")
     assert again.id == 3
-    assert [bool(stored.revoked_at) for stored in store.keys()] == [True, False, False]
+    assert [bool(stored.revoked_at) for stored in store.keys.all()] == [True, False, False]
 
 
 def test_only_the_owner_can_read_the_file(store: Store, path: Path) -> None:

@@ -1,0 +1,66 @@
+"""An SQLite file: how it is opened, and how a transaction is made. Knows no table."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llama.errors import BadSettings
+from llama.gateway.migrations import migrate
+
+_BUSY_TIMEOUT = 10  # seconds to wait for the command line's transaction
+
+
+class Database:
+    """An open file. Its methods raise sqlite3.Error if it cannot be read or written."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file, which only its owner can read.
+
+        Raises BadSettings if that is impossible, or if the file is not a database of a gateway.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.touch(mode=0o600)
+            self._connection = sqlite3.connect(
+                path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            )
+            self._connection.row_factory = sqlite3.Row
+            # NORMAL: a killed process loses nothing. A power failure can lose the last transactions.
+            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
+                self._connection.execute(f"PRAGMA {pragma}")
+            migrate(self._connection)
+        except (OSError, sqlite3.Error) as error:
+            raise BadSettings(
+                f"the database {path} cannot be opened ({error}); set LLAMA_GATEWAY_DATABASE to a file that "
+                "can be written"
+            ) from error
+
+    def execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Run a statement that reads, or one inside a transaction."""
+        return self._connection.execute(statement, values)
+
+    def executemany(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        self._connection.executemany(statement, rows)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All statements of the block are carried out, or none."""
+        self.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # a full disk can end it
+                self.execute("ROLLBACK")
+            raise
+
+    def truncate_log(self) -> None:
+        """Move the write-ahead log into the file. It contains deleted texts until then."""
+        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        self._connection.close()

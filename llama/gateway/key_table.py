@@ -1,0 +1,78 @@
+"""The table of keys. The gateway reads it, and the command line changes it while the gateway runs."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import dataclass
+
+from llama.gateway.database import Database
+from llama.gateway.keys import Key, new_webhook_secret
+
+
+@dataclass(frozen=True)
+class StoredKey:
+    """A key with what only the check of a key and the command line need."""
+
+    key: Key
+    hash: str | None
+    created_at: float
+    revoked_at: float | None
+
+
+class KeyTable:
+    """All keys, also the revoked ones, whose predictions and counts are kept."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def all(self) -> list[StoredKey]:
+        """Return all keys, revoked ones included, in the order in which they were added."""
+        return [_stored_key(row) for row in self._db.execute("SELECT * FROM keys ORDER BY id")]
+
+    def add(
+        self,
+        name: str,
+        key_hash: str | None,
+        requests_per_minute: int | None = None,
+        at_once: int | None = None,
+    ) -> Key:
+        """Add a key. Raises ValueError if a key with this name is in use."""
+        secret = new_webhook_secret()
+        try:
+            with self._db.transaction():
+                cursor = self._db.execute(
+                    "INSERT INTO keys (name, hash, webhook_secret, requests_per_minute, at_once, created_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    (name, key_hash, secret, requests_per_minute, at_once, time.time()),
+                )
+        except sqlite3.IntegrityError as error:
+            raise ValueError(f"a key named {name} exists") from error
+        assert cursor.lastrowid is not None
+        return Key(cursor.lastrowid, name, requests_per_minute, at_once, secret)
+
+    def revoke(self, name: str) -> bool:
+        """Revoke a key. Returns False if no key with this name is in use."""
+        with self._db.transaction():
+            return (
+                self._db.execute(
+                    "UPDATE keys SET revoked_at = ? WHERE name = ? AND revoked_at IS NULL",
+                    (time.time(), name),
+                ).rowcount
+                > 0
+            )
+
+    def ensure(self, name: str, key_hash: str | None) -> Key:
+        """Return the key with this name, with this hash. Adds it if there is none."""
+        for stored in self.all():
+            if stored.key.name == name and stored.revoked_at is None:
+                if stored.hash != key_hash:
+                    with self._db.transaction():
+                        self._db.execute("UPDATE keys SET hash = ? WHERE id = ?", (key_hash, stored.key.id))
+                return stored.key
+        return self.add(name, key_hash)
+
+
+def _stored_key(row: sqlite3.Row) -> StoredKey:
+    key = Key(row["id"], row["name"], row["requests_per_minute"], row["at_once"], row["webhook_secret"])
+    return StoredKey(key, row["hash"], row["created_at"], row["revoked_at"])
