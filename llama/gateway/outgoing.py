@@ -118,7 +118,7 @@ class Outgoing:
     ) -> None:
         """`networks` are private networks that requests may reach."""
         self._networks, self._resolve = networks, resolver
-        self._tls = tls or httpx2.create_ssl_context(trust_env=False)
+        self._tls = tls or httpx2.create_ssl_context()
         self._timeout = timeout
 
     async def post(self, url: str, content: bytes, headers: Mapping[str, str]) -> int:
@@ -151,21 +151,17 @@ class Outgoing:
     async def _post_to(
         self, address: Address, url: httpx2.URL, content: bytes, headers: Mapping[str, str]
     ) -> int:
-        # A client for each request: a pooled connection would be used again for another name with the same
-        # address, and the server's certificate would not be checked for that name.
-        async with (
-            httpx2.AsyncClient(
-                verify=self._tls,
-                trust_env=False,
-                follow_redirects=False,
-                timeout=httpx2.Timeout(self._timeout, connect=self._timeout / 3),
-            ) as client,
-            client.stream(
-                "POST",
-                url.copy_with(host=str(address)),
-                content=content,
-                headers={**headers, "Host": url.netloc.decode()},
-                extensions={"sni_hostname": url.raw_host.decode().rstrip(".")},
-            ) as response,
-        ):
+        # A transport for each request: a pooled connection would be used again for another name with the same
+        # address, without a check of the certificate for that name. A client would also log the URL.
+        timeout = httpx2.Timeout(self._timeout, connect=self._timeout / 3)
+        request = httpx2.Request(
+            "POST",
+            url.copy_with(host=str(address), fragment=None),
+            content=content,
+            headers={**headers, "Host": url.netloc.decode()},
+            extensions={"timeout": timeout.as_dict(), "sni_hostname": url.raw_host.decode().rstrip(".")},
+        )
+        async with httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False) as transport:
+            response = await transport.handle_async_request(request)
+            await response.aclose()
             return response.status_code
