@@ -124,7 +124,7 @@ async def _paced(folder: Path, arguments: argparse.Namespace) -> Row:
             upstream = processes.fake_openai(PIECES, GAP)
             ways.append(Way("fake OpenAI server", ask_openai, await opened(upstream)))
             litellm = processes.litellm(arguments.litellm, upstream.url, folder)
-            ways.append(Way("LiteLLM's proxy", ask_openai, await opened(litellm), litellm))
+            ways.append(Way("LiteLLM's proxy", ask_openai, await opened(litellm, KEY), litellm))
         return {
             "one": await compare(ways, streams=1, rounds=arguments.rounds, pieces=_words, title="1 stream"),
             "many": await compare(

@@ -31,7 +31,7 @@ def add_keys(database: Path, names: Sequence[str]) -> None:
     """Add keys to a new database. Each key is its name with `-key` behind it."""
     with closing(Store(database)) as store:
         for name in names:
-            store.add_key(name, hash_of(f"{name}-key"))
+            store.keys.add(name, hash_of(f"{name}-key"))
 
 
 # More requests than places

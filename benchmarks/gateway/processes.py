@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ import psutil
 
 from llama.serving.server import ChildServer, free_port, server_environment, url_of
 
-KEY = "benchmark"
+KEY = f"sk-{secrets.token_hex(32)}"
+"""The key of both gateways. LiteLLM's proxy refuses to start with a weak one."""
 
 
 class Process(ChildServer):
@@ -101,7 +103,7 @@ def litellm(python: str, upstream: str, folder: Path) -> Process:
     )
     command = [str(Path(python).with_name("litellm")), "--config", str(config), "--port", "{port}"]
     # Without them, it asks for a price list and sends statistics.
-    environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
+    environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": KEY}
     return Process(
         [*command, "--host", "127.0.0.1", "--telemetry", "False"],
         "/health/liveliness",
