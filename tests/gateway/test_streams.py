@@ -300,7 +300,8 @@ def test_the_work_for_a_reader_ends_when_it_leaves(cog: FakeCog, tmp_path: Path)
         body = {"input": {"prompt": "Hi"}}
         created = httpx2.post(f"{web.url}/v1/models/{MODEL}/predictions", json=body, trust_env=False).json()
         with opened(stream_of(created)) as response:
-            next(response.iter_text())
+            chunks = response.iter_text()
+            assert parsed(next(chunks))[0][0] == "output"
             assert app.open == 1
         until(lambda: app.open == 0)
         assert cog.counts.running == 1
