@@ -144,7 +144,8 @@ class Problems:
 
 
 def _failed() -> Problem:
-    return Problem(500, "Internal server error", "The gateway failed; its log says why.", code="internal_error")
+    detail = "The gateway failed; its log says why."
+    return Problem(500, "Internal server error", detail, code="internal_error")
 
 
 class LoopbackGuard:
