@@ -46,10 +46,14 @@ class Gateway:
         loopback: bool = True,
         grace: float = 30.0,
         ping_interval: float = 10.0,
+        lost_after: float = 30.0,
     ) -> None:
         """`loopback`: the gateway can be reached from this machine only. `grace`: how many seconds running
         predictions have to end when the gateway ends. `ping_interval`: seconds between two comments on a
-        silent stream. Raises BadSettings if the database cannot be opened."""
+        silent stream. `lost_after`: a server that has not responded for so many seconds is lost.
+
+        Raises BadSettings if the database cannot be opened.
+        """
         self.settings, self.ping_interval = settings, ping_interval
         self._grace = grace
         self.storage = Storage(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
@@ -61,7 +65,7 @@ class Gateway:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
             trust_env=False,
         )
-        self.servers = Servers(self._client, addresses, settings.places)
+        self.servers = Servers(self._client, addresses, settings.places, lost_after=lost_after)
         delivery = Delivery(Outgoing(settings.webhook_networks), self.keys.by_id)
         self.webhooks = Webhooks(delivery, prediction_body, self._webhook_delivered)
         queue = FairQueue(settings.queue)
