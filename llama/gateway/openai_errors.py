@@ -18,6 +18,8 @@ _INVALID = {
     "E1101": "invalid_value",
     "E1103": "unsupported_value",
 }
+# litellm recognizes a prompt that is too long by the first words, and langchain-openai by the last ones.
+_TOO_LONG = "This model's maximum context length is exceeded: the prompt is too long."
 _TEMPORARY = ("E2002", "E4")
 """The beginnings of the codes after which the same request may succeed soon."""
 
@@ -38,8 +40,7 @@ def failure(prediction: Prediction, *, is_chat: bool) -> Problem:
         return Problem(
             400,
             "Invalid request",
-            # litellm and others recognize a context that is too long by these words.
-            f"This model's maximum context length is exceeded. {line}" if code == "E1002" else line,
+            f"{_TOO_LONG} {line}" if code == "E1002" else line,
             code=_INVALID.get(code, "invalid_value"),
             param=_param(code, is_chat=is_chat),
         )

@@ -70,6 +70,7 @@ _EXPECTED = {
     "string_type": "a string",
 }
 _EXPECTED_OF = {"stop": "a string or an array of strings", "prompt": "a string or an array of strings"}
+_FORMATS = ("json_object", "json_schema")
 _QUOTED_UP_TO = 2**63
 
 
@@ -95,8 +96,17 @@ def implemented(body: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) 
         if name not in values:
             rest[name] = value
         elif value not in values[name]:
-            raise unsupported(name, f"Unsupported parameter: '{name}' is not supported with this model.")
+            raise unsupported(
+                name, f"Unsupported parameter: {_named(name, value)} is not supported with this model."
+            )
     return rest
+
+
+def _named(name: str, value: Any) -> str:
+    # The words by which langchain-openai recognizes that it should not ask for a JSON schema.
+    if name == "response_format" and isinstance(value, dict) and value.get("type") in _FORMATS:
+        return f"'{name}' of type '{value['type']}'"
+    return f"'{name}'"
 
 
 def explain(error: ValidationError) -> Problem:
