@@ -21,6 +21,7 @@ from llama import ROOT, __version__
 from llama.errors import LlamaError
 from llama.serving.schema import input_properties, write_schema
 from llama.serving.server import CogServer, server_environment
+from llama.gateway.settings import PUBLISHED_VERSIONS, GatewaySettings
 from llama.settings import Settings
 from predict import Predictor
 
@@ -100,6 +101,12 @@ def shown(default: object) -> str:
         return "unset"
     if isinstance(default, bool):
         return code(int(default))
+    if default == PUBLISHED_VERSIONS:
+        return "four versions of Llama 2 70B Chat on Replicate"
+    if default == ():
+        return "none"
+    if isinstance(default, float) and default.is_integer():
+        default = int(default)
     return code(default.relative_to(ROOT) if isinstance(default, Path) and default.is_absolute() else default)
 
 
@@ -108,6 +115,8 @@ def test_the_reference_has_every_setting_with_its_default() -> None:
     rows = {row[0]: row for row in table_rows(settings)}
     assert len(rows) == len(table_rows(settings)), "a setting is listed twice"
     expected = {code(variable(name, f)): shown(f.default) for name, f in Settings.model_fields.items()}
+    for name, f in GatewaySettings.model_fields.items():
+        expected[code(f"LLAMA_GATEWAY_{name.upper()}")] = shown(f.default)
     assert {name: row[1] for name, row in rows.items()} == expected
     capacity = server_environment(5000)["COG_STREAM_HISTORY_CAPACITY"]
     assert f"sets it to {capacity}." in others
@@ -134,7 +143,7 @@ def test_the_make_commands_of_the_documents_are_targets_of_the_makefile() -> Non
 
 def documented_commands() -> set[str]:
     """`chat`, `weights pull`, ... of the documents."""
-    pattern = r"python -m llama ((?:weights )?[a-z]+)"
+    pattern = r"python -m llama ((?:weights |keys )?[a-z]+)"
     found = {command for name in DOCUMENTS for command in re.findall(pattern, read(name))}
     return found | {row[0].strip("`") for row in table_rows(section("Commands"))}
 

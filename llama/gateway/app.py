@@ -51,7 +51,7 @@ async def _readyz(request: Request) -> Response:
 
 async def _problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return problem_response(error, request.url.path)
+    return problem_response(error, request.scope["path"])
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -61,11 +61,11 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         not_found()
         if error.status_code == 404
         else Problem(
-            error.status_code, str(error.detail), f"{error.detail}: {request.method} {request.url.path}"
+            error.status_code, str(error.detail), f"{error.detail}: {request.method} {request.scope['path']}"
         )
     )
     problem.headers.update(error.headers or {})
-    return problem_response(problem, request.url.path)
+    return problem_response(problem, request.scope["path"])
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:
@@ -73,4 +73,4 @@ async def _unexpected(request: Request, _: Exception) -> Response:
     problem = Problem(
         500, "Internal server error", "The gateway failed; its log says why.", code="internal_error"
     )
-    return problem_response(problem, request.url.path)
+    return problem_response(problem, request.scope["path"])

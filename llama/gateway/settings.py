@@ -12,6 +12,9 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 from llama.settings import EnvironmentSettings
 
 Network = IPv4Network | IPv6Network
+OwnerAndName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+Origin = Annotated[str, Field(pattern=r"^(https?://[^/\s]+|\*)$")]
+VersionId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 PUBLISHED_VERSIONS = (
     "02e509c789964a7ea8736978a43525956ef40397be9033abf9fd2badfe68c9e3",
@@ -35,15 +38,15 @@ class GatewaySettings(EnvironmentSettings):
 
     key: SecretStr | None = None
     """A key that clients can use, in addition to those of `llama keys add`."""
-    model: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = "meta/llama-2-70b-chat"
+    model: OwnerAndName = "meta/llama-2-70b-chat"
     """The name under which clients find the model, as `owner/name`."""
-    versions: Annotated[tuple[str, ...], NoDecode] = PUBLISHED_VERSIONS
+    versions: Annotated[tuple[VersionId, ...], NoDecode] = PUBLISHED_VERSIONS
     """Version ids that are accepted in addition to the model's own, separated by commas."""
-    deployments: Annotated[tuple[Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")], ...], NoDecode] = ()
+    deployments: Annotated[tuple[OwnerAndName, ...], NoDecode] = ()
     """Names of deployments of the model, as `owner/name,...`."""
     database: Path = Path("~/.local/share/llama-cog/gateway.sqlite3")
     """The file that stores predictions, keys and usage. Only one gateway can use it at a time."""
-    public_url: str | None = None
+    public_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = None
     """The gateway's address in responses. None means the address that the client used."""
     places: PositiveInt = 32
     """How many predictions a server runs at once. It must not be more than the server's own maximum."""
@@ -57,7 +60,7 @@ class GatewaySettings(EnvironmentSettings):
     """The maximum size of a request's body."""
     webhook_networks: Annotated[tuple[Network, ...], NoDecode] = ()
     """Private networks that webhooks may reach, such as `10.0.0.0/8`, separated by commas."""
-    allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    allowed_origins: Annotated[tuple[Origin, ...], NoDecode] = ()
     """Origins whose pages may use the API from a browser, separated by commas."""
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     """Addresses or networks of the proxies whose `X-Forwarded-*` headers count, separated by commas."""

@@ -13,7 +13,9 @@ import uvicorn
 from llama.errors import BadSettings
 from llama.gateway.addresses import Addresses
 from llama.gateway.app import create_app
+from llama.gateway.auth import RESERVED_NAMES
 from llama.gateway.gateway import Gateway
+from llama.gateway.key_table import StoredKey
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.store import Store
 from llama.settings import expanded
@@ -29,7 +31,7 @@ def prepare(settings: GatewaySettings, addresses: Addresses, address: str) -> Ga
     opened.
     """
     loopback = ip_address(address).is_loopback
-    if not loopback and settings.key is None and not _has_key(settings):
+    if not loopback and settings.key is None and not any(not key.revoked_at for key in _keys(settings)):
         raise BadSettings(
             f"without a key, the gateway can listen on a loopback address only, not on {address}; add a key "
             "with `python -m llama keys add NAME`, or set LLAMA_GATEWAY_KEY"
@@ -38,14 +40,15 @@ def prepare(settings: GatewaySettings, addresses: Addresses, address: str) -> Ga
 
 
 def needs_key(settings: GatewaySettings) -> bool:
-    """Whether clients need a key at the moment."""
-    return settings.key is not None or _has_key(settings)
+    """Whether clients need a key. Revoking the last key does not open the gateway again."""
+    return settings.key is not None or bool(_keys(settings))
 
 
-def _has_key(settings: GatewaySettings) -> bool:
+def _keys(settings: GatewaySettings) -> list[StoredKey]:
+    """The keys of `keys add`, revoked ones included."""
     store = Store(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
     try:
-        return any(stored.hash and not stored.revoked_at for stored in store.keys.all())
+        return [stored for stored in store.keys.all() if stored.key.name not in RESERVED_NAMES]
     finally:
         store.close()
 
