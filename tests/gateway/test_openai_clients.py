@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 from gateways import KEY, MODEL, Gateway
+from node_clients import NodeClients
 from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
@@ -264,3 +265,59 @@ def test_litellm_recognizes_a_prompt_that_is_too_long(complete: Callable[..., An
 def test_litellm_recognizes_an_unknown_model(complete: Callable[..., Any]) -> None:
     with pytest.raises(openai.NotFoundError):
         complete(model="openai/gpt-4o")
+
+
+# --- openai for JavaScript
+
+
+@pytest.fixture(scope="module")
+def javascript(node_clients: NodeClients, real_gateway: Gateway) -> Callable[[str], Any]:
+    """Call a function of `node/openai.mjs`."""
+    return lambda function: node_clients.call("openai.mjs", function, real_gateway.url, KEY)
+
+
+def test_javascript_gets_and_streams_an_answer(javascript: Callable[[str], Any]) -> None:
+    whole = javascript("whole")
+
+    assert "Paris" in whole["text"]
+    assert whole["reason"] == "stop"
+    assert javascript("stream") == whole
+    assert javascript("helper") == whole["text"]
+
+
+def test_javascript_completes_a_text(javascript: Callable[[str], Any]) -> None:
+    assert "Paris" in javascript("text")
+
+
+def test_javascript_lists_the_model(javascript: Callable[[str], Any]) -> None:
+    assert javascript("models") == [MODEL, MODEL]
+
+
+def test_javascript_raises_errors_with_their_codes(javascript: Callable[[str], Any]) -> None:
+    assert javascript("errors") == [
+        "AuthenticationError invalid_api_key",
+        "NotFoundError model_not_found",
+        "BadRequestError unsupported_parameter",
+        "BadRequestError context_length_exceeded",
+    ]
+
+
+def test_aborting_javascripts_stream_frees_its_place(
+    javascript: Callable[[str], Any], real_gateway: Gateway
+) -> None:
+    assert javascript("abort") == 3
+
+    (server,) = real_gateway.inside.servers.all
+    until(lambda: server.in_flight == 0)
+    newest = real_gateway.client.get("/v1/predictions").json()["results"][0]
+    assert newest["status"] == "canceled"
+
+
+def test_a_failure_during_a_stream_raises_an_error_in_javascript(
+    cog: FakeCog, gateway: Gateway, node_clients: NodeClients
+) -> None:
+    cog.rules.script = Script(die_after=2)
+
+    result = node_clients.call("openai.mjs", "failingStream", gateway.url, KEY)
+
+    assert result == {"text": "The capital", "error": "APIError"}
