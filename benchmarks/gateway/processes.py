@@ -84,12 +84,18 @@ def _fake(module: str, path: str, pieces: int, gap: float) -> Process:
 
 def gateway(servers: Sequence[str], database: Path, log: Path | None = None, **settings: str) -> Process:
     """Our gateway, with the key `KEY`. `settings`: its variables, without their prefix."""
-    command = [sys.executable, "-m", "llama", "gateway", "--port", "{port}"]
-    for server in servers:
-        command += ["--server", server]
+    command = [sys.executable, "-m", "llama", *gateway_arguments(servers)]
+    return Process(command, "/readyz", environment=gateway_environment(database, **settings), log=log)
+
+
+def gateway_arguments(servers: Sequence[str]) -> list[str]:
+    options = [option for server in servers for option in ("--server", server)]
+    return ["gateway", "--port", "{port}", *options]
+
+
+def gateway_environment(database: Path, **settings: str) -> dict[str, str]:
     variables = {"KEY": KEY, "DATABASE": str(database), **settings}
-    environment = {f"LLAMA_GATEWAY_{name.upper()}": value for name, value in variables.items()}
-    return Process(command, "/readyz", environment=environment, log=log)
+    return {f"LLAMA_GATEWAY_{name.upper()}": value for name, value in variables.items()}
 
 
 def litellm(python: str, upstream: str, folder: Path) -> Process:
