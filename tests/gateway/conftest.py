@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from gateways import Gateway
+from node_clients import NodeClients
 
 from benchmarks.fake_cog import FakeCog
 from llama import ROOT
@@ -62,3 +63,9 @@ def real_gateway(real_cog: CogServer, tmp_path_factory: pytest.TempPathFactory) 
     with Gateway([str(real_cog.client.base_url)], database, **settings) as running:
         running.wait_until_ready()
         yield running
+
+
+@pytest.fixture(scope="session")
+def node_clients() -> NodeClients:
+    """The JavaScript clients that `node/package.json` pins. Skips the test without Node.js."""
+    return NodeClients()
