@@ -133,8 +133,9 @@ def test_collections_hardware_examples_and_searches_have_their_shapes(gateway: G
     assert get(gateway, f"/v1/models/{MODEL}/examples")["results"] == []
     assert len(get(gateway, "/v1/search?query=llama+chat")["models"]) == 1
     assert get(gateway, "/v1/search?query=diffusion")["models"] == []
-    found = gateway.client.request("QUERY", "/v1/models", content="Llama 2 70b")
-    assert [model["id"] for model in found.json()["results"]] == [MODEL]
+    for text in ("Llama 2 70b", '"llama"'):
+        found = gateway.client.request("QUERY", "/v1/models", content=text)
+        assert [model["id"] for model in found.json()["results"]] == [MODEL]
 
 
 @pytest.mark.parametrize(

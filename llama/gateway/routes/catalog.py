@@ -61,8 +61,8 @@ async def list_models(gateway: CurrentGateway, base: BaseUrl) -> dict[str, Any]:
 
 @router.api_route("/models", methods=["QUERY"])
 async def query_models(request: Request, gateway: CurrentGateway, base: BaseUrl) -> dict[str, Any]:
-    """Search the models. The body is the text to search for."""
-    text = (await request.body()).decode("utf-8", "replace")
+    """Search the models. The body is the text to search for; some clients send it as a JSON string."""
+    text = (await request.body()).decode("utf-8", "replace").strip('"')
     return _page(_matching(text, _model(gateway, base)))
 
 
