@@ -9,7 +9,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
@@ -83,6 +83,10 @@ class WebThread:
         else:
             self._loop.call_soon_threadsafe(run)
             assert done.wait(60), "the server's thread is blocked"
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine in the server's event loop, and return when it has ended."""
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def refuse_connections(self) -> None:
         """Stop listening, and close the connections on which nothing is running."""

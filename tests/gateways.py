@@ -5,7 +5,7 @@ All requests are real HTTP. Knows predictions and keys; knows nothing about mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,6 +63,10 @@ class Gateway:
         """Stop the gateway as Ctrl-C does, and start another one with the same database and port."""
         self.__exit__(None, None, None)
         self._start()
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine in the gateway's event loop, with the parts of `inside`."""
+        self._web.run(work)
 
     def client_of(self, key: str | None) -> httpx2.Client:
         """Return a client that sends this key, or none."""

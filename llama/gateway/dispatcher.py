@@ -38,7 +38,16 @@ class _Run:
     server: Server
     task: asyncio.Task[None]
     stop: Outcome | type[Unavailable] | None = None
-    """Why the task was cancelled."""
+    """Why it has to stop."""
+    begun: bool = False
+
+    def end(self, stop: Outcome | type[Unavailable]) -> None:
+        """Stop it. A prediction that has lost its server can still be cancelled, but not the reverse."""
+        first = self.stop is None
+        if not isinstance(self.stop, Outcome):
+            self.stop = stop
+        if first and self.begun:  # a task that is cancelled earlier never runs, and its place is never free
+            self.task.cancel()
 
 
 class Dispatcher:
@@ -76,9 +85,8 @@ class Dispatcher:
         `only_waiting` is set."""
         if self._queue.remove(prediction):
             await self.finish(prediction, outcome)
-        elif not only_waiting and (run := self._running.get(prediction.id)) and run.stop is None:
-            run.stop = outcome
-            run.task.cancel()
+        elif not only_waiting and (run := self._running.get(prediction.id)):
+            run.end(outcome)
 
     def dispatch(self) -> None:
         """Start as many waiting predictions as there are free places."""
@@ -115,19 +123,24 @@ class Dispatcher:
 
     async def _answer(self, prediction: Prediction, server: Server) -> Outcome | None:
         """Run a prediction on a server. Returns None if another server should run it."""
+        run = self._running[prediction.id]
+        run.begun = True
+        busy = False
         try:
-            return await self._run_patiently(prediction, server)
+            if run.stop is None:
+                return await self._run_patiently(prediction, server)
         except Busy:
-            return None
+            busy = True
         except Unavailable as error:
             server.suspect()
             logger.warning("the server %s lost a prediction: %s", server.url, error)
         except asyncio.CancelledError:
-            stop = self._running[prediction.id].stop
-            if isinstance(stop, Outcome):
-                return stop
-            if stop is None:  # the gateway ends
+            if run.stop is None:  # the gateway ends
                 raise
+        if isinstance(run.stop, Outcome):
+            return run.stop
+        if busy:
+            return None
         if not prediction.pieces:
             self._attempts[prediction.id] += prediction.status is Status.PROCESSING
             if self._attempts[prediction.id] < _ATTEMPTS:
@@ -147,9 +160,8 @@ class Dispatcher:
     def _lose(self, server: Server) -> None:
         """A server does not respond any more: end what runs on it."""
         for run in self._running.values():
-            if run.server is server and run.stop is None:
-                run.stop = Unavailable
-                run.task.cancel()
+            if run.server is server:
+                run.end(Unavailable)
 
     async def close(self, grace: float) -> None:
         """Start no more predictions, and give the running ones `grace` seconds to end."""

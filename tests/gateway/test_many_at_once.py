@@ -9,10 +9,12 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from gateways import Gateway
+from gateways import MODEL, Gateway
+from server_clients import until
 
-from benchmarks.fake_cog import FakeCog
+from benchmarks.fake_cog import FakeCog, Script
 from benchmarks.gateway import many
+from llama.gateway.prediction import PredictionRequest, Status
 
 KEYS = {"first": 60, "second": 40, "third": 20}
 
@@ -49,6 +51,26 @@ def test_every_request_ends_once_and_is_counted_once_if_clients_and_a_server_lea
     assert books.numbers("succeeded")
     assert books.numbers("canceled")
     assert books.numbers("failed")
+
+
+def test_a_prediction_that_is_cancelled_at_any_moment_ends_and_frees_its_place(
+    cog: FakeCog, gateway: Gateway
+) -> None:
+    predictions, cog.rules.script = gateway.inside.predictions, Script(gap=0.001)
+
+    async def cancel_after(turns: int) -> None:
+        prediction = await predictions.create(PredictionRequest(1, {"prompt": "Hello"}, MODEL))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(predictions.cancel(prediction), 30)
+        assert prediction.status in (Status.CANCELED, Status.SUCCEEDED)
+
+    async def cancel_all() -> None:
+        await asyncio.gather(*(cancel_after(turns) for turns in range(40)))
+
+    gateway.run(cancel_all())
+    until(lambda: cog.counts.running == 0)
+    assert [server.in_flight for server in gateway.inside.servers.all] == [0]
 
 
 def test_the_lead_of_a_key_is_what_it_started_more_than_a_key_that_still_waits() -> None:
