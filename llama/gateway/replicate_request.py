@@ -5,6 +5,7 @@ Returns typed objects, or raises Problem in Replicate's words. Knows nothing abo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -175,6 +176,8 @@ def _input_error(error: Any) -> dict[str, str]:
             return _error("required", field, f"{missing} is required")
         case "type":
             given = _JSON_TYPES.get(type(error.instance), "unknown")
+            if error.instance in (math.inf, -math.inf):
+                given = "a number that is too large"
             return _error("invalid_type", field, f"Invalid type. Expected: {limit}, given: {given}")
         case "minimum":
             return _error("number_gte", field, f"Must be greater than or equal to {limit:g}")

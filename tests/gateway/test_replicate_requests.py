@@ -77,7 +77,16 @@ def test_the_predictor_reads_every_stop_sequence_of_a_list_as_it_was(stops: list
         ({"debug": 1}, [("invalid_type", "input.debug", "Invalid type. Expected: boolean, given: integer")]),
         ({"stop_sequences": ["a", 1]}, [("invalid_type", "input.stop_sequences", None)]),
         ({"messages": ["hi"]}, [("invalid_type", "input.messages.0", None)]),
-        ({"repetition_penalty": float("inf")}, [("invalid_type", "input.repetition_penalty", None)]),
+        (
+            {"repetition_penalty": float("inf")},  # what JSON's 1e999 is read as
+            [
+                (
+                    "invalid_type",
+                    "input.repetition_penalty",
+                    "Invalid type. Expected: number, given: a number that is too large",
+                )
+            ],
+        ),
         (
             {"top_p": 2, "top_k": -2},
             [("number_gte", "input.top_k", None), ("number_lte", "input.top_p", None)],
