@@ -98,7 +98,8 @@ async def leave_and_kill(url: str, cogs: Sequence[FakeCog], names: Sequence[str]
     """Send `total` requests from several keys. A tenth is cancelled, a tenth is dropped, and the last server
     is killed when half of the requests have started. Returns what ran on that server when it was killed."""
     for cog in cogs:
-        cog.rules.script = Script(PIECES, gap=0.01)
+        # Those that will be left take long, so that they do not end before.
+        cog.rules.script = lambda inputs: Script(PIECES, gap=0.3 if _leaves(number_of(inputs)) else 0.01)
     at_once, lost = asyncio.Semaphore(200), list[Served]()
 
     async def kill() -> None:
@@ -120,6 +121,11 @@ async def leave_and_kill(url: str, cogs: Sequence[FakeCog], names: Sequence[str]
     return lost
 
 
+def _leaves(number: int) -> bool:
+    """Whether the client of a request cancels it or drops its connection."""
+    return number % 10 in (3, 7)
+
+
 async def _ask(gateway: httpx2.AsyncClient, number: int) -> None:
     """Send one request, and end it as its number says."""
     prompt = f"request {number}"
@@ -131,12 +137,12 @@ async def _ask(gateway: httpx2.AsyncClient, number: int) -> None:
     elif number % 10 == 7:
         chat = Question(prompt).chat()
         with suppress(TimeoutError):
+            # Half of them leave when their answer begins, the others whether it has begun or not.
             async with (
-                asyncio.timeout(0.02 + number % 4 * 0.05),
+                asyncio.timeout(None if number % 20 == 7 else 0.6),
                 gateway.stream("POST", "/v1/chat/completions", json=chat) as response,
             ):
-                async for _ in response.aiter_raw():
-                    pass
+                assert response.is_success, response.status_code
     else:
         await (ask_openai if number % 2 else ask_replicate)(gateway, Question(prompt))
 
@@ -202,7 +208,7 @@ def faults(books: Books, lost: Sequence[Served], total: int) -> list[str]:
     rows = books.predictions.values()
     with_pieces = {number_of(served.inputs) for served in lost if served.pieces}
     with_several = {number_of(served.inputs) for served in lost if served.pieces > 2}
-    leaving = {number for number in range(total) if number % 10 in (3, 7)}
+    leaving = {number for number in range(total) if _leaves(number)}
     # A client that leaves can be gone before its request has arrived.
     missing = {n for n in range(total) if n % 10 != 7} - books.predictions.keys()
     failed = books.numbers("failed")
