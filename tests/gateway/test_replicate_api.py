@@ -321,3 +321,39 @@ def add_key(gateway: Gateway, name: str) -> str:
     with gateway.client_of(key) as client:
         until(lambda: client.get("/v1/account").status_code == 200)
     return key
+
+
+def test_a_create_responds_at_once_while_all_places_are_taken(cog: FakeCog, gateways: Gateways) -> None:
+    cog.rules.script = Script(hold_after=1)
+    gateway = gateways(cog.url, places=1)
+    first = gateway.create()
+    until(lambda: gateway.get(first)["output"])
+    second = gateway.create(prefer="wait=1")
+    assert (second["status"], gateway.get(second)["status"]) == ("starting", "starting")
+    cog.rules.script = Script(PIECES)
+    cog.release()
+    assert gateway.wait_for(second)["output"] == PIECES
+
+
+def test_a_client_that_gives_up_waiting_does_not_cancel_its_prediction(
+    gateway: Gateway, cog: FakeCog
+) -> None:
+    cog.rules.script = Script(PIECES, hold_after=3)
+    with pytest.raises(httpx2.TimeoutException):
+        gateway.client.post(
+            f"/v1/models/{MODEL}/predictions",
+            json={"input": {"prompt": "Hi"}},
+            headers={"Prefer": "wait"},
+            timeout=1,
+        )
+    (prediction,) = gateway.client.get("/v1/predictions").json()["results"]
+    until(lambda: len(gateway.get(prediction)["output"]) == 3)
+    cog.release()
+    assert gateway.wait_for(prediction)["output"] == PIECES
+
+
+def test_every_path_works_with_v1_without_it_and_with_it_twice(gateway: Gateway) -> None:
+    created = gateway.create(prefer="wait")
+    for prefix in ("", "/v1", "/v1/v1"):
+        response = gateway.client.get(f"{prefix}/predictions/{created['id']}/")
+        assert response.json() == created
