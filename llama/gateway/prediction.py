@@ -77,7 +77,8 @@ class Prediction:
         self.id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(26))
         self.stream_token = secrets.token_urlsafe(32)
         """The unguessable last part of the stream's URL, which needs no key."""
-        self.created_at = time.time()
+        # To the microsecond, as responses show it: clients send it back to limit a list.
+        self.created_at = round(time.time(), 6)
         self.started_at: float | None = None
         self.completed_at: float | None = None
         self.status = Status.STARTING
