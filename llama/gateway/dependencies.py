@@ -13,18 +13,24 @@ from llama.gateway.keys import Key
 from llama.gateway.problems import Problem
 
 
-def gateway(request: Request) -> Gateway:
+# What routes depend on is a coroutine: FastAPI runs a plain function in a thread, which takes far longer than
+# the function itself.
+async def gateway(request: Request) -> Gateway:
     return cast("Gateway", request.app.state.gateway)
 
 
-def current_key(request: Request) -> Key:
+async def current_key(request: Request) -> Key:
     """The key that the middleware found."""
     return cast("Key", request.state.key)
 
 
 def base_url(request: Request) -> str:
     """The gateway's address as the client sees it, without a slash at the end."""
-    return base_url_of(request.scope, gateway(request).settings)
+    return base_url_of(request.scope, request.app.state.gateway.settings)
+
+
+async def _base_url(request: Request) -> str:
+    return base_url(request)
 
 
 async def json_body(request: Request) -> Any:
@@ -42,5 +48,5 @@ async def json_body(request: Request) -> Any:
 
 CurrentGateway = Annotated[Gateway, Depends(gateway)]
 CurrentKey = Annotated[Key, Depends(current_key)]
-BaseUrl = Annotated[str, Depends(base_url)]
+BaseUrl = Annotated[str, Depends(_base_url)]
 JsonBody = Annotated[Any, Depends(json_body)]
