@@ -19,7 +19,7 @@ PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
 # ASCII only: some clients end a line at U+2028 and its like.
-_write = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
+to_json = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Chunks:
     def text(self, index: int, text: str) -> bytes:
         """A piece of a choice's answer."""
         before, after = self._text[index]
-        return f"{before}{_write(text)}{after}".encode()
+        return f"{before}{to_json(text)}{after}".encode()
 
     def last(self, index: int, finish_reason: str) -> bytes:
         """The end of a choice."""
@@ -145,4 +145,4 @@ def error_event(problem: Problem) -> bytes:
 
 
 def _data(body: dict[str, Any]) -> bytes:
-    return f"data: {_write(body)}\n\n".encode()
+    return f"data: {to_json(body)}\n\n".encode()

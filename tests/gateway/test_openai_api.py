@@ -193,16 +193,19 @@ def test_a_stream_contains_usage_only_on_request(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("complete", [chat, text])
-def test_a_stream_is_ascii_and_keeps_every_character(
+def test_a_response_is_ascii_and_keeps_every_character(
     cog: FakeCog, gateway: Gateway, complete: Callable[..., httpx2.Response]
 ) -> None:
     pieces = ["a\u2028b", "\n\n", "\r", "data: x", "é€😀", '"content":""', '"text":""', "\x85", "\x00"]
     cog.rules.script = Script(pieces=pieces)
 
-    response = complete(gateway, stream=True)
+    whole, streamed = complete(gateway), complete(gateway, stream=True)
 
-    assert response.content.isascii()
-    assert text_of(events(response)) == "".join(pieces)
+    assert whole.content.isascii()
+    assert streamed.content.isascii()
+    choice = whole.json()["choices"][0]
+    assert (choice["text"] if "text" in choice else choice["message"]["content"]) == "".join(pieces)
+    assert text_of(events(streamed)) == "".join(pieces)
 
 
 def test_a_stream_has_no_ids_and_is_not_buffered(gateway: Gateway) -> None:

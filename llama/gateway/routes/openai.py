@@ -11,7 +11,6 @@ from contextlib import aclosing, suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from llama.gateway.dependencies import base_url, current_key, gateway, json_body
@@ -22,7 +21,7 @@ from llama.gateway.model_card import version_of
 from llama.gateway.openai_choices import Choices, Update
 from llama.gateway.openai_model import find_model
 from llama.gateway.openai_request import ChatBody, CompletionRequest, TextBody
-from llama.gateway.openai_response import PING, Chunks, Completion, error_event
+from llama.gateway.openai_response import PING, Chunks, Completion, error_event, to_json
 from llama.gateway.prediction import PredictionRequest
 from llama.gateway.problems import Problem
 
@@ -93,7 +92,8 @@ async def _complete(request: Request, gateway: Gateway, key: Key, body: ChatBody
 
 async def _whole(request: Request, choices: Choices, asked: CompletionRequest, _: float) -> Response:
     await while_connected(request.receive, choices.wait())
-    return JSONResponse(Completion(asked.model, asked.is_chat).body(choices.all(), choices.usage()))
+    body = Completion(asked.model, asked.is_chat).body(choices.all(), choices.usage())
+    return Response(to_json(body), media_type="application/json")
 
 
 async def _streamed(
