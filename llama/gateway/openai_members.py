@@ -30,22 +30,23 @@ WITHOUT_EFFECT = frozenset(
 """Members that are accepted with any value and have no effect."""
 
 ACCEPTED_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "function_call": ("none", "auto"),
+    # Before what refers to them, so that they are the ones that an error names.
+    "tools": ([],),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "logit_bias": ({},),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
 }
 """Unsupported members, and the values of them that are accepted because they change nothing."""
 
 CHAT_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
     **ACCEPTED_VALUES,
     "audio": (),
-    "logprobs": (False,),
     "moderation": (),
     "prediction": (),
     "reasoning_effort": (),
@@ -89,17 +90,13 @@ def implemented(body: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) 
 
     `values` are the unsupported members with their accepted values. Raises Problem for any other value.
     """
-    rest = dict[str, Any]()
-    for name, value in body.items():
-        if value is None or name in WITHOUT_EFFECT:
-            continue
-        if name not in values:
-            rest[name] = value
-        elif value not in values[name]:
-            raise unsupported(
-                name, f"Unsupported parameter: {_named(name, value)} is not supported with this model."
-            )
-    return rest
+    for name, accepted in values.items():
+        value = body.get(name)
+        if value is not None and value not in accepted:
+            detail = f"Unsupported parameter: {_named(name, value)} is not supported with this model."
+            raise unsupported(name, detail)
+    ignored = WITHOUT_EFFECT | values.keys()
+    return {name: value for name, value in body.items() if value is not None and name not in ignored}
 
 
 def _named(name: str, value: Any) -> str:

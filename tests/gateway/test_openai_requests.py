@@ -278,6 +278,18 @@ def test_what_a_chat_cannot_do_is_refused_by_name(member: str, value: object) ->
 
 
 @pytest.mark.parametrize(
+    ("members", "named"),
+    [
+        ({"tool_choice": "required", "tools": [{"type": "function"}]}, "tools"),
+        ({"function_call": {"name": "f"}, "functions": [{"name": "f"}]}, "functions"),
+        ({"top_logprobs": 2, "logprobs": True}, "logprobs"),
+    ],
+)
+def test_of_members_that_belong_together_the_main_one_is_named(members: dict[str, Any], named: str) -> None:
+    assert refusal_of(chat, **members).param == named
+
+
+@pytest.mark.parametrize(
     ("member", "value"),
     [
         ("logprobs", 0),
