@@ -86,10 +86,14 @@ class _Prepared:
         run(self.gateway, self.address, self.port, lambda: print(message, file=sys.stderr))
 
     @property
-    def key_note(self) -> str:
+    def needs_key(self) -> bool:
         from llama.gateway.start import needs_key
 
-        if needs_key(self.gateway.settings):
+        return needs_key(self.gateway.settings)
+
+    @property
+    def key_note(self) -> str:
+        if self.needs_key:
             return "Clients need a key."
         return (
             "There is no key, so it serves this machine only, and clients can send any key. "
@@ -122,6 +126,7 @@ def _prepare(addresses: Addresses, host: str, port: int) -> _Prepared:
 
 def _snippets(prepared: _Prepared) -> str:
     url, model = prepared.url, prepared.gateway.settings.model
+    key = "YOUR_KEY" if prepared.needs_key else "any"
     return f"""\
 ready on {url}; Ctrl-C stops the server and the gateway. {prepared.key_note}
 
@@ -129,7 +134,7 @@ With OpenAI's client (pip install openai):
 
     from openai import OpenAI
 
-    client = OpenAI(base_url="{url}/v1", api_key="any")
+    client = OpenAI(base_url="{url}/v1", api_key="{key}")
     question = [{{"role": "user", "content": "What is the capital of France?"}}]
     answer = client.chat.completions.create(model="{model}", messages=question, temperature=0)
     print(answer.choices[0].message.content)
@@ -138,7 +143,7 @@ With Replicate's client (pip install "replicate<2"):
 
     from replicate.client import Client
 
-    client = Client(base_url="{url}", api_token="any")
+    client = Client(base_url="{url}", api_token="{key}")
     inputs = {{"prompt": "What is the capital of France?", "system_prompt": "", "temperature": 0}}
     for piece in client.stream("{model}", input=inputs):
         print(piece, end="", flush=True)
