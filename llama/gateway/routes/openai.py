@@ -86,7 +86,7 @@ async def _complete(request: Request, gateway: Gateway, key: Key, body: ChatBody
     except BaseException as error:
         await choices.cancel()
         if isinstance(error, ClientLeft):
-            return Response(status_code=499)  # nobody reads it; nginx's status for this in access logs
+            return Response(status_code=499)  # for access logs only; nginx uses the same status
         raise
 
 
