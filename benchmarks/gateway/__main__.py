@@ -37,6 +37,7 @@ from predict import Predictor
 
 STREAMS = 32
 PIECES, GAP = 200, 0.02  # 50 pieces per second and stream, faster than a 70B model on one GPU
+APART = 0.05  # seconds between the starts of streams that arrive one after the other
 TOKENS = 64
 KEYS = {"first": 332, "second": 100, "third": 60, "fourth": 40}
 """Requests per key; the first key also fills the places."""
@@ -79,7 +80,7 @@ async def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any
         "machine": describe(),
         "versions": {name: version(name) for name in ("fastapi", "httpx2", "uvicorn", "coglet")},
         "streams": STREAMS,
-        "paced": {"pieces": PIECES, "gap": GAP},
+        "paced": {"pieces": PIECES, "gap": GAP, "apart": APART},
         "tokens": TOKENS,
         "start": _start(folder),
     }
@@ -125,12 +126,13 @@ async def _paced(folder: Path, arguments: argparse.Namespace) -> Row:
             ways.append(Way("fake OpenAI server", ask_openai, await opened(upstream)))
             litellm = processes.litellm(arguments.litellm, upstream.url, folder)
             ways.append(Way("LiteLLM's proxy", ask_openai, await opened(litellm, KEY), litellm))
-        return {
-            "one": await compare(ways, streams=1, rounds=arguments.rounds, pieces=_words, title="1 stream"),
-            "many": await compare(
-                ways, streams=STREAMS, rounds=arguments.rounds, pieces=_words, title=f"{STREAMS} streams"
-            ),
-        }
+        rows = dict[str, Any]()
+        for name, streams, apart in (("one", 1, 0.0), ("arriving", STREAMS, APART), ("many", STREAMS, 0.0)):
+            title = f"{streams} streams, {1000 * apart:.0f} ms apart"
+            rows[name] = await compare(
+                ways, streams=streams, rounds=arguments.rounds, pieces=_words, apart=apart, title=title
+            )
+        return rows
 
 
 def _words(reading: Reading) -> int:
@@ -155,7 +157,7 @@ async def _real(folder: Path, rounds: int) -> Row:
             Way("gateway, Replicate's stream", ask_replicate, to_gateway, gateway),
         ]
         rows = dict[str, Any]()
-        for name, streams, turns in (("one", 1, 4 * rounds), ("many", STREAMS, rounds)):
+        for name, streams, turns in (("one", 1, 6 * rounds), ("many", STREAMS, rounds)):
             rows[name] = await compare(
                 ways,
                 streams=streams,

@@ -41,14 +41,19 @@ def _setting(results: Results) -> Iterator[str]:
     yield "## Streams of a paced server"
     yield (
         f"A fake server sends {paced['pieces']} pieces of text, one every {1000 * paced['gap']:.0f} ms, to "
-        "each of its clients. All streams start at the same time."
+        "each of its clients."
     )
 
 
 def _streams(results: Results) -> Iterator[str]:
-    for name, streams in (("one", 1), ("many", results["streams"])):
-        yield f"{counted(streams, 'stream')}:"
-        yield _table(results["paced"][name], "pieces/s")
+    paced, streams = results["paced"], results["streams"]
+    for name, title in (
+        ("one", "1 stream"),
+        ("arriving", f"{streams} streams that start {1000 * paced['apart']:.0f} ms apart"),
+        ("many", f"{streams} streams that start at the same moment"),
+    ):
+        yield f"{title}:"
+        yield _table(paced[name], "pieces/s")
     yield "## Streams of our server"
     yield (
         f"Cog's server with the embedded model generates {results['tokens']} tokens per request. It uses "

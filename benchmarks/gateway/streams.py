@@ -50,25 +50,33 @@ async def compare(
     rounds: int,
     pieces: Callable[[Reading], int],
     tokens: int | None = None,
+    apart: float = 0,
     title: str,
 ) -> dict[str, Row]:
     """Measure all ways in every round, in reverse order in every other one. Returns medians by way.
 
-    `pieces` counts what an answer has of pieces, or of tokens.
+    `pieces` counts what an answer has of pieces, or of tokens. The streams begin `apart` seconds apart.
     """
     rows: dict[str, list[Row]] = {way.name: [] for way in ways}
     for number in range(rounds + 1):
         for way in ways[:: 1 if number % 2 else -1]:
-            row = await _measure(way, streams, pieces, tokens)
+            row = await _measure(way, [question(tokens) for _ in range(streams)], pieces, apart)
             if number:  # the first round warms up
                 rows[way.name].append(row)
                 log(f"{title}, round {number}: {way.name} {row['per_second']:.1f}/s")
     return {name: _medians(turns) for name, turns in rows.items()}
 
 
-async def _measure(way: Way, streams: int, pieces: Callable[[Reading], int], tokens: int | None) -> Row:
+async def _measure(
+    way: Way, questions: Sequence[Question], pieces: Callable[[Reading], int], apart: float
+) -> Row:
+    async def ask(number: int, question: Question) -> Reading:
+        await asyncio.sleep(number * apart)
+        reading: Reading = await way.ask(way.client, question)
+        return reading
+
     before = way.process.cpu_seconds if way.process else 0.0
-    readings = await asyncio.gather(*(way.ask(way.client, question(tokens)) for _ in range(streams)))
+    readings = await asyncio.gather(*(ask(number, question) for number, question in enumerate(questions)))
     total = sum(pieces(reading) for reading in readings)
     seconds = max(r.ended for r in readings) - min(r.asked for r in readings)
     row: Row = {

@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from llama.gateway.disconnect import ClientLeft
 from llama.gateway.gateway import Gateway
 from llama.gateway.middleware import wrap
 from llama.gateway.problem_response import problem_response
@@ -34,6 +36,8 @@ def create_app(gateway: Gateway) -> ASGIApp:
         app.include_router(routes.router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(HTTPException, _http_exception)
+    for left in (ClientDisconnect, ClientLeft):
+        app.add_exception_handler(left, _client_left)
     app.add_exception_handler(Exception, _unexpected)
     return wrap(app, gateway)
 
@@ -61,11 +65,19 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         not_found()
         if error.status_code == 404
         else Problem(
-            error.status_code, str(error.detail), f"{error.detail}: {request.method} {request.scope['path']}"
+            error.status_code,
+            str(error.detail),
+            f"{error.detail}: {request.method} {request.scope['path']}",
+            code="method_not_allowed" if error.status_code == 405 else None,
         )
     )
     problem.headers.update(error.headers or {})
     return problem_response(problem, request.scope["path"])
+
+
+async def _client_left(_: Request, __: Exception) -> Response:
+    """The client closed its connection, so nobody reads this response. nginx logs the same status."""
+    return Response(status_code=499)
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:

@@ -83,10 +83,8 @@ async def _complete(request: Request, gateway: Gateway, key: Key, body: ChatBody
     respond = _streamed if asked.stream else _whole
     try:
         return await respond(request, choices, asked, gateway.ping_interval)
-    except BaseException as error:
+    except BaseException:  # the client has left, or one of the choices failed
         await choices.cancel()
-        if isinstance(error, ClientLeft):
-            return Response(status_code=499)  # for access logs only; nginx uses the same status
         raise
 
 
