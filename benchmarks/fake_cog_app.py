@@ -49,11 +49,11 @@ class CogApp:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
         request = Received(scope["method"], scope["path"], headers)
-        self.received.append(request)
         while (message := await receive())["type"] == "http.request":
             request.body += message.get("body", b"")
             if not message.get("more_body"):
                 break
+        self.received.append(request)
         if self.rules.frozen:
             await _disconnected(receive)
             return

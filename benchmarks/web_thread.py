@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,8 @@ import uvicorn
 class WebThread:
     """A context manager that listens on `port` (0: a free one) until it is left.
 
-    Leaving it waits up to `grace` seconds for running responses, then drops their connections.
+    Leaving it drops all connections. An application with a lifespan is ended in order, and has `grace`
+    seconds for its running responses.
     """
 
     def __init__(self, app: Any, *, port: int = 0, grace: float = 0, lifespan: bool = False) -> None:
@@ -38,16 +40,19 @@ class WebThread:
             timeout_keep_alive=60,
         )
         self._server = uvicorn.Server(config)
-        self._grace = grace
+        self._grace, self._lifespan = grace, lifespan
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
-            await self._server.serve(sockets=[self._socket])
+            self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+            with suppress(asyncio.CancelledError):
+                await self._serving
 
         with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
             runner.run(serve())
+        self._socket.close()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -61,10 +66,13 @@ class WebThread:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.should_exit = True
-        self._thread.join(self._grace)
+        if self._lifespan:
+            self._server.should_exit = True
+            self._thread.join(self._grace)
         if self._thread.is_alive():
             self.drop_connections()
+            if not self._lifespan:  # nothing has to be ended in order, and uvicorn takes its time for that
+                self.call(self._serving.cancel)
             self._thread.join(60)
         assert not self._thread.is_alive(), "the application did not stop"
 
