@@ -36,6 +36,7 @@ _EXPECTED = {
     "ip_v4_network": "should list networks such as 10.0.0.0/8",
 }
 
+
 class EnvironmentSettings(BaseSettings):
     """Settings that are read from environment variables with one prefix."""
 

@@ -15,8 +15,8 @@ from server_clients import Body, until
 
 from benchmarks.web_thread import WebThread
 from llama.gateway import gateway
-from llama.gateway.addresses import Addresses
 from llama.gateway.app import create_app
+from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.settings import GatewaySettings
 
 KEY = "test"

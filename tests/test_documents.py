@@ -19,9 +19,9 @@ from small_models import needs_embedded
 from benchmarks.report import markdown, summary_table, targets_table
 from llama import ROOT, __version__
 from llama.errors import LlamaError
+from llama.gateway.settings import PUBLISHED_VERSIONS, GatewaySettings
 from llama.serving.schema import input_properties, write_schema
 from llama.serving.server import CogServer, server_environment
-from llama.gateway.settings import PUBLISHED_VERSIONS, GatewaySettings
 from llama.settings import Settings
 from predict import Predictor
 

@@ -21,8 +21,8 @@ import httpx2
 
 from benchmarks.fake_cog import FakeCog, Script, Served
 from benchmarks.gateway.apis import MODEL, Failed, Question, ask_openai, ask_replicate, client
-from llama.gateway.keys import hash_of
-from llama.gateway.store import Store
+from llama.gateway.storage.keys import hash_of
+from llama.gateway.storage.store import Store
 
 PIECES = tuple(f" word{number}" for number in range(12))
 

@@ -16,7 +16,7 @@ from llama.cli.terminal import command, fail
 from llama.errors import BadSettings
 
 if TYPE_CHECKING:
-    from llama.gateway.addresses import Addresses
+    from llama.gateway.dispatch.addresses import Addresses
     from llama.gateway.gateway import Gateway
 
 HostOption = Annotated[
@@ -42,7 +42,7 @@ def gateway(
     port: PortOption = 8000,
 ) -> None:
     """Serve Replicate's and OpenAI's APIs in front of one or several servers."""
-    from llama.gateway.addresses import Addresses
+    from llama.gateway.dispatch.addresses import Addresses
 
     if bool(server) == bool(servers):
         raise BadSettings("the gateway needs its servers; give either --server URL or --servers FILE")
@@ -53,7 +53,7 @@ def gateway(
 @command
 def up(host: HostOption = "127.0.0.1", port: PortOption = 8000) -> int | None:
     """Start a server and a gateway in front of it. Ctrl-C ends both."""
-    from llama.gateway.addresses import Addresses
+    from llama.gateway.dispatch.addresses import Addresses
     from llama.serving.server import CogServer, ServerFailed, free_port, print_setup, url_of
 
     server_port = free_port()

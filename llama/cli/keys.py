@@ -17,11 +17,11 @@ import typer
 
 from llama.cli.terminal import command
 from llama.errors import BadSettings
-from llama.gateway.auth import RESERVED_NAMES
-from llama.gateway.key_table import StoredKey
-from llama.gateway.keys import hash_of, new_key
+from llama.gateway.access.auth import RESERVED_NAMES
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.store import Store
+from llama.gateway.storage.key_table import StoredKey
+from llama.gateway.storage.keys import hash_of, new_key
+from llama.gateway.storage.store import Store
 from llama.settings import expanded
 
 keys = typer.Typer(

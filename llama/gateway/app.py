@@ -11,10 +11,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from llama.gateway.disconnect import ClientLeft
 from llama.gateway.gateway import Gateway
-from llama.gateway.middleware import wrap
-from llama.gateway.problem_response import problem_response
+from llama.gateway.http.disconnect import ClientLeft
+from llama.gateway.http.middleware import wrap
+from llama.gateway.http.problem_response import problem_response
 from llama.gateway.problems import Problem, not_found
 from llama.gateway.routes import catalog, openai, replicate, stream
 

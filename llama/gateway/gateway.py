@@ -13,18 +13,18 @@ from typing import Any
 
 import httpx2
 
-from llama.gateway.addresses import Addresses
-from llama.gateway.auth import Keys
-from llama.gateway.dispatcher import Dispatcher
-from llama.gateway.outgoing import Outgoing
+from llama.gateway.access.auth import Keys
+from llama.gateway.dispatch.addresses import Addresses
+from llama.gateway.dispatch.dispatcher import Dispatcher
+from llama.gateway.dispatch.queue import FairQueue
+from llama.gateway.dispatch.servers import Servers
 from llama.gateway.predictions import Predictions
-from llama.gateway.queue import FairQueue
-from llama.gateway.replicate_view import prediction_body
-from llama.gateway.servers import Servers
+from llama.gateway.replicate.view import prediction_body
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.storage import Storage
-from llama.gateway.webhook_delivery import Delivery
-from llama.gateway.webhooks import Webhooks
+from llama.gateway.storage.storage import Storage
+from llama.gateway.webhooks.delivery import Delivery
+from llama.gateway.webhooks.outgoing import Outgoing
+from llama.gateway.webhooks.webhooks import Webhooks
 from llama.settings import expanded
 
 logger = logging.getLogger(__name__)

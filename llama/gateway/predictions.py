@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.errors import GatewayRestarted, NotStarted
-from llama.gateway.auth import Keys
-from llama.gateway.dispatcher import Dispatcher
+from llama.gateway.access.auth import Keys
+from llama.gateway.access.throttle import Throttle
+from llama.gateway.dispatch.dispatcher import Dispatcher
+from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
 from llama.gateway.problems import Problem
-from llama.gateway.queue import FairQueue
-from llama.gateway.storage import Storage
-from llama.gateway.throttle import Throttle
+from llama.gateway.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from ipaddress import ip_address
 import uvicorn
 
 from llama.errors import BadSettings
-from llama.gateway.addresses import Addresses
+from llama.gateway.access.auth import RESERVED_NAMES
 from llama.gateway.app import create_app
-from llama.gateway.auth import RESERVED_NAMES
+from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.gateway import Gateway
-from llama.gateway.key_table import StoredKey
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.store import Store
+from llama.gateway.storage.key_table import StoredKey
+from llama.gateway.storage.store import Store
 from llama.settings import expanded
 
 _GRACE = 30  # seconds that running answers have to end

@@ -18,7 +18,7 @@ from server_clients import PATIENCE, until
 
 from benchmarks.fake_cog import FakeCog
 from llama import ROOT
-from llama.gateway.storage import Storage
+from llama.gateway.storage.storage import Storage
 from llama.serving.server import free_port
 
 COMMAND = [sys.executable, "-m", "llama"]

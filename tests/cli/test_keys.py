@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from llama import ROOT
-from llama.gateway.auth import Keys
-from llama.gateway.storage import Storage
+from llama.gateway.access.auth import Keys
+from llama.gateway.storage.storage import Storage
 
 KEY = re.compile(r"llama_[A-Za-z0-9_-]{43}\n")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama.errors import BadSettings
-from llama.gateway.addresses import Address, Addresses, read_servers
+from llama.gateway.dispatch.addresses import Address, Addresses, read_servers
 
 
 class Names:

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import pytest
 
-from llama.gateway.auth import Keys
-from llama.gateway.keys import hash_of
+from llama.gateway.access.auth import Keys
 from llama.gateway.problems import Problem
-from llama.gateway.storage import Storage
-from llama.gateway.store import Store
+from llama.gateway.storage.keys import hash_of
+from llama.gateway.storage.storage import Storage
+from llama.gateway.storage.store import Store
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ from gateways import MODEL, Gateway
 from benchmarks.fake_cog import FakeCog
 from llama import ROOT
 from llama.errors import EngineError, GatewayError, LlamaError, UserError
-from llama.gateway.openai_errors import failure
-from llama.gateway.openai_members import CHAT_VALUES, TEXT_VALUES, WITHOUT_EFFECT
-from llama.gateway.openai_request import DEFAULT_TEXT_TOKENS, MAX_STOP_CHARACTERS, MAX_STOPS, ChatBody
+from llama.gateway.openai.errors import failure
+from llama.gateway.openai.members import CHAT_VALUES, TEXT_VALUES, WITHOUT_EFFECT
+from llama.gateway.openai.request import DEFAULT_TEXT_TOKENS, MAX_STOP_CHARACTERS, MAX_STOPS, ChatBody
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
 from llama.gateway.problems import throttled
 from llama.gateway.settings import GatewaySettings

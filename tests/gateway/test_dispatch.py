@@ -27,8 +27,8 @@ def held() -> FakeCog:
 
 def add_key(gateway: Gateway, name: str, **limits: int) -> httpx2.Client:
     """Add a key as the command line does, and return a client that has it."""
-    from llama.gateway.keys import hash_of
-    from llama.gateway.store import Store
+    from llama.gateway.storage.keys import hash_of
+    from llama.gateway.storage.store import Store
 
     store = Store(gateway.settings.database)
     store.keys.add(name, hash_of(name), **limits)

@@ -18,15 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from benchmarks.web_thread import WebThread
-from llama.gateway.auth import Keys
-from llama.gateway.base_url import base_url_of
-from llama.gateway.keys import hash_of
-from llama.gateway.middleware import plain_path, wrap
-from llama.gateway.problem_response import problem_response
+from llama.gateway.access.auth import Keys
+from llama.gateway.http.base_url import base_url_of
+from llama.gateway.http.middleware import plain_path, wrap
+from llama.gateway.http.problem_response import problem_response
 from llama.gateway.problems import Problem, not_found, throttled
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.storage import Storage
-from llama.gateway.store import Store
+from llama.gateway.storage.keys import hash_of
+from llama.gateway.storage.storage import Storage
+from llama.gateway.storage.store import Store
 
 LIMIT = 1000
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama.gateway.model_card import ModelVersion
-from llama.gateway.openai_model import NamedModel, find_model
-from llama.gateway.openai_request import UP_TO_THE_CONTEXT, ChatBody, CompletionRequest, TextBody
+from llama.gateway.openai.model import NamedModel, find_model
+from llama.gateway.openai.request import UP_TO_THE_CONTEXT, ChatBody, CompletionRequest, TextBody
 from llama.gateway.problems import Problem
 from llama.gateway.settings import PUBLISHED_VERSIONS, GatewaySettings
 from llama.sampling_params import SamplingParams

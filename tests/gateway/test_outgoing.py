@@ -16,7 +16,15 @@ import httpx2
 import pytest
 import trustme
 
-from llama.gateway.outgoing import AddressRefused, Network, Outgoing, Resolver, check_url, is_allowed, resolve
+from llama.gateway.webhooks.outgoing import (
+    AddressRefused,
+    Network,
+    Outgoing,
+    Resolver,
+    check_url,
+    is_allowed,
+    resolve,
+)
 
 LOOPBACK: tuple[Network, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.prediction import Prediction, PredictionRequest
 from llama.gateway.problems import Problem
-from llama.gateway.queue import FairQueue
 
 
 def prediction(key_id: int) -> Prediction:

@@ -309,8 +309,8 @@ def test_the_urls_of_a_response_have_the_host_that_the_client_used(gateway: Gate
 
 def add_key(gateway: Gateway, name: str) -> str:
     """Add a key as the command line does, while the gateway runs."""
-    from llama.gateway.keys import hash_of, new_key
-    from llama.gateway.store import Store
+    from llama.gateway.storage.keys import hash_of, new_key
+    from llama.gateway.storage.store import Store
 
     key = new_key()
     store = Store(gateway.settings.database)

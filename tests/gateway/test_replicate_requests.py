@@ -9,7 +9,7 @@ import pytest
 from llama.gateway.model_card import ModelVersion, version_of
 from llama.gateway.prediction import Webhook
 from llama.gateway.problems import Problem
-from llama.gateway.replicate_request import (
+from llama.gateway.replicate.request import (
     ALL_EVENTS,
     Creation,
     cancel_after_seconds,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from llama.errors import BadSettings
-from llama.gateway.migrations import MIGRATIONS
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status, Webhook
-from llama.gateway.storage import Storage
-from llama.gateway.store import Store
+from llama.gateway.storage.migrations import MIGRATIONS
+from llama.gateway.storage.storage import Storage
+from llama.gateway.storage.store import Store
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from benchmarks.fake_cog import FakeCog, Script
 from benchmarks.web_thread import WebThread
 from llama.gateway import gateway as gateway_module
-from llama.gateway.addresses import Addresses
 from llama.gateway.app import create_app
+from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
+from llama.gateway.replicate.sse import events
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.sse import events
 
 Event = tuple[str, str, str]
 """The name, the id and the data of an event."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llama.gateway.keys import Key
+from llama.gateway.access.throttle import Throttle
 from llama.gateway.problems import Problem
-from llama.gateway.throttle import Throttle
+from llama.gateway.storage.keys import Key
 
 
 class Clock:

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook as Verifier
 
-from llama.gateway.keys import Key, new_webhook_secret
-from llama.gateway.outgoing import Outgoing
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status, Webhook
-from llama.gateway.replicate_view import prediction_body
-from llama.gateway.webhook_delivery import Delivery
-from llama.gateway.webhooks import Webhooks
+from llama.gateway.replicate.view import prediction_body
+from llama.gateway.storage.keys import Key, new_webhook_secret
+from llama.gateway.webhooks.delivery import Delivery
+from llama.gateway.webhooks.outgoing import Outgoing
+from llama.gateway.webhooks.webhooks import Webhooks
 
 SECRETS = {1: new_webhook_secret(), 2: new_webhook_secret()}
 ALL = frozenset({"start", "output", "logs", "completed"})

@@ -10,11 +10,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from llama.gateway.dependencies import BaseUrl, CurrentGateway, CurrentKey
 from llama.gateway.gateway import Gateway
 from llama.gateway.model_card import RELEASED_AT, ModelVersion, model_body, openai_card, timestamp, version_of
 from llama.gateway.problems import Problem, not_found
-from llama.gateway.replicate_request import is_version
+from llama.gateway.replicate.request import is_version
+from llama.gateway.routes.dependencies import BaseUrl, CurrentGateway, CurrentKey
 
 _HARDWARE = {"name": "The operator's own servers", "sku": "own"}
 _COLLECTION = {

@@ -1,7 +1,7 @@
 """OpenAI's API: chat completions and text completions, whole or streamed.
 
-Translates between HTTP and `Choices`. Bodies are read in `openai_request.py` and written in
-`openai_response.py`. The models are in `catalog.py`, because their paths are also Replicate's.
+Translates between HTTP and `Choices`. Bodies are read in `openai/request.py` and written in
+`openai/response.py`. The models are in `catalog.py`, because their paths are also Replicate's.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from llama.gateway.dependencies import base_url, current_key, gateway, json_body
-from llama.gateway.disconnect import ClientLeft, while_connected
 from llama.gateway.gateway import Gateway
-from llama.gateway.keys import Key
+from llama.gateway.http.disconnect import ClientLeft, while_connected
 from llama.gateway.model_card import version_of
-from llama.gateway.openai_choices import Choices, Update
-from llama.gateway.openai_model import find_model
-from llama.gateway.openai_request import ChatBody, CompletionRequest, TextBody
-from llama.gateway.openai_response import PING, Chunks, Completion, error_event, to_json
+from llama.gateway.openai.choices import Choices, Update
+from llama.gateway.openai.model import find_model
+from llama.gateway.openai.request import ChatBody, CompletionRequest, TextBody
+from llama.gateway.openai.response import PING, Chunks, Completion, error_event, to_json
 from llama.gateway.prediction import PredictionRequest
 from llama.gateway.problems import Problem
+from llama.gateway.routes.dependencies import base_url, current_key, gateway, json_body
+from llama.gateway.storage.keys import Key
 
 router = APIRouter()
 

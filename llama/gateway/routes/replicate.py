@@ -1,7 +1,7 @@
 """Replicate's API of predictions: create, get, list and cancel.
 
-Translates between HTTP and `Predictions`. Bodies are read in `replicate_request.py` and written in
-`replicate_view.py`.
+Translates between HTTP and `Predictions`. Bodies are read in `replicate/request.py` and written in
+`replicate/view.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request, Response
 
-from llama.gateway.dependencies import BaseUrl, CurrentGateway, CurrentKey, base_url, json_body
 from llama.gateway.gateway import Gateway
-from llama.gateway.keys import Key
 from llama.gateway.model_card import version_of
 from llama.gateway.prediction import Prediction, PredictionRequest
 from llama.gateway.problems import Problem, not_found
-from llama.gateway.replicate_request import (
+from llama.gateway.replicate.request import (
     Creation,
     cancel_after_seconds,
     missing_version,
@@ -27,7 +25,9 @@ from llama.gateway.replicate_request import (
     version_id,
     wait_seconds,
 )
-from llama.gateway.replicate_view import created_body, prediction_body
+from llama.gateway.replicate.view import created_body, prediction_body
+from llama.gateway.routes.dependencies import BaseUrl, CurrentGateway, CurrentKey, base_url, json_body
+from llama.gateway.storage.keys import Key
 
 router = APIRouter()
 

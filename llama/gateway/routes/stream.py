@@ -8,9 +8,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from llama.gateway.dependencies import CurrentGateway
 from llama.gateway.problems import not_found
-from llama.gateway.sse import events, index_after, nothing_left
+from llama.gateway.replicate.sse import events, index_after, nothing_left
+from llama.gateway.routes.dependencies import CurrentGateway
 
 # Nothing on the way may hold back or compress the events.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -1,7 +1,7 @@
 """The bodies of OpenAI's chat and text completions, and the predictor's inputs that they mean.
 
-Knows OpenAI's members, defaults and bounds. `openai_members.py` knows the members that are not implemented,
-and `openai_messages.py` the messages. Knows nothing about HTTP or responses.
+Knows OpenAI's members, defaults and bounds. `openai/members.py` knows the members that are not implemented,
+and `openai/messages.py` the messages. Knows nothing about HTTP or responses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from llama.errors import json_type
-from llama.gateway.openai_members import (
+from llama.gateway.openai.members import (
     CHAT_VALUES,
     TEXT_VALUES,
     explain,
@@ -20,7 +20,7 @@ from llama.gateway.openai_members import (
     invalid,
     unsupported,
 )
-from llama.gateway.openai_messages import read_messages
+from llama.gateway.openai.messages import read_messages
 from llama.gateway.problems import Problem
 from llama.gateway.stop_sequences import join_stops
 

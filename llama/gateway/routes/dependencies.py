@@ -7,10 +7,10 @@ from typing import Annotated, Any, cast
 from fastapi import Depends, Request
 from pydantic_core import from_json
 
-from llama.gateway.base_url import base_url_of
 from llama.gateway.gateway import Gateway
-from llama.gateway.keys import Key
+from llama.gateway.http.base_url import base_url_of
 from llama.gateway.problems import Problem
+from llama.gateway.storage.keys import Key
 
 
 # What routes depend on is a coroutine: FastAPI runs a plain function in a thread, which takes far longer than

@@ -1,7 +1,7 @@
 """The gateway's database: keys, predictions, and token counts by key, day and model.
 
-All methods are synchronous: the gateway calls them in one thread (`storage.py`), the command line directly.
-Every method that writes is one transaction. Knows nothing about HTTP or servers.
+All methods are synchronous: the gateway calls them in one thread (`storage/storage.py`), the command
+line directly. Every method that writes is one transaction. Knows nothing about HTTP or servers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llama.gateway.database import Database
-from llama.gateway.key_table import KeyTable
 from llama.gateway.prediction import Outcome, Prediction, Status
-from llama.gateway.rows import insert_values, metrics_values, prediction_of
+from llama.gateway.storage.database import Database
+from llama.gateway.storage.key_table import KeyTable
+from llama.gateway.storage.rows import insert_values, metrics_values, prediction_of
 
 _ROWS_KEPT = 30 * 24 * 3600
 """Seconds after which the row of a finished prediction is deleted. Its counts stay."""

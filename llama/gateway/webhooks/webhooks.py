@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from llama.gateway.prediction import Prediction
-from llama.gateway.webhook_delivery import Delivery
+from llama.gateway.webhooks.delivery import Delivery
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llama.gateway.model_card import ModelVersion
-from llama.gateway.outgoing import check_url
 from llama.gateway.prediction import Webhook
 from llama.gateway.problems import Problem
 from llama.gateway.settings import GatewaySettings, Network
 from llama.gateway.stop_sequences import join_stops
+from llama.gateway.webhooks.outgoing import check_url
 
 ALL_EVENTS = frozenset({"start", "output", "logs", "completed"})
 MAX_WAIT = 60.0  # seconds

@@ -14,7 +14,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from llama.errors import BadSettings
-from llama.gateway.store import Store
+from llama.gateway.storage.store import Store
 
 T = TypeVar("T")
 

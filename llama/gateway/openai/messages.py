@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llama.errors import json_type
-from llama.gateway.openai_members import invalid, unsupported
+from llama.gateway.openai.members import invalid, unsupported
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _WITHOUT_EFFECT = frozenset({"name"})

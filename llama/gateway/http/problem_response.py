@@ -1,6 +1,6 @@
 """Renders a problem as a response, in the shape of the API that the path belongs to.
 
-`app.py` uses it for what the routes raise, `middleware.py` for what is refused before a route is found.
+`app.py` uses it for what the routes raise, `http/middleware.py` for what is refused before a route is found.
 """
 
 from __future__ import annotations

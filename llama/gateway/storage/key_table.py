@@ -6,8 +6,8 @@ import sqlite3
 import time
 from dataclasses import dataclass
 
-from llama.gateway.database import Database
-from llama.gateway.keys import Key, new_webhook_secret
+from llama.gateway.storage.database import Database
+from llama.gateway.storage.keys import Key, new_webhook_secret
 
 
 @dataclass(frozen=True)

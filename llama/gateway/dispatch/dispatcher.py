@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import httpx2
 
 from llama.errors import ServerLost
-from llama.gateway.affinity import dialogue_of
+from llama.gateway.dispatch.affinity import dialogue_of
+from llama.gateway.dispatch.queue import FairQueue
+from llama.gateway.dispatch.servers import Server, Servers
+from llama.gateway.dispatch.upstream import Busy, Unavailable, run_on_server
 from llama.gateway.prediction import Outcome, Prediction, Status
-from llama.gateway.queue import FairQueue
-from llama.gateway.servers import Server, Servers
-from llama.gateway.upstream import Busy, Unavailable, run_on_server
 
 logger = logging.getLogger(__name__)
 

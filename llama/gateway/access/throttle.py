@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Callable
 
-from llama.gateway.keys import Key
 from llama.gateway.problems import throttled
+from llama.gateway.storage.keys import Key
 
 
 class Throttle:

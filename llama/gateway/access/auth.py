@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from llama.gateway.key_table import StoredKey
-from llama.gateway.keys import Key, hash_of, same
 from llama.gateway.problems import Problem
-from llama.gateway.store import Store
+from llama.gateway.storage.key_table import StoredKey
+from llama.gateway.storage.keys import Key, hash_of, same
+from llama.gateway.storage.store import Store
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.gateway.auth import Keys
-from llama.gateway.problem_response import problem_response
+from llama.gateway.access.auth import Keys
+from llama.gateway.http.problem_response import problem_response
 from llama.gateway.problems import Problem
 from llama.gateway.settings import GatewaySettings
 

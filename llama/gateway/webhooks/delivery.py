@@ -16,9 +16,9 @@ from weakref import WeakValueDictionary
 import httpx2
 from standardwebhooks import Webhook as Signer
 
-from llama.gateway.keys import Key
-from llama.gateway.outgoing import AddressRefused
 from llama.gateway.prediction import Prediction
+from llama.gateway.storage.keys import Key
+from llama.gateway.webhooks.outgoing import AddressRefused
 
 logger = logging.getLogger(__name__)
 

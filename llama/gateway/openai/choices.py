@@ -11,9 +11,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Self
 
-from llama.gateway.openai_errors import failure
-from llama.gateway.openai_request import CompletionRequest
-from llama.gateway.openai_response import Choice, Usage
+from llama.gateway.openai.errors import failure
+from llama.gateway.openai.request import CompletionRequest
+from llama.gateway.openai.response import Choice, Usage
 from llama.gateway.prediction import Prediction, PredictionRequest, Status
 from llama.gateway.predictions import Predictions
 

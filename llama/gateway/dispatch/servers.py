@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx2
 
-from llama.gateway.addresses import Address, Addresses
-from llama.gateway.affinity import Affinity
+from llama.gateway.dispatch.addresses import Address, Addresses
+from llama.gateway.dispatch.affinity import Affinity
 
 logger = logging.getLogger(__name__)
 

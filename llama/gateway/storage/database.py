@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import BadSettings
-from llama.gateway.migrations import migrate
+from llama.gateway.storage.migrations import migrate
 
 _BUSY_TIMEOUT = 10  # seconds to wait for the command line's transaction
 

@@ -1,0 +1,1 @@
+"""The queue, the servers behind it, and how predictions are given to them."""

@@ -1,0 +1,1 @@
+"""OpenAI's API: how requests become inputs, and how predictions become responses."""

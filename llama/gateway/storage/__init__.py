@@ -1,0 +1,1 @@
+"""The database: predictions, keys and counts."""

@@ -1,0 +1,1 @@
+"""Webhooks: when they are sent, how they are signed, and which addresses they may reach."""
