@@ -61,7 +61,7 @@ class CogApp:
             case "GET", "/health-check":
                 await _respond(send, 200, self._health())
             case "GET", "/openapi.json":
-                await _respond(send, 200, real_schema())
+                await _respond(send, 200, {**real_schema(), "info": {"title": self.rules.title}})
             case "POST", "/predictions":
                 await self._predict(request, receive, send)
             case _:
@@ -107,6 +107,8 @@ class CogApp:
         """Return the status and the body with which a prediction is refused, or 0."""
         if self.rules.health in ("STARTING", "SETUP_FAILED", "DEFUNCT"):
             return 503, {"error": "Setup has not completed", "status": "failed"}
+        if self.rules.refusal:
+            return self.rules.refusal, ""
         try:
             inputs = json.loads(request.body)["input"]
         except (ValueError, TypeError, KeyError) as error:
@@ -133,6 +135,8 @@ class CogApp:
         yield _event("start", {"id": prediction_id, "status": "processing"})
         if not _fails_at_once(script):
             yield _metric("input_token_count", metrics["input_token_count"])
+        if script.raw:
+            yield script.raw
         if script.logs:
             yield _event("log", {"source": "stdout", "data": script.logs})
         for index, piece in enumerate(script.pieces):

@@ -25,6 +25,8 @@ class Script:
     """Accept the request and never respond."""
     error: str | None = None
     """Fail after the pieces with this error, such as "E1001 PromptRequired: prompt is blank"."""
+    raw: bytes = b""
+    """Bytes to send in the place of the pieces, such as an event that the real server never sends."""
     logs: str = ""
     finish_reason: str = "stop"
 
@@ -82,5 +84,9 @@ class Rules:
     states in which Cog's server does so."""
     false_conflicts: int = 0
     """So many of the next predictions are answered by 409 although places are free."""
+    refusal: int = 0
+    """A status with which all predictions are answered."""
+    title: str = "Cog"
+    """The title in the schema. Another one makes it the schema of another version."""
     frozen: bool = False
     """Accept all requests, that for the health too, and never respond."""

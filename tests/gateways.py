@@ -24,14 +24,14 @@ MODEL = "meta/llama-2-70b-chat"
 
 
 class Gateway:
-    """A context manager that runs a gateway in front of `servers`, with the key "test".
+    """A context manager that runs a gateway in front of `servers`, with the key "test". `servers` can be a file.
 
     `settings`: fields of GatewaySettings. `wiring`: other arguments of `llama.gateway.gateway.Gateway`.
     """
 
     def __init__(
         self,
-        servers: Sequence[str],
+        servers: Sequence[str] | Path,
         database: Path,
         *,
         wiring: dict[str, Any] | None = None,
@@ -47,11 +47,14 @@ class Gateway:
 
     def _start(self) -> None:
         wiring = {"grace": 1.0, **self._wiring}
-        self.inside = gateway.Gateway(self.settings, Addresses(self._servers), **wiring)
+        self.inside = gateway.Gateway(self.settings, self._addresses(), **wiring)
         self._web = WebThread(create_app(self.inside), port=self._port, lifespan=True)
         self._web.__enter__()
         self._port, self.url = self._web.port, self._web.url
         self.client = self.client_of(KEY)
+
+    def _addresses(self) -> Addresses:
+        return Addresses((), self._servers) if isinstance(self._servers, Path) else Addresses(self._servers)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

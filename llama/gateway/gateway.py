@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 
@@ -19,6 +19,7 @@ from llama.gateway.dispatch.dispatcher import Dispatcher
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Servers
 from llama.gateway.predictions import Predictions
+from llama.gateway.repeat import repeat
 from llama.gateway.replicate.view import prediction_body
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.storage import Storage
@@ -29,7 +30,7 @@ from llama.settings import expanded
 
 logger = logging.getLogger(__name__)
 
-_SAVE_EVERY = 0.25  # seconds
+_OFTEN = 0.25  # seconds
 _SAVE_AGAIN_AFTER = 1.0  # seconds, when the disk is full
 _FIRST_CHECKS = 0.5  # seconds
 _SCHEMA = "openapi_schema"
@@ -79,6 +80,7 @@ class Gateway:
             on_begin=self.webhooks.follow,
         )
         self._dispatcher = dispatcher
+        self._ending: asyncio.Task[None] | None = None
 
     def _at_once(self, key_id: int) -> int | None:
         key = self.keys.by_id(key_id)
@@ -86,24 +88,43 @@ class Gateway:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Go on where the last gateway with this database ended, and serve until the block ends."""
+        """Resume what the previous gateway with this database left, and serve until the block ends."""
         await self.keys.load()
         await self._remember_schema()
         await self.predictions.recover()
         for prediction in await self.storage.run(lambda store: store.undelivered()):
             self.webhooks.deliver_completed(prediction)
-        tasks = [asyncio.create_task(work) for work in (self.servers.watch(), self._save(), self._clean_up())]
+        background = (
+            self.servers.watch(),
+            repeat(self.predictions.end_overdue, _OFTEN),
+            repeat(self._save, _OFTEN),
+            repeat(self._delete_old_texts, min(60.0, self.settings.retention / 2)),
+        )
+        tasks = [asyncio.create_task(work) for work in background]
         try:
             await self._wait_for_a_server()
             yield
         finally:
-            await self._dispatcher.close(self._grace)
+            self.stop_starting()
+            await cast("asyncio.Task[None]", self._ending)
             await self.webhooks.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._save()
             await self._client.aclose()
             self.storage.close()
+
+    def stop_starting(self) -> None:
+        """Start no more predictions, because the gateway has to end: the running ones have the grace period,
+        and the waiting ones stay in the database. Call it in the event loop."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end_predictions())
+
+    async def _end_predictions(self) -> None:
+        self._dispatcher.stop_starting()
+        await self.predictions.end_waiting_connections()
+        await self._dispatcher.end(self._grace)
 
     async def _wait_for_a_server(self) -> None:
         """Give the first health checks a moment, so that a gateway that listens is usually ready, too."""
@@ -121,7 +142,7 @@ class Gateway:
             )
 
     async def _remember_schema(self) -> None:
-        """Know the model's schema before its servers are ready, if they have been ready once."""
+        """Load the schema of an earlier run, so that the catalog works before a server is ready."""
         known = await self.storage.run(lambda store: store.fact(_SCHEMA))
         self.servers.schema = json.loads(known) if known else None
         self.servers.on_schema = self._store_schema
@@ -134,22 +155,15 @@ class Gateway:
             logger.error("the model's schema cannot be stored: %s", error)
 
     async def _save(self) -> None:
-        """Store the progress of running predictions several times a second."""
-        while True:
-            await asyncio.sleep(_SAVE_EVERY)
-            try:
-                await self.predictions.save()
-            except sqlite3.Error as error:
-                logger.error("the state of predictions cannot be stored: %s", error)
-                await asyncio.sleep(_SAVE_AGAIN_AFTER)
+        try:
+            await self.predictions.save()
+        except sqlite3.Error as error:
+            logger.error("the state of predictions cannot be stored: %s", error)
+            await asyncio.sleep(_SAVE_AGAIN_AFTER)
 
-    async def _clean_up(self) -> None:
-        """Delete inputs and outputs when they have been kept long enough."""
-        retention = self.settings.retention
-        while True:
-            before = time.time() - retention
-            try:
-                await self.storage.run(lambda store, before=before: store.remove_data(before))  # type: ignore[misc]
-            except sqlite3.Error as error:
-                logger.error("old inputs and outputs cannot be deleted: %s", error)
-            await asyncio.sleep(min(60.0, retention / 2))
+    async def _delete_old_texts(self) -> None:
+        before = time.time() - self.settings.retention
+        try:
+            await self.storage.run(lambda store: store.remove_data(before))
+        except sqlite3.Error as error:
+            logger.error("old inputs and outputs cannot be deleted: %s", error)

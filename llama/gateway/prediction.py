@@ -77,7 +77,7 @@ class Prediction:
         self.id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(26))
         self.stream_token = secrets.token_urlsafe(32)
         """The unguessable last part of the stream's URL, which needs no key."""
-        # To the microsecond, as responses show it: clients send it back to limit a list.
+        # Rounded to what responses show, because clients pass it back as `created_before`.
         self.created_at = round(time.time(), 6)
         self.started_at: float | None = None
         self.completed_at: float | None = None
@@ -86,6 +86,8 @@ class Prediction:
         self.logs = ""
         self.error: str | None = None
         self.metrics: dict[str, float | str] = {}
+        self.lost_servers = 0
+        """How many servers failed while they worked on it."""
         self.data_removed = False
         """Whether the inputs, the output and the logs were deleted."""
         self._changed = asyncio.Event()
@@ -104,7 +106,8 @@ class Prediction:
     def restart(self) -> None:
         """The server was lost before the first piece, and another one will begin again."""
         assert not self.pieces
-        self.status, self.metrics, self.logs = Status.STARTING, {}, ""
+        self.status, self.started_at = Status.STARTING, None
+        self.metrics, self.logs = {}, ""
 
     def add_piece(self, piece: str) -> None:
         """Append a piece of the answer."""

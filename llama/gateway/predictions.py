@@ -9,9 +9,8 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from llama.errors import GatewayRestarted, NotStarted
 from llama.gateway.access.auth import Keys
@@ -25,6 +24,7 @@ from llama.gateway.storage.storage import Storage
 logger = logging.getLogger(__name__)
 
 _PAGE = 100  # as many as Replicate returns
+_CANCEL_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,16 @@ class Predictions:
         self._storage, self._keys, self._throttle = storage, keys, Throttle()
         self._queue, self._dispatcher = queue, dispatcher
         self._queue_timeout, self._on_begin = queue_timeout, on_begin
-        dispatcher.finish, dispatcher.on_sent = self._finish, self._mark_sent
+        dispatcher.finish = self._finish
+        dispatcher.on_sent = lambda prediction: self._mark(prediction, Status.PROCESSING)
+        dispatcher.on_requeued = lambda prediction: self._mark(prediction, Status.STARTING)
         self._active = dict[str, Prediction]()
         """The predictions that have not ended, or whose end is not stored yet."""
         self._unsaved = dict[str, tuple[Prediction, Outcome]]()
-        self._timers = dict[str, list[asyncio.TimerHandle]]()
-        self._tasks = set[asyncio.Task[None]]()
         self._saved_counts = dict[str, object]()
+        self._tasks = set[asyncio.Task[None]]()
         self.created = 0
-        """How many predictions were created since the database exists."""
+        """How many predictions were created since the database was created."""
 
     async def create(self, request: PredictionRequest) -> Prediction:
         """Store a prediction and queue it. Raises Problem: 429 if its key has too many requests per minute or
@@ -88,79 +89,83 @@ class Predictions:
             if prediction.status is Status.STARTING and not prediction.request.needs_client:
                 self._begin(prediction)
             else:
+                self._active[prediction.id] = prediction
                 await self._finish(prediction, Outcome(Status.FAILED, str(lost)))
 
     def _begin(self, prediction: Prediction) -> None:
         self._active[prediction.id] = prediction
-        not_started = NotStarted(
-            f"no server took the prediction within {self._queue_timeout:.0f} s; try again later"
-        )
-        age = time.time() - prediction.created_at
-        timers = [self._end_in(self._queue_timeout - age, prediction, Status.FAILED, str(not_started))]
-        if prediction.request.seconds is not None:
-            timers.append(self._end_in(prediction.request.seconds - age, prediction, Status.CANCELED))
-        self._timers[prediction.id] = timers
         self._on_begin(prediction)
         self._dispatcher.add(prediction)
-
-    def _end_in(
-        self, seconds: float, prediction: Prediction, status: Status, error: str | None = None
-    ) -> asyncio.TimerHandle:
-        """End a prediction after some seconds, with an error only if it still waits then."""
-
-        def end() -> None:
-            outcome = Outcome(status, error)
-            self._start(self._dispatcher.stop(prediction, outcome, only_waiting=error is not None))
-
-        return asyncio.get_running_loop().call_later(max(0.0, seconds), end)
 
     async def cancel(self, prediction: Prediction) -> None:
         """Cancel a prediction, and return when it has ended. Does nothing if it has ended already."""
         await self._dispatcher.stop(prediction, Outcome(Status.CANCELED))
-        await prediction.wait_until_ended()
+        await prediction.wait_until_ended(_CANCEL_TIMEOUT)
 
     async def _finish(self, prediction: Prediction, outcome: Outcome) -> None:
         """Store how a prediction ended, and then tell its readers."""
-        for timer in self._timers.pop(prediction.id, ()):
-            timer.cancel()
-        self._saved_counts.pop(prediction.id, None)
         try:
             await self._store_end(prediction, outcome)
-        except sqlite3.Error as error:
-            logger.error("the end of a prediction cannot be stored yet: %s", error)
+        except Exception as error:  # whatever it is, the readers must not wait for ever
+            logger.error("the end of a prediction cannot be stored yet: %r", error)
             self._unsaved[prediction.id] = prediction, outcome
         else:
             self._active.pop(prediction.id, None)
         prediction.end(outcome)
 
-    def _mark_sent(self, prediction: Prediction) -> None:
+    async def _store_end(self, prediction: Prediction, outcome: Outcome) -> None:
+        await self._storage.run(lambda store: store.finish(prediction, outcome))
+
+    def _mark(self, prediction: Prediction, status: Status) -> None:
+        """Store whether a prediction waits or runs, which decides what happens to it after a restart."""
+
         async def mark() -> None:
             try:
-                await self._storage.run(lambda store: store.mark_sent(prediction.id))
+                await self._storage.run(lambda store: store.set_status(prediction.id, status))
             except sqlite3.Error as error:
-                logger.error("the state of a prediction cannot be stored: %s", error)
+                logger.error("the status of a prediction cannot be stored: %s", error)
 
-        self._start(mark())
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(mark())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def end_overdue(self) -> None:
+        """End the predictions that are past their deadline or have waited too long. Call it several times a
+        second."""
+        now, running = time.time(), {prediction.id for prediction in self._dispatcher.running}
+        too_late = Outcome(
+            Status.FAILED,
+            str(NotStarted(f"no server was free within {self._queue_timeout:.0f} s; try again later")),
+        )
+        for prediction in list(self._active.values()):
+            if prediction.status.ended:
+                continue
+            if prediction.deadline is not None and now >= prediction.deadline:
+                await self._dispatcher.stop(prediction, Outcome(Status.CANCELED))
+            elif prediction.id not in running and now >= prediction.created_at + self._queue_timeout:
+                await self._dispatcher.stop(prediction, too_late)
+
+    async def end_waiting_connections(self) -> None:
+        """Fail the waiting predictions whose clients are connected: the gateway ends, and so do they."""
+        running = {prediction.id for prediction in self._dispatcher.running}
+        error = str(GatewayRestarted("the gateway is being stopped; try again"))
+        for prediction in list(self._active.values()):
+            if prediction.request.needs_client and prediction.id not in running:
+                await self._dispatcher.stop(prediction, Outcome(Status.FAILED, error))
+
     async def save(self) -> None:
         """Store the counts of running predictions that have changed, and the ends that could not be stored.
-        Raises sqlite3.Error. Call it several times a second."""
-        counts = {p.id: (p.started_at, p.metrics.get("output_token_count")) for p in self._dispatcher.running}
-        changed = [p for p in self._dispatcher.running if counts[p.id] != self._saved_counts.get(p.id)]
+        Call it several times a second. Raises sqlite3.Error."""
+        running = {p.id: p for p in self._dispatcher.running}
+        counts = {i: (p.started_at, p.metrics.get("output_token_count")) for i, p in running.items()}
+        changed = [p for i, p in running.items() if counts[i] != self._saved_counts.get(i)]
         if changed:
             await self._storage.run(lambda store: store.save_progress(changed))
-            self._saved_counts.update({p.id: counts[p.id] for p in changed})
+        self._saved_counts = dict[str, object](counts)
         for prediction, outcome in list(self._unsaved.values()):
             await self._store_end(prediction, outcome)
-            del self._unsaved[prediction.id], self._active[prediction.id]
-
-    async def _store_end(self, prediction: Prediction, outcome: Outcome) -> None:
-        await self._storage.run(lambda store: store.finish(prediction, outcome))
+            self._unsaved.pop(prediction.id, None)
+            self._active.pop(prediction.id, None)
 
     async def find(self, key_id: int, prediction_id: str) -> Prediction | None:
         """Return a key's prediction; None if there is none with this id, or if it belongs to another key."""
@@ -171,8 +176,11 @@ class Predictions:
 
     async def find_stream(self, stream_token: str) -> Prediction | None:
         """Return the prediction with this stream token, as long as its output is kept."""
+        for prediction in self._active.values():
+            if prediction.stream_token == stream_token:
+                return prediction
         found = await self._storage.run(lambda store: store.prediction_of_stream(stream_token))
-        return None if found is None or found.data_removed else self._active.get(found.id, found)
+        return None if found is None or found.data_removed else found
 
     async def page(
         self,
@@ -187,24 +195,19 @@ class Predictions:
         if cursor and direction not in ("before", "after"):
             raise ValueError("the cursor is not one of this gateway")
         position = {direction: int(number)} if cursor else {}
-        found = await self._storage.run(
+        found, more = await self._storage.run(
             lambda store: store.page(
                 key_id,
                 **position,
                 created_after=created_after,
                 created_before=created_before,
-                limit=_PAGE + 1,
+                limit=_PAGE,
             )
         )
-        more = len(found) > _PAGE
-        shown = (found[-_PAGE:] if direction == "after" else found[:_PAGE]) if more else found
-        older = f"before-{shown[-1][0]}" if shown and (direction == "after" or more) else None
-        newer = (
-            f"after-{shown[0][0]}"
-            if shown and (direction == "before" or (direction == "after" and more))
-            else None
-        )
-        return Page([self._active.get(p.id, p) for _, p in shown], older, newer)
+        backwards = direction == "after"
+        older = f"before-{found[-1][0]}" if found and (backwards or more) else None
+        newer = f"after-{found[0][0]}" if found and (direction == "before" or (backwards and more)) else None
+        return Page([self._active.get(p.id, p) for _, p in found], older, newer)
 
 
 def _not_stored() -> Problem:

@@ -30,9 +30,11 @@ def gateways(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
     """Start a gateway: `gateways(cog.url, other.url, retention=1)`. All are stopped after the test."""
     with ExitStack() as stack:
 
-        def start(*servers: str, wiring: dict[str, Any] | None = None, **settings: Any) -> Gateway:
+        def start(
+            *servers: str, file: Path | None = None, wiring: dict[str, Any] | None = None, **settings: Any
+        ) -> Gateway:
             database = tmp_path / "gateway.sqlite3"
-            gateway = Gateway(servers, **{"database": database, **settings}, wiring=wiring)
+            gateway = Gateway(file or servers, **{"database": database, **settings}, wiring=wiring)
             stack.enter_context(gateway)
             gateway.wait_until_ready()
             return gateway

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama.errors import BadSettings
-from llama.gateway.dispatch.addresses import Address, Addresses, read_servers
+from llama.gateway.dispatch.addresses import Addresses, ServerAddress, read_servers
 
 
 class Names:
@@ -23,7 +23,7 @@ class Names:
             raise OSError("no such name") from None
 
 
-def current(addresses: Addresses) -> list[Address]:
+def current(addresses: Addresses) -> list[ServerAddress]:
     return asyncio.run(addresses.current())
 
 
@@ -39,8 +39,8 @@ def test_an_ip_address_localhost_or_an_https_name_is_one_server(url: str) -> Non
 def test_a_name_with_several_addresses_is_several_servers() -> None:
     names = Names(llama=["10.0.0.1", "10.0.0.2"])
     assert current(Addresses(["http://llama:5000"], resolver=names)) == [
-        Address("http://10.0.0.1:5000", "llama:5000"),
-        Address("http://10.0.0.2:5000", "llama:5000"),
+        ServerAddress("http://10.0.0.1:5000", "llama:5000"),
+        ServerAddress("http://10.0.0.2:5000", "llama:5000"),
     ]
 
 

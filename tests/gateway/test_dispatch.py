@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -233,3 +234,97 @@ def test_the_list_goes_page_by_page_to_the_end_and_back(gateway: Gateway) -> Non
     assert [p["id"] for p in back["results"]] == created[:2:-1]
     assert back["previous"] is None
     assert back["next"] is not None
+
+
+# --- faults that one prediction or one server must not turn into a fault of the gateway
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"messages": [{"role": ["x"], "content": "Hi"}]},
+        {"messages": [{"role": {"a": 1}, "content": ["Hi"]}]},
+        {"messages": [{}]},
+        {"prompt": "", "messages": [{"content": None}]},
+    ],
+)
+def test_odd_inputs_reach_the_server_which_judges_them(
+    gateway: Gateway, cog: FakeCog, inputs: Body
+) -> None:
+    assert gateway.wait_for(gateway.create(**inputs))["status"] == "succeeded"
+    assert gateway.wait_for(gateway.create())["status"] == "succeeded"
+
+
+def test_a_server_with_unreadable_events_is_not_waited_for(gateways: StartGateway) -> None:
+    with FakeCog(Script((), raw=b'event: output\ndata: {"no": "chunk"}\n\n')) as cog:
+        gateway = gateways(cog.url)
+        failed = gateway.wait_for(gateway.create())
+        assert failed["status"] == "failed"
+        assert failed["error"].startswith("E4001 ServerLost: ")
+
+
+def test_a_ready_server_that_refuses_every_prediction_does_not_keep_them_for_ever(
+    gateways: StartGateway,
+) -> None:
+    with FakeCog(refusal=500) as cog:
+        gateway = gateways(cog.url)
+        failed = gateway.wait_for(gateway.create())
+        assert failed["error"].startswith("E4001 ServerLost: ")
+        assert len(cog.predictions) == 3
+
+
+def test_the_queue_timeout_also_ends_a_prediction_that_was_given_to_a_server_in_between(
+    gateways: StartGateway,
+) -> None:
+    with FakeCog(places=0) as cog:  # it says that it is ready, and refuses everything with 409
+        gateway = gateways(cog.url, queue_timeout=1.0)
+        failed = gateway.wait_for(gateway.create())
+        assert failed["error"].startswith("E4003 NotStarted: ")
+
+
+def test_a_full_server_does_not_keep_a_dialogue_while_another_server_is_free(gateways: StartGateway) -> None:
+    with FakeCog() as one, FakeCog() as other:
+        gateway = gateways(one.url, other.url)
+        until(lambda: gateway.client.get("/readyz").json()["ready"] == 2)
+        gateway.wait_for(gateway.create(**turns(1)[0]))
+        first, second = (one, other) if one.served else (other, one)
+        first.rules.places = 0
+        assert gateway.wait_for(gateway.create(**turns(2)[0]))["status"] == "succeeded"
+        assert len(second.served) == 1
+
+
+def test_predictions_on_a_server_that_leaves_the_list_and_vanishes_are_lost(
+    gateways: StartGateway, tmp_path: Path
+) -> None:
+    servers = tmp_path / "servers.txt"
+    with held() as leaving, held() as staying:
+        servers.write_text(leaving.url)
+        gateway = gateways(file=servers, wiring={"lost_after": 0.5})
+        running = gateway.create()
+        gateway.wait_for(running, "processing")
+        servers.write_text(staying.url)
+        gateway.inside.servers.reload()
+        until(lambda: gateway.client.get("/readyz").json() == {"status": "ready", "servers": 1, "ready": 1})
+        assert gateway.get(running)["status"] == "processing"  # it goes on
+        leaving.rules.frozen = True
+        assert gateway.wait_for(running)["error"].startswith("E4001 ServerLost: ")
+
+
+def test_a_new_version_of_the_servers_brings_its_own_schema(gateway: Gateway, cog: FakeCog) -> None:
+    model = f"/v1/models/{gateway.settings.model}"
+    before = gateway.client.get(model).json()["latest_version"]["id"]
+    cog.rules.title = "Another version"
+    cog.rules.health = "STARTING"
+    until(lambda: gateway.client.get("/readyz").status_code == 503)
+    cog.rules.health = None
+    gateway.wait_until_ready()
+    assert gateway.client.get(model).json()["latest_version"]["id"] != before
+
+
+def test_what_a_gateway_remembers_of_ended_predictions_does_not_grow(gateways: StartGateway) -> None:
+    with FakeCog(Script(gap=0.001)) as cog:
+        gateway = gateways(cog.url)
+        for prediction in [gateway.create() for _ in range(50)]:
+            gateway.wait_for(prediction)
+        remembered = vars(gateway.inside.predictions)
+        until(lambda: not any(remembered[name] for name in ("_active", "_unsaved", "_saved_counts", "_tasks")))

@@ -3,11 +3,14 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from llama import ROOT
 from llama.errors import BadSettings
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status, Webhook
 from llama.gateway.storage.migrations import MIGRATIONS
@@ -90,7 +93,7 @@ def test_usage_is_counted_by_key_also_for_cancelled_and_failed_predictions(store
 def test_the_saved_counts_of_a_running_prediction_survive_a_killed_process(store: Store, path: Path) -> None:
     prediction = created(store)
     prediction.metrics = {"input_token_count": 5, "output_token_count": 3}
-    store.mark_sent(prediction.id)
+    store.set_status(prediction.id, Status.PROCESSING)
     store.save_progress([prediction])
     (found,) = Store(path).unfinished()  # another connection, and the first is never closed
     assert found.status is Status.PROCESSING
@@ -132,18 +135,29 @@ def test_removed_texts_are_no_longer_in_the_files(path: Path) -> None:
 def test_pages_go_through_a_keys_predictions_in_both_directions(store: Store) -> None:
     mine = [created(store, 1) for _ in range(5)]
     created(store, 2)
-    first = store.page(1, limit=2)
-    assert [p.id for _, p in first] == [mine[4].id, mine[3].id]
-    second = store.page(1, before=first[-1][0], limit=2)
-    assert [p.id for _, p in second] == [mine[2].id, mine[1].id]
-    back = store.page(1, after=second[0][0], limit=2)
-    assert [p.id for _, p in back] == [p.id for _, p in first]
+    first, more = store.page(1, limit=2)
+    assert ([p.id for _, p in first], more) == ([mine[4].id, mine[3].id], True)
+    second, more = store.page(1, before=first[-1][0], limit=2)
+    assert ([p.id for _, p in second], more) == ([mine[2].id, mine[1].id], True)
+    last, more = store.page(1, before=second[-1][0], limit=2)
+    assert ([p.id for _, p in last], more) == ([mine[0].id], False)
+    back, more = store.page(1, after=second[0][0], limit=2)
+    assert ([p.id for _, p in back], more) == ([p.id for _, p in first], False)
+
+
+def test_a_page_of_long_texts_has_fewer_predictions(store: Store) -> None:
+    for _ in range(8):
+        store.insert(Prediction(PredictionRequest(1, {"prompt": "long " * 200_000}, "owner/name")))
+    found, more = store.page(1, limit=100)
+    assert 1 < len(found) < 8
+    assert more
 
 
 def test_pages_can_be_limited_by_time(store: Store) -> None:
     older, newer = created(store), created(store)
-    assert [p.id for _, p in store.page(1, created_after=newer.created_at)] == [newer.id]
-    assert [p.id for _, p in store.page(1, created_before=newer.created_at)] == [older.id]
+    newest, _ = store.page(1, created_after=newer.created_at, limit=5)
+    oldest, _ = store.page(1, created_before=newer.created_at, limit=5)
+    assert ([p.id for _, p in newest], [p.id for _, p in oldest]) == ([newer.id], [older.id])
 
 
 def test_only_undelivered_webhooks_of_ended_predictions_are_due(store: Store) -> None:
@@ -188,6 +202,16 @@ def test_a_file_that_is_no_database_is_refused_and_kept(path: Path) -> None:
     with pytest.raises(BadSettings, match=r"cannot be opened \(file is not a database\)"):
         Store(path)
     assert path.read_bytes() == b"not a database" * 100
+
+
+def test_many_processes_can_make_the_file_at_the_same_time(path: Path) -> None:
+    code = "import sys, pathlib; from llama.gateway.storage.store import Store; Store(pathlib.Path(sys.argv[1]))"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 6, errors
 
 
 def test_a_second_gateway_on_the_same_file_is_refused(path: Path) -> None:

@@ -22,7 +22,7 @@ Resolver = Callable[[str], Awaitable[list[str]]]
 
 
 @dataclass(frozen=True)
-class Address:
+class ServerAddress:
     """Where one server listens."""
 
     url: str
@@ -75,7 +75,7 @@ class Addresses:
         """Raises BadSettings if an address or the file is invalid."""
         self._file, self._resolver = file, resolver
         self._urls = read_servers(file) if file else [checked_url(url) for url in urls]
-        self._known = dict[str, list[Address]]()
+        self._known = dict[str, list[ServerAddress]]()
 
     def reload(self) -> None:
         """Read the file again. If it is invalid, the old list stays."""
@@ -87,27 +87,27 @@ class Addresses:
         except BadSettings as error:
             logger.error("%s; the old list of servers stays", error)
 
-    async def current(self) -> list[Address]:
+    async def current(self) -> list[ServerAddress]:
         """Resolve the names. A name that cannot be resolved keeps its last addresses."""
         groups = await asyncio.gather(*(self._addresses_of(url) for url in self._urls))
         return list(dict.fromkeys(address for group in groups for address in group))
 
-    async def _addresses_of(self, url: str) -> list[Address]:
+    async def _addresses_of(self, url: str) -> list[ServerAddress]:
         parts = urlsplit(url)
         name = parts.hostname or ""
         # With HTTPS, the certificate is for the name. A loopback name is one server with two addresses.
         if parts.scheme == "https" or name == "localhost" or _is_ip(name):
-            return [Address(url, parts.netloc)]
+            return [ServerAddress(url, parts.netloc)]
         try:
             found = await self._resolver(name)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
             if url not in self._known:
                 logger.warning("the server's name %s cannot be resolved (%s)", name, error)
                 self._known[url] = []
             return self._known[url]
         # A machine with an IPv4 and an IPv6 address would count as two servers.
         found = [ip for ip in found if ":" not in ip] or found
-        self._known[url] = [Address(_with_ip(parts, ip), parts.netloc) for ip in found]
+        self._known[url] = [ServerAddress(_with_ip(parts, ip), parts.netloc) for ip in found]
         return self._known[url]
 
 

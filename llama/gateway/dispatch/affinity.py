@@ -19,8 +19,9 @@ def dialogue_of(inputs: Mapping[str, Any]) -> int:
             for message in messages[:2]
             if isinstance(message, Mapping)
         ]
-        return hash((system, *contents[: 2 if contents and contents[0][0] == "system" else 1]))
-    return hash((system, str(first).partition("[/INST]")[0].replace("[INST]", "").strip()))
+        contents = contents[: 2 if contents and contents[0][0] == "system" else 1]
+        return hash(repr((system, contents)))  # what a client sent may have no hash
+    return hash((repr(system), str(first).partition("[/INST]")[0].replace("[INST]", "").strip()))
 
 
 class Affinity:

@@ -1,4 +1,4 @@
-"""Gives waiting predictions to servers, and goes on when a server is lost.
+"""Gives waiting predictions to servers, and moves them to another server when theirs is lost.
 
 Knows the queue and the servers. Knows nothing about HTTP towards clients or about the database.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import httpx2
 
-from llama.errors import ServerLost
+from llama.errors import GatewayRestarted, ServerLost
 from llama.gateway.dispatch.affinity import dialogue_of
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Server, Servers
@@ -22,10 +23,12 @@ from llama.gateway.prediction import Outcome, Prediction, Status
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 3
-"""How many servers may be lost while they work on one prediction, because it may be the cause."""
+_LOST_SERVERS = 3
+"""After so many lost servers a prediction fails, because it may be what makes them fail."""
 _BUSY_DELAYS = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Seconds between tries. Cog's server can refuse a prediction for a moment although it has a free place."""
+_FULL_FOR = 1.0
+"""Seconds without predictions for a server that is full although it should not be."""
 
 Finish = Callable[[Prediction, Outcome], Awaitable[None]]
 
@@ -37,22 +40,20 @@ class _Run:
     prediction: Prediction
     server: Server
     task: asyncio.Task[None]
-    stop: Outcome | type[Unavailable] | None = None
-    """Why it has to stop."""
     begun: bool = False
+    outcome: Outcome | None = None
+    """How the prediction has to end at once."""
+    lost: bool = False
+    """Whether the server no longer responds."""
 
-    def end(self, stop: Outcome | type[Unavailable]) -> None:
-        """Stop it. A prediction that has lost its server can still be cancelled, but not the reverse."""
-        first = self.stop is None
-        if not isinstance(self.stop, Outcome):
-            self.stop = stop
-        if first and self.begun:  # a task that is cancelled earlier never runs, and its place is never free
+    def interrupt(self) -> None:
+        if self.begun:  # a task cancelled before its first step never frees its place
             self.task.cancel()
 
 
 class Dispatcher:
     """The queue in front of the servers. It awaits `finish` once for every prediction that ends, and calls
-    `on_sent` when it gives a prediction to a server."""
+    `on_sent` when it gives a prediction to a server, and `on_requeued` when the prediction waits again."""
 
     def __init__(
         self,
@@ -64,11 +65,11 @@ class Dispatcher:
         """`at_once` tells how many predictions of a key may run at the same time; None means any number."""
         self._client, self._servers, self._queue, self._at_once = client, servers, queue, at_once
         self.on_sent: Callable[[Prediction], None] = lambda _: None
+        self.on_requeued: Callable[[Prediction], None] = lambda _: None
         self.finish: Finish
         self._running = dict[str, _Run]()
         self._running_by_key = Counter[int]()
-        self._attempts = Counter[str]()
-        self._closing = False
+        self._stopping = False
         servers.on_ready, servers.on_lost = self.dispatch, self._lose
 
     @property
@@ -80,22 +81,22 @@ class Dispatcher:
         self._queue.add(prediction)
         self.dispatch()
 
-    async def stop(self, prediction: Prediction, outcome: Outcome, *, only_waiting: bool = False) -> None:
-        """End a prediction with this outcome. Does nothing if it has ended, or if it runs and
-        `only_waiting` is set."""
+    async def stop(self, prediction: Prediction, outcome: Outcome) -> None:
+        """End a prediction with this outcome. Does nothing if it has ended."""
         if self._queue.remove(prediction):
             await self.finish(prediction, outcome)
-        elif not only_waiting and (run := self._running.get(prediction.id)):
-            run.end(outcome)
+        elif (run := self._running.get(prediction.id)) and run.outcome is None:
+            run.outcome = outcome
+            if not run.lost:  # otherwise the task ends already
+                run.interrupt()
 
     def dispatch(self) -> None:
         """Start as many waiting predictions as there are free places."""
-        while not self._closing and len(self._queue) and any(server.free > 0 for server in self._servers.all):
+        while not self._stopping and len(self._queue) and self._servers.any_free:
             prediction = self._queue.next(self._may_run)
             if prediction is None:
                 return
             server = self._servers.choose(dialogue_of(prediction.request.inputs))
-            assert server is not None
             server.in_flight += 1
             self._running_by_key[prediction.request.key_id] += 1
             task = asyncio.create_task(self._run(prediction, server))
@@ -108,7 +109,7 @@ class Dispatcher:
 
     async def _run(self, prediction: Prediction, server: Server) -> None:
         try:
-            outcome = await self._answer(prediction, server)
+            outcome = await self._answer(self._running[prediction.id])
         finally:
             # The place is free before the outcome is stored, so that the next prediction starts at once.
             server.in_flight -= 1
@@ -116,59 +117,74 @@ class Dispatcher:
             del self._running[prediction.id]
         if outcome is None:
             self._queue.add_first(prediction)
+            self.on_requeued(prediction)
+        else:
+            server.full_until = 0.0
         self.dispatch()
         if outcome is not None:
-            self._attempts.pop(prediction.id, None)
             await self.finish(prediction, outcome)
 
-    async def _answer(self, prediction: Prediction, server: Server) -> Outcome | None:
-        """Run a prediction on a server. Returns None if another server should run it."""
-        run = self._running[prediction.id]
-        run.begun = True
-        busy = False
+    async def _answer(self, run: _Run) -> Outcome | None:
+        """Run a prediction on its server. Returns None if another server should run it."""
+        run.begun, busy = True, False
         try:
-            if run.stop is None:
-                return await self._run_patiently(prediction, server)
+            if run.outcome is None and not run.lost:
+                return await self._run_patiently(run)
         except Busy:
+            run.server.full_until = time.monotonic() + _FULL_FOR
             busy = True
         except Unavailable as error:
-            server.suspect()
-            logger.warning("the server %s lost a prediction: %s", server.url, error)
+            run.server.suspect()
+            logger.warning("the server %s lost a prediction: %s", run.server.url, error)
         except asyncio.CancelledError:
-            if run.stop is None:  # the gateway ends
+            if run.outcome is None and not run.lost:  # the gateway ends
                 raise
-        if isinstance(run.stop, Outcome):
-            return run.stop
-        if busy:
-            return None
-        if not prediction.pieces:
-            self._attempts[prediction.id] += prediction.status is Status.PROCESSING
-            if self._attempts[prediction.id] < _ATTEMPTS:
-                prediction.restart()
-                return None
-        lost = ServerLost("the server ended or stopped responding during the answer; try again")
-        return Outcome(Status.FAILED, str(lost))
+        except Exception:
+            logger.exception("the gateway failed during a prediction")
+            run.outcome = _failed(ServerLost("the gateway failed during the answer; its log says why"))
+        if run.outcome is not None:
+            return run.outcome
+        return None if busy else self._after_loss(run.prediction)
 
-    async def _run_patiently(self, prediction: Prediction, server: Server) -> Outcome:
+    async def _run_patiently(self, run: _Run) -> Outcome:
         for delay in _BUSY_DELAYS:
             try:
-                return await run_on_server(self._client, server.url, server.host, prediction)
+                return await run_on_server(self._client, run.server.url, run.server.host, run.prediction)
             except Busy:
                 await asyncio.sleep(delay)
         raise Busy
 
+    @staticmethod
+    def _after_loss(prediction: Prediction) -> Outcome | None:
+        """What follows from the loss of a server: None if another server should begin again."""
+        prediction.lost_servers += 1
+        if prediction.pieces or prediction.lost_servers >= _LOST_SERVERS:
+            return _failed(ServerLost("the server ended or stopped responding during the answer; try again"))
+        prediction.restart()
+        return None
+
     def _lose(self, server: Server) -> None:
         """A server does not respond any more: end what runs on it."""
         for run in self._running.values():
-            if run.server is server:
-                run.end(Unavailable)
+            if run.server is server and not run.lost and run.outcome is None:
+                run.lost = True
+                run.interrupt()
 
-    async def close(self, grace: float) -> None:
-        """Start no more predictions, and give the running ones `grace` seconds to end."""
-        self._closing = True
+    def stop_starting(self) -> None:
+        """Start no more predictions."""
+        self._stopping = True
+
+    async def end(self, grace: float) -> None:
+        """Start no more predictions, give the running ones `grace` seconds, and then fail them."""
+        self.stop_starting()
         tasks = [run.task for run in self._running.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=grace)
-        for task in tasks:
-            task.cancel()
+        ending = GatewayRestarted("the gateway was stopped during the prediction; create it again")
+        for prediction in self.running:
+            await self.stop(prediction, _failed(ending))
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failed(error: Exception) -> Outcome:
+    return Outcome(Status.FAILED, str(error))

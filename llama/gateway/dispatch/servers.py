@@ -15,8 +15,9 @@ from typing import Any
 
 import httpx2
 
-from llama.gateway.dispatch.addresses import Address, Addresses
+from llama.gateway.dispatch.addresses import Addresses, ServerAddress
 from llama.gateway.dispatch.affinity import Affinity
+from llama.gateway.repeat import repeat
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +28,35 @@ _READY = ("READY", "BUSY")
 class Server:
     """One server. `in_flight` predictions run on it."""
 
-    def __init__(self, address: Address, places: int) -> None:
+    def __init__(self, address: ServerAddress, places: int) -> None:
         self.url, self.host = address.url, address.host
         self._places = places
         self.in_flight = 0
         self.ready = False
+        self.listed = True
+        """False when it is no longer on the list. Its running predictions go on."""
+        self.full_until = 0.0
+        """Until this time of the monotonic clock it is considered full, because it has said so."""
         self.responded_at = time.monotonic()
-        """When its health was last known."""
+        """When it last responded to a health check."""
         self.check_now = asyncio.Event()
 
     @property
     def free(self) -> int:
         """The number of free places."""
-        return self._places - self.in_flight if self.ready else 0
+        if not self.ready or not self.listed or time.monotonic() < self.full_until:
+            return 0
+        return self._places - self.in_flight
 
     def suspect(self) -> None:
-        """A prediction failed on it: do not use it before its health was asked again."""
+        """A prediction failed on it: do not use it before its next health check."""
         self.ready = False
         self.check_now.set()
 
 
 class Servers:
     """All servers. Run `watch` in a task; it calls `on_ready` when a server becomes ready, and `on_lost` with
-    a server that has not responded for `lost_after` seconds or is no longer listed."""
+    a server that has not responded for `lost_after` seconds."""
 
     def __init__(
         self,
@@ -62,29 +69,31 @@ class Servers:
     ) -> None:
         self._client, self._addresses, self._places = client, addresses, places
         self._interval, self._lost_after = interval, lost_after
-        self._watched = dict[Address, tuple[Server, asyncio.Task[None]]]()
+        self._watched = dict[ServerAddress, tuple[Server, asyncio.Task[None]]]()
         self._affinity = Affinity()
         self.on_ready: Callable[[], None] = lambda: None
         self.on_lost: Callable[[Server], None] = lambda _: None
         self.on_schema: Callable[[dict[str, Any]], Awaitable[None]] = _ignore
         self.schema: dict[str, Any] | None = None
         """The OpenAPI schema of the model, once a server was ready."""
-        self._has_schema = False
 
     @property
     def all(self) -> list[Server]:
-        return [server for server, _ in self._watched.values()]
+        """The servers on the list."""
+        return [server for server, _ in self._watched.values() if server.listed]
 
     @property
     def any_ready(self) -> bool:
         return any(server.ready for server in self.all)
 
-    def choose(self, dialogue: int) -> Server | None:
+    @property
+    def any_free(self) -> bool:
+        return any(server.free > 0 for server in self.all)
+
+    def choose(self, dialogue: int) -> Server:
         """Return the server for a dialogue's next turn: the one that has the dialogue's prefix if it has a
-        free place, otherwise the one with the most free places. None if no server has one."""
+        free place, otherwise the one with the most free places. At least one server must have one."""
         free = [server for server in self.all if server.free > 0]
-        if not free:
-            return None
         known = self._affinity.server_of(dialogue)
         server = next((s for s in free if s.url == known), None) or max(free, key=lambda s: s.free)
         self._affinity.remember(dialogue, server.url)
@@ -97,41 +106,44 @@ class Servers:
     async def watch(self) -> None:
         """Follow the list of servers and their health until cancelled."""
         try:
-            while True:
-                self._update(await self._addresses.current())
-                await asyncio.sleep(self._interval)
+            await repeat(self._follow_list, self._interval)
         finally:
             for _, task in self._watched.values():
                 task.cancel()
 
-    def _update(self, addresses: list[Address]) -> None:
+    async def _follow_list(self) -> None:
+        addresses = await self._addresses.current()
         for address in addresses:
             if address not in self._watched:
                 server = Server(address, self._places)
                 self._watched[address] = server, asyncio.create_task(self._watch_server(server))
-        for address in [known for known in self._watched if known not in addresses]:
-            server, task = self._watched.pop(address)
-            logger.info("the server %s is no longer listed", server.url)
-            server.ready = False  # its running predictions go on
-            task.cancel()
+        for address, (server, task) in list(self._watched.items()):
+            if server.listed and address not in addresses:
+                logger.info("the server %s is no longer listed", server.url)
+            server.listed = address in addresses
+            if not server.listed and server.in_flight == 0:  # watched until then, because it can be lost
+                task.cancel()
+                del self._watched[address]
 
     async def _watch_server(self, server: Server) -> None:
-        while True:
+        async def check_and_wait() -> None:
             await self._check(server)
             with suppress(TimeoutError):
                 await asyncio.wait_for(server.check_now.wait(), self._interval)
                 server.check_now.clear()
-                await asyncio.sleep(min(0.1, self._interval))  # it has just failed
+
+        # The pause gives a server that has just failed a moment.
+        await repeat(check_and_wait, min(0.1, self._interval))
 
     async def _check(self, server: Server) -> None:
         status = await self._health(server)
         if status is not None:
             server.responded_at = time.monotonic()
         ready = status in _READY
-        if ready and not self._has_schema:
-            await self._fetch_schema(server)
         if ready != server.ready:
             logger.info("the server %s is %s", server.url, "ready" if ready else f"not ready ({status})")
+            if ready:  # it may be another version of the model than before
+                await self._fetch_schema(server)
             server.ready = ready
         if ready:
             self.on_ready()
@@ -158,9 +170,10 @@ class Servers:
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
             logger.warning("the server %s has no usable /openapi.json (%r)", server.url, error)
             return
-        self.schema, self._has_schema = schema, True
-        await self.on_schema(schema)
+        if schema != self.schema:
+            self.schema = schema
+            await self.on_schema(schema)
 
 
 async def _ignore(_: dict[str, Any]) -> None:
-    """Used until somebody wants to know the schema."""
+    """The default of `on_schema`."""

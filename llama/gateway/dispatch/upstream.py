@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 
+from llama.errors import InvalidInput
 from llama.gateway.prediction import Outcome, Prediction, Status
 
 _CODE = re.compile(r"E(\d)\d{3} \w+: .*", re.DOTALL)
@@ -31,12 +32,16 @@ async def run_on_server(client: httpx2.AsyncClient, url: str, host: str, predict
     Raises Busy or Unavailable; the prediction keeps the pieces that it has got.
     """
     try:
+        content = json.dumps({"input": prediction.request.inputs}, allow_nan=False)
+    except ValueError:
+        return Outcome(Status.FAILED, str(InvalidInput("an input is not a finite number; correct it")))
+    try:
         # No limit on the size of an event, because the last one repeats the whole answer.
         async with client.sse(
             f"{url}/predictions",
             method="POST",
-            json={"input": prediction.request.inputs},
-            headers={"Host": host},
+            content=content,
+            headers={"Host": host, "Content-Type": "application/json"},
             max_event_size=None,
         ) as source:
             if (refusal := await _refusal(source.response)) is not None:
@@ -45,10 +50,10 @@ async def run_on_server(client: httpx2.AsyncClient, url: str, host: str, predict
                 if event.event == "completed":
                     return _outcome(json.loads(event.data), prediction)
                 _apply(event.event, json.loads(event.data), prediction)
-    except httpx2.TransportError as error:
+    except httpx2.HTTPError as error:
         raise Unavailable(f"{type(error).__name__}: {error}") from error
-    except ValueError as error:
-        raise Unavailable(f"not an event of Cog's server: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unavailable(f"not an event of Cog's server: {error!r}") from error
     raise Unavailable("the stream ended without its last event")
 
 
@@ -61,7 +66,7 @@ async def _refusal(response: httpx2.Response) -> Outcome | None:
     body = (await response.aread()).decode(errors="replace")
     if response.status_code not in (400, 413, 422):
         raise Unavailable(f"HTTP {response.status_code}")
-    return Outcome(Status.FAILED, f"E1000 InvalidInput: {_reasons(body)}")
+    return Outcome(Status.FAILED, str(InvalidInput(_reasons(body))))
 
 
 def _reasons(body: str) -> str:

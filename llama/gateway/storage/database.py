@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from llama.errors import BadSettings
 from llama.gateway.storage.migrations import migrate
 
@@ -22,22 +24,9 @@ class Database:
 
         Raises BadSettings if that is impossible, or if the file is not a database of a gateway.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.touch(mode=0o600)
-            self._connection = sqlite3.connect(
-                path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-            )
-            self._connection.row_factory = sqlite3.Row
-            # NORMAL: a killed process loses nothing. A power failure can lose the last transactions.
-            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
-                self._connection.execute(f"PRAGMA {pragma}")
-            migrate(self._connection)
-        except (OSError, sqlite3.Error) as error:
-            raise BadSettings(
-                f"the database {path} cannot be opened ({error}); set LLAMA_GATEWAY_DATABASE to a file that "
-                "can be written"
-            ) from error
+        # SQLite does not wait for another process that makes the first tables at the same time.
+        with usable(path), FileLock(f"{path}.opening", timeout=_BUSY_TIMEOUT, mode=0o600):
+            self._connection = _open(path)
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         """Run a statement that reads, or one inside a transaction."""
@@ -58,9 +47,35 @@ class Database:
                 self.execute("ROLLBACK")
             raise
 
-    def truncate_log(self) -> None:
-        """Move the write-ahead log into the file. It contains deleted texts until then."""
-        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def truncate_log(self) -> bool:
+        """Move the write-ahead log, which contains deleted texts, into the file. Returns False if another
+        process reads the log at the moment."""
+        busy, _, _ = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
     def close(self) -> None:
         self._connection.close()
+
+
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Create a missing file and its folder. Raises BadSettings for what goes wrong then or in the block."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise BadSettings(
+            f"the database {path} cannot be opened ({error}); set LLAMA_GATEWAY_DATABASE to a file that can "
+            "be written"
+        ) from error
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    # NORMAL: a killed process loses nothing. A power failure can lose the last transactions.
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    migrate(connection)
+    return connection

@@ -39,7 +39,9 @@ MIGRATIONS = (
     );
     CREATE INDEX predictions_by_key ON predictions (key_id, sequence);
     CREATE INDEX predictions_running ON predictions (sequence) WHERE completed_at IS NULL;
+    CREATE INDEX predictions_by_end ON predictions (completed_at);
     CREATE INDEX predictions_with_data ON predictions (completed_at) WHERE inputs IS NOT NULL;
+    CREATE INDEX predictions_with_webhook ON predictions (sequence) WHERE webhook_due = 1;
 
     CREATE TABLE usage (
         key_id INTEGER NOT NULL REFERENCES keys (id),
@@ -68,5 +70,6 @@ def migrate(connection: sqlite3.Connection) -> None:
             f"the gateway's database has version {version}, but this gateway knows versions up to "
             f"{len(MIGRATIONS)}; upgrade the gateway, or set LLAMA_GATEWAY_DATABASE to another file"
         )
+    # The caller's lock keeps other processes from doing the same.
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;")

@@ -14,6 +14,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from llama.errors import BadSettings
+from llama.gateway.storage.database import usable
 from llama.gateway.storage.store import Store
 
 T = TypeVar("T")
@@ -24,16 +25,20 @@ class Storage:
 
     def __init__(self, path: Path) -> None:
         """Raises BadSettings if another gateway uses the file, or if it cannot be opened."""
-        self._store = Store(path)
-        self._lock = FileLock(f"{path}.lock", thread_local=False)  # released in another thread
+        self._lock = FileLock(f"{path}.lock", mode=0o600, thread_local=False)  # released in another thread
+        with usable(path):
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout as error:
+                raise BadSettings(
+                    f"another gateway uses the database {path}; stop it, or set LLAMA_GATEWAY_DATABASE to "
+                    "another file"
+                ) from error
         try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            self._store.close()
-            raise BadSettings(
-                f"another gateway uses the database {path}; stop it, or set LLAMA_GATEWAY_DATABASE to "
-                "another file"
-            ) from error
+            self._store = Store(path)  # after the lock: a newer gateway would change the tables
+        except BaseException:
+            self._lock.release()
+            raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     async def run(self, function: Callable[[Store], T]) -> T:

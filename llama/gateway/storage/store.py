@@ -19,12 +19,14 @@ from llama.gateway.storage.database import Database
 from llama.gateway.storage.key_table import KeyTable
 from llama.gateway.storage.rows import insert_values, metrics_values, prediction_of
 
+_PAGE_SIZE = 4_000_000
+"""A page of predictions ends after so many characters."""
 _ROWS_KEPT = 30 * 24 * 3600
 """Seconds after which the row of a finished prediction is deleted. Its counts stay."""
 
 
 @dataclass(frozen=True)
-class Usage:
+class DailyUsage:
     """The counts of one key, day (UTC) and model."""
 
     key: str
@@ -43,6 +45,8 @@ class Store:
         """Open or create the file. Raises BadSettings if it cannot be the database of a gateway."""
         self._db = Database(path)
         self.keys = KeyTable(self._db)
+        self._texts_in_log = True
+        """Whether the write-ahead log may contain deleted texts."""
 
     def close(self) -> None:
         self._db.close()
@@ -56,12 +60,12 @@ class Store:
                 f"INSERT INTO predictions ({', '.join(values)}) VALUES ({marks})", [*values.values()]
             )
 
-    def mark_sent(self, prediction_id: str) -> None:
-        """Note that a prediction was given to a server: after a restart it is not queued again."""
+    def set_status(self, prediction_id: str, status: Status) -> None:
+        """Note whether a prediction waits, in which case it is queued again after a restart, or runs."""
         with self._db.transaction():
             self._db.execute(
                 "UPDATE predictions SET status = ? WHERE id = ? AND completed_at IS NULL",
-                (Status.PROCESSING, prediction_id),
+                (status, prediction_id),
             )
 
     def save_progress(self, predictions: Sequence[Prediction]) -> None:
@@ -126,10 +130,13 @@ class Store:
         after: int | None = None,
         created_after: float | None = None,
         created_before: float | None = None,
-        limit: int = 100,
-    ) -> list[tuple[int, Prediction]]:
+        limit: int,
+    ) -> tuple[list[tuple[int, Prediction]], bool]:
         """Return a key's predictions with their sequence numbers, newest first: the newest below `before`, or
-        the oldest above `after`."""
+        the oldest above `after`. Also returns whether there are more.
+
+        There are at most `limit`, and fewer if their texts are long.
+        """
         conditions: dict[str, Any] = {
             "key_id = ?": key_id,
             "sequence < ?": before,
@@ -140,11 +147,16 @@ class Store:
         used = {text: value for text, value in conditions.items() if value is not None}
         order = "ASC" if after is not None else "DESC"
         rows = self._db.execute(
-            f"SELECT * FROM predictions WHERE {' AND '.join(used)} ORDER BY sequence {order} LIMIT ?",
-            (*used.values(), limit),
+            f"SELECT * FROM predictions WHERE {' AND '.join(used)} ORDER BY sequence {order}",
+            [*used.values()],
         )
-        found = [(row["sequence"], prediction_of(row)) for row in rows]
-        return sorted(found, key=lambda item: -item[0])
+        found, size = list[tuple[int, Prediction]](), 0
+        for row in rows:
+            if len(found) == limit or size > _PAGE_SIZE:
+                return sorted(found, key=_newest_first), True
+            found.append((row["sequence"], prediction_of(row)))
+            size += len(row["inputs"] or "") + len(row["output"] or "") + len(row["logs"] or "")
+        return sorted(found, key=_newest_first), False
 
     def count(self) -> int:
         """Return the number of predictions of all time."""
@@ -178,17 +190,18 @@ class Store:
                 (ended_before,),
             ).rowcount
             self._db.execute("DELETE FROM predictions WHERE completed_at < ?", (time.time() - _ROWS_KEPT,))
-        if removed:  # the write-ahead log contains the deleted texts until it is truncated
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._texts_in_log = self._texts_in_log or removed > 0
+        if self._texts_in_log:
+            self._texts_in_log = not self._db.truncate_log()
         return removed
 
-    def usage(self) -> list[Usage]:
+    def usage(self) -> list[DailyUsage]:
         """Return all counts, the oldest first."""
         rows = self._db.execute(
             "SELECT name AS key, day, model, predictions, input_tokens, output_tokens, seconds "
             "FROM usage JOIN keys ON keys.id = key_id ORDER BY day, key_id, model"
         )
-        return [Usage(**dict(row)) for row in rows]
+        return [DailyUsage(**dict(row)) for row in rows]
 
     # Facts about the model, which outlive the servers
 
@@ -199,3 +212,7 @@ class Store:
     def set_fact(self, name: str, value: str) -> None:
         with self._db.transaction():
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+
+def _newest_first(item: tuple[int, Prediction]) -> int:
+    return -item[0]
