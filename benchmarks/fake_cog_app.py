@@ -90,10 +90,9 @@ class CogApp:
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if served.status == "running":
                 self._end(served, "lost" if self.dead else "cancelled")
         finally:
-            self.counts.running -= 1
             for task in (work, gone):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
@@ -101,6 +100,7 @@ class CogApp:
 
     def _end(self, served: Served, status: str) -> None:
         served.status = status
+        self.counts.running -= 1
         setattr(self.counts, status, getattr(self.counts, status) + 1)
 
     def _refusal(self, request: Received) -> tuple[int, Body | str]:
