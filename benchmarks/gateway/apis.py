@@ -6,6 +6,7 @@ measures. Knows nothing about what is behind an address.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -21,7 +22,15 @@ _TEXT_OF_OPENAI = re.compile(rb'"content": ?"[^"]')
 
 
 class Failed(Exception):
-    """An answer failed or was refused; the message is what the server said."""
+    """An answer failed; the message is what the server said."""
+
+
+class Refused(Failed):
+    """A server refused a request."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"HTTP {status}: {text}")
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,17 @@ class Question:
 
 
 async def ask_cog(cog: httpx2.AsyncClient, question: Question) -> Reading:
-    """Ask Cog's server."""
+    """Ask Cog's server, which in a burst of requests can refuse some of them although places are free."""
     asked = time.perf_counter()
-    accept = {"Accept": "text/event-stream"}
-    body, first = await _read(
-        cog, "POST", "/predictions", _TEXT_OF_COG, json={"input": question.inputs()}, headers=accept
-    )
+    request = {"json": {"input": question.inputs()}, "headers": {"Accept": "text/event-stream"}}
+    while True:
+        try:
+            body, first = await _read(cog, "POST", "/predictions", _TEXT_OF_COG, **request)
+            break
+        except Refused as error:
+            if error.status != httpx2.codes.CONFLICT:
+                raise
+            await asyncio.sleep(0.005)
     text = "".join(json.loads(data)["chunk"] for name, data in _events(body) if name == "output")
     return Reading(asked, first, time.perf_counter(), text)
 
@@ -79,7 +93,7 @@ async def ask_replicate(gateway: httpx2.AsyncClient, question: Question) -> Read
         f"/v1/models/{MODEL}/predictions", json={"input": question.inputs(), "stream": True}
     )
     if not response.is_success:
-        raise Failed(response.text)
+        raise Refused(response.status_code, response.text)
     body, first = await _read(gateway, "GET", response.json()["urls"]["stream"], _TEXT_OF_COG)
     text = list[str]()
     for name, data in _events(body):
@@ -119,7 +133,7 @@ async def _read(
             if not first and text.search(body):
                 first = time.perf_counter()
         if not response.is_success:
-            raise Failed(body.decode(errors="replace"))
+            raise Refused(response.status_code, body.decode(errors="replace"))
     return bytes(body), first
 
 
