@@ -61,7 +61,9 @@ class CogApp:
             case "GET", "/health-check":
                 await _respond(send, 200, self._health())
             case "GET", "/openapi.json":
-                await _respond(send, 200, {**real_schema(), "info": {"title": self.rules.title}})
+                schema = real_schema()
+                info = {**schema["info"], "title": self.rules.title}
+                await _respond(send, 200, {**schema, "info": info})
             case "POST", "/predictions":
                 await self._predict(request, receive, send)
             case _:
