@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
 from jsonschema import Draft202012Validator
-from jsonschema.validators import extend
 
 _COG_VERSION = "0.23.1"  # for a schema without a usable version
 _MINIMUM_COG_VERSION = (0, 3, 9)  # Replicate's Python client fails with older ones
 RELEASED_AT = datetime(2023, 7, 18, tzinfo=UTC)  # the release of Llama 2; a time that never changes
 _DESCRIPTION = "A language model for dialogues, served by this gateway"
 
-
-def _is_finite_number(_: object, value: object) -> bool:
-    # Python's JSON parser reads 1e999 as infinity, which a server cannot receive as JSON.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-_Validator = extend(
-    Draft202012Validator,
-    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("number", _is_finite_number),
-)
+_versions_by_schema = dict[int, tuple[dict[str, Any], "ModelVersion"]]()
+"""By the id of the schema's object, which is kept, so that no other object can get the same id."""
+_MAX_SCHEMAS = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,18 @@ class ModelVersion:
 
 def version_of(schema: dict[str, Any] | None) -> ModelVersion | None:
     """Return the version with this OpenAPI document; None if no server has published one yet."""
-    return None if schema is None else _version_of(json.dumps(schema))
+    if schema is None:
+        return None
+    if id(schema) not in _versions_by_schema:  # a request asks several times, and a schema is long
+        if len(_versions_by_schema) >= _MAX_SCHEMAS:
+            _versions_by_schema.clear()
+        _versions_by_schema[id(schema)] = (schema, _version_of(json.dumps(schema)))
+    return _versions_by_schema[id(schema)][1]
+
+
+def is_version(name: str, accepted: Collection[str], version: ModelVersion | None) -> bool:
+    """Whether a client can use `name` as a version's id. `accepted`: the ids beside the version's own."""
+    return name in accepted or (version is not None and name == version.id)
 
 
 @lru_cache(maxsize=4)
@@ -66,7 +69,9 @@ def _version_of(text: str) -> ModelVersion:
     # `cog build` writes the same schema in another order, and whole numbers without a fraction.
     canonical = json.dumps(json.loads(text, parse_float=_number), sort_keys=True, separators=(",", ":"))
     input_schema = {"$ref": "#/components/schemas/Input", "components": schema["components"]}
-    return ModelVersion(hashlib.sha256(canonical.encode()).hexdigest(), schema, _Validator(input_schema))
+    return ModelVersion(
+        hashlib.sha256(canonical.encode()).hexdigest(), schema, Draft202012Validator(input_schema)
+    )
 
 
 def _number(text: str) -> float:

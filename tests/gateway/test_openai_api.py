@@ -460,7 +460,14 @@ def test_an_invalid_member_is_refused_before_anything_is_queued(cog: FakeCog, ga
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'{"model": "x", "temperature": NaN}', b'{"model": "\\ud800"}', b"\xff\xfe"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"model": "x", "temperature": NaN}',
+        b'{"model": "\\ud800"}',
+        b"\xff\xfe",
+    ],
 )
 def test_a_body_that_is_not_a_json_object_is_refused(gateway: Gateway, content: bytes) -> None:
     error_of(gateway.client.post("/v1/chat/completions", content=content), 400)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from llama.gateway.model_card import ModelVersion
 from llama.gateway.openai.model import NamedModel, find_model
@@ -367,6 +368,30 @@ def test_an_invalid_value_is_refused_by_name(member: str, value: object) -> None
 )
 def test_an_invalid_prompt_is_refused_by_name(prompt: object) -> None:
     assert str(refusal_of(text, prompt=prompt).param).startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    ("read", "members"),
+    [
+        (chat, {f"member{number}": 0 for number in range(1000)}),
+        (chat, {"stop": [0] * 1000}),
+        (text, {"prompt": ["x"] + [0] * 1000}),
+    ],
+)
+def test_of_many_faults_only_the_first_is_described(read: Any, members: dict[str, Any]) -> None:
+    with pytest.raises(Problem) as caught:
+        read(**members)
+    cause = caught.value.__cause__
+    assert cause is None or (isinstance(cause, ValidationError) and cause.error_count() == 1)
+    assert len(str(caught.value.for_openai())) < 500
+
+
+@pytest.mark.parametrize("digits", [10, 4300])
+def test_a_huge_number_of_choices_is_an_invalid_value(digits: int) -> None:
+    with pytest.raises(Problem) as caught:
+        text(prompt=["x"] * 10, n=10 ** (digits - 1)).request(32)
+    assert (caught.value.status, caught.value.param) == (400, "n")
+    assert len(caught.value.detail) < 200
 
 
 def test_all_choices_of_all_prompts_together_are_bounded() -> None:

@@ -159,6 +159,16 @@ def test_an_unknown_model_deployment_or_prediction_is_a_404(gateway: Gateway, pa
     }
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e400", "1" * 400 + ".5"])
+@pytest.mark.parametrize("member", ["repetition_penalty", "no_such_input"])
+def test_a_number_that_is_too_large_is_not_json(gateway: Gateway, member: str, number: str) -> None:
+    body = f'{{"input": {{"prompt": "Hi", "{member}": [{{"deep": {number}}}]}}}}'
+    response = gateway.client.post(f"/v1/models/{MODEL}/predictions", content=body)
+    assert response.status_code == 400
+    assert response.json()["detail"] == "The body of the request contains a number that is too large."
+    assert gateway.client.get("/v1/predictions").json()["results"] == []
+
+
 def test_invalid_inputs_are_refused_before_a_prediction_exists(gateway: Gateway, cog: FakeCog) -> None:
     body = {"input": {"prompt": 5, "temperature": 9}}
     response = gateway.client.post(f"/v1/models/{MODEL}/predictions", json=body)

@@ -79,16 +79,6 @@ def test_the_predictor_reads_every_stop_sequence_of_a_list_as_it_was(stops: list
         ({"stop_sequences": ["a", 1]}, [("invalid_type", "input.stop_sequences", None)]),
         ({"messages": ["hi"]}, [("invalid_type", "input.messages.0", None)]),
         (
-            {"repetition_penalty": float("inf")},  # what JSON's 1e999 is read as
-            [
-                (
-                    "invalid_type",
-                    "input.repetition_penalty",
-                    "Invalid type. Expected: number, given: a number that is too large",
-                )
-            ],
-        ),
-        (
             {"top_p": 2, "top_k": -2},
             [("number_gte", "input.top_k", None), ("number_lte", "input.top_p", None)],
         ),
@@ -107,6 +97,30 @@ def test_invalid_inputs_are_all_named_in_replicates_words(
         assert f"- {field}: {error['description']}\n" in body["detail"]
 
 
+def test_of_many_errors_only_some_are_told(version: ModelVersion) -> None:
+    with pytest.raises(Problem) as caught:
+        read(version, {"messages": [0] * 4000})
+    assert len(caught.value.for_replicate()["invalid_fields"]) == 20
+
+
+@pytest.mark.parametrize("item", [0, {}, "x"])
+@pytest.mark.parametrize("name", ["messages", "stop_sequences"])
+def test_a_list_that_is_longer_than_the_context_is_refused_before_its_items_are_read(
+    version: ModelVersion, name: str, item: object
+) -> None:
+    with pytest.raises(Problem) as caught:
+        read(version, {name: [item] * 4097})
+    (error,) = caught.value.for_replicate()["invalid_fields"]
+    assert (error["field"], error["description"]) == (f"input.{name}", "Must have at most 4096 items")
+
+
+@pytest.mark.parametrize("event", [0, "start"])
+def test_a_long_list_of_events_is_one_error(version: ModelVersion, event: object) -> None:
+    with pytest.raises(Problem) as caught:
+        read(version, {}, webhook_events_filter=[event] * 100_000)
+    assert len(str(caught.value.for_replicate())) < 1000
+
+
 def test_a_missing_required_input_is_named_as_replicate_names_it() -> None:
     schema = {"components": {"schemas": {"Input": {"type": "object", "required": ["prompt"]}}}}
     with pytest.raises(Problem) as caught:
@@ -117,6 +131,19 @@ def test_a_missing_required_input_is_named_as_replicate_names_it() -> None:
         "status": 422,
         "invalid_fields": [{"type": "required", "field": "input", "description": "prompt is required"}],
     }
+
+
+def test_a_schema_is_read_once_however_often_a_request_asks_for_its_version() -> None:
+    class Counted(dict[str, Any]):
+        reads = 0
+
+        def items(self) -> Any:
+            self.reads += 1
+            return super().items()
+
+    schema = Counted(SCHEMA)
+    assert version_of(schema) is version_of(schema)
+    assert schema.reads == 1
 
 
 def test_a_refused_input_is_not_quoted(version: ModelVersion) -> None:

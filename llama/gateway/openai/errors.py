@@ -32,7 +32,7 @@ def failure(prediction: Prediction, *, is_chat: bool) -> Problem:
             "Cancelled",
             "The completion was cancelled before its end.",
             code="cancelled",
-            headers={"x-should-retry": "false"},  # it was cancelled on purpose
+            headers={"x-should-retry": "false"},  # it was cancelled on purpose, so a retry is not wanted
         )
     found = _LINE.search(prediction.error or "")
     line, code = (found[0], found[1]) if found else (prediction.error or "The completion failed.", "")

@@ -85,6 +85,12 @@ def unsupported(param: str, detail: str) -> Problem:
     return invalid(param, detail, code="unsupported_parameter")
 
 
+def unknown(param: str) -> Problem:
+    """A member that OpenAI's API does not have."""
+    param = param[:100]
+    return invalid(param, f"Unrecognized request argument supplied: {param}", code="unknown_parameter")
+
+
 def implemented(body: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """Return the members that are not null and not accepted without effect.
 
@@ -114,8 +120,7 @@ def explain(error: ValidationError) -> Problem:
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]
     )
     if kind == "extra_forbidden":
-        detail = f"Unrecognized request argument supplied: {param[:100]}"
-        return invalid(param[:100], detail, code="unknown_parameter")
+        return unknown(param)
     if kind == "missing":
         return invalid(param, f"Missing required parameter: '{param}'.", code="missing_required_parameter")
     if kind == "value_error":  # raised by a validator of the body, in words for the client

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from llama.errors import json_type
-from llama.gateway.openai.members import invalid, unsupported
+from llama.gateway.openai.members import invalid, unknown, unsupported
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _WITHOUT_EFFECT = frozenset({"name"})
@@ -69,8 +69,7 @@ def _read(place: str, message: Any) -> tuple[str, str]:
         if name in ("role", "content") or name in _WITHOUT_EFFECT or value is None:
             continue
         if name not in _EMPTY:
-            param = f"{place}.{name[:100]}"
-            raise invalid(param, f"Unrecognized request argument supplied: {param}", code="unknown_parameter")
+            raise unknown(f"{place}.{name}")
         if value and message.get("role") != "tool":
             raise unsupported(f"{place}.{name}", f"'{place}.{name}' is not supported with this model.")
     role = message.get("role")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama.gateway.model_card import ModelVersion
+from llama.gateway.model_card import ModelVersion, is_version
 from llama.gateway.problems import Problem
 from llama.gateway.settings import GatewaySettings
 
@@ -29,7 +29,7 @@ def find_model(name: str, settings: GatewaySettings, own: ModelVersion | None) -
     if bare in (settings.model, settings.model.partition("/")[2]):
         if not colon:
             return NamedModel()
-        if version in settings.versions or (own is not None and version == own.id):
+        if is_version(version, settings.versions, own):
             return NamedModel(version)
     shown = f"'{name}'" if len(name) <= 100 else "with this name"
     raise Problem(

@@ -18,6 +18,7 @@ from llama.gateway.openai.members import (
     explain,
     implemented,
     invalid,
+    unknown,
     unsupported,
 )
 from llama.gateway.openai.messages import read_messages
@@ -83,7 +84,9 @@ def _not_blank(prompts: list[str]) -> list[str]:
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
+Number = Annotated[Whole, Field(ge=1, le=UP_TO_THE_CONTEXT)]
 Setting = Annotated[Whole, Field(ge=-1, le=UP_TO_THE_CONTEXT)]
+Texts = Annotated[list[str], Field(fail_fast=True)]  # its first error is the one that is told
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -123,13 +126,13 @@ class CompletionBody(_Strict):
     model: str
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
-    n: Count = 1
+    n: Number = 1
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    stop: Annotated[list[str], BeforeValidator(_texts), AfterValidator(_within_limits)] = Field(
+    stop: Annotated[Texts, BeforeValidator(_texts), AfterValidator(_within_limits)] = Field(
         default_factory=list
     )
     seed: Annotated[Whole, Field(ge=-_SEED_LIMIT, lt=_SEED_LIMIT)] | None = None
@@ -145,8 +148,12 @@ class CompletionBody(_Strict):
             raise Problem(
                 400, "Invalid request", f"The body has to be a JSON object, but it is {json_type(body)}."
             )
+        members = implemented(body, cls.unsupported)
+        for name in members:  # before pydantic, which would describe all of them
+            if name not in cls.model_fields:
+                raise unknown(name)
         try:
-            request = cls.model_validate(implemented(body, cls.unsupported))
+            request = cls.model_validate(members)
         except ValidationError as error:
             raise explain(error) from error
         if request.stream_options is not None and not request.stream:
@@ -217,7 +224,7 @@ class TextBody(CompletionBody):
     unsupported = dict(TEXT_VALUES)
     is_chat = False
 
-    prompt: Annotated[list[str], BeforeValidator(_without_token_ids), AfterValidator(_not_blank)]
+    prompt: Annotated[Texts, BeforeValidator(_without_token_ids), AfterValidator(_not_blank)]
     best_of: Count | None = None
 
     def prompts(self) -> list[dict[str, Any]]:

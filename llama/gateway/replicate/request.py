@@ -5,15 +5,15 @@ Returns typed objects, or raises Problem in Replicate's words. Knows nothing abo
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llama.gateway.model_card import ModelVersion
+from llama.gateway.model_card import ModelVersion, is_version
 from llama.gateway.prediction import Webhook
 from llama.gateway.problems import Problem
 from llama.gateway.settings import GatewaySettings, Network
@@ -23,6 +23,11 @@ from llama.gateway.webhooks.outgoing import check_url
 ALL_EVENTS = frozenset({"start", "output", "logs", "completed"})
 MAX_WAIT = 60.0  # seconds
 _MIN_CANCEL_AFTER = 5  # seconds
+_MAX_ERRORS = 20
+_MAX_EVENTS = 20  # each of the four may be repeated
+_MAX_ITEMS = 4096
+"""How long a list in the inputs can be. The model's context has as many tokens, and each message takes at
+least one. Checking a longer list would hold up all other requests."""
 _WAIT = re.compile(r'\s*wait\s*(?:=\s*"?([0-9]{1,9})"?\s*)?(?:;.*)?', re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"([0-9]{1,9})|(?=[0-9])(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})s)?")
 _JSON_TYPES = {
@@ -43,7 +48,9 @@ class _Body(BaseModel):
     version: str | None = None
     webhook: str | None = None
     webhook_completed: str | None = None
-    webhook_events_filter: list[Literal["start", "output", "logs", "completed"]] | None = None
+    webhook_events_filter: list[Literal["start", "output", "logs", "completed"]] | None = Field(
+        None, max_length=_MAX_EVENTS, fail_fast=True
+    )
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,13 @@ def read_creation(body: object, version: ModelVersion | None, networks: Sequence
         parsed = _Body.model_validate(body)
     except ValidationError as error:
         raise _invalid([_body_error(details) for details in error.errors()]) from error
+    if too_long := [*_lists_that_are_too_long(parsed.input)]:
+        raise _invalid(too_long)
     inputs = _server_inputs(parsed.input)
-    if version is not None and (errors := [*version.input_validator.iter_errors(inputs)]):
-        raise _invalid(_input_error(error) for error in sorted(errors, key=lambda e: [*map(str, e.path)]))
+    if version is not None:
+        errors = list(islice(version.input_validator.iter_errors(inputs), _MAX_ERRORS))
+        if errors:
+            raise _invalid(_input_error(error) for error in sorted(errors, key=lambda e: [*map(str, e.path)]))
     return Creation(inputs, parsed.version, _webhook(parsed, networks))
 
 
@@ -77,7 +88,7 @@ def version_id(named: str, settings: GatewaySettings, version: ModelVersion | No
     if named == settings.model:
         return "hidden"
     bare = named.removeprefix(f"{settings.model}:")
-    if is_version(bare, settings, version):
+    if is_version(bare, settings.versions, version):
         return bare
     raise Problem(
         422,
@@ -88,10 +99,6 @@ def version_id(named: str, settings: GatewaySettings, version: ModelVersion | No
 
 def missing_version() -> Problem:
     return _invalid([_error("required", "version", "version is required")])
-
-
-def is_version(name: str, settings: GatewaySettings, version: ModelVersion | None) -> bool:
-    return name in settings.versions or (version is not None and name == version.id)
 
 
 def wait_seconds(headers: Iterable[str]) -> float | None:
@@ -122,6 +129,12 @@ def cancel_after_seconds(header: str | None) -> float | None:
         description = "must be a duration of at least 5 seconds, such as 30, 30s, 5m or 1h30m45s"
         raise _invalid([_error("invalid_value", "Cancel-After", description)])
     return float(total)
+
+
+def _lists_that_are_too_long(inputs: dict[str, Any]) -> Iterable[dict[str, str]]:
+    for name in ("messages", "stop_sequences"):  # the only inputs that may be lists
+        if isinstance(inputs.get(name), list) and len(inputs[name]) > _MAX_ITEMS:
+            yield _error("array_max_items", f"input.{name}", f"Must have at most {_MAX_ITEMS} items")
 
 
 def _server_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -176,8 +189,6 @@ def _input_error(error: Any) -> dict[str, str]:
             return _error("required", field, f"{missing} is required")
         case "type":
             given = _JSON_TYPES.get(type(error.instance), "unknown")
-            if error.instance in (math.inf, -math.inf):
-                given = "a number that is too large"
             return _error("invalid_type", field, f"Invalid type. Expected: {limit}, given: {given}")
         case "minimum":
             return _error("number_gte", field, f"Must be greater than or equal to {limit:g}")

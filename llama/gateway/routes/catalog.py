@@ -11,9 +11,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from llama.gateway.gateway import Gateway
-from llama.gateway.model_card import RELEASED_AT, ModelVersion, model_body, openai_card, timestamp, version_of
+from llama.gateway.model_card import (
+    RELEASED_AT,
+    ModelVersion,
+    is_version,
+    model_body,
+    openai_card,
+    timestamp,
+    version_of,
+)
 from llama.gateway.problems import Problem, not_found
-from llama.gateway.replicate.request import is_version
 from llama.gateway.routes.dependencies import BaseUrl, CurrentGateway, CurrentKey
 
 _HARDWARE = {"name": "The operator's own servers", "sku": "own"}
@@ -92,7 +99,7 @@ async def get_model(owner: str, name: str, gateway: CurrentGateway, base: BaseUr
     name, _, version = name.partition(":")
     if f"{owner}/{name}" != gateway.settings.model:
         raise Problem(404, "Not found", "This model does not exist.", code="model_not_found", param="model")
-    if version and not is_version(version, gateway.settings, version_of(gateway.servers.schema)):
+    if version and not is_version(version, gateway.settings.versions, version_of(gateway.servers.schema)):
         raise Problem(404, "Not found", "This version does not exist.", code="model_not_found", param="model")
     return _model(gateway, base)
 
@@ -109,7 +116,7 @@ async def get_version(owner: str, name: str, version: str, gateway: CurrentGatew
     latest = _known_version(gateway)
     if version == "undefined":  # what LangChain.js asks for if the program named no version
         return latest.body()
-    if not is_version(version, gateway.settings, latest):
+    if not is_version(version, gateway.settings.versions, latest):
         raise not_found()
     return latest.body(version)
 

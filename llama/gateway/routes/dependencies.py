@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
@@ -36,14 +37,22 @@ async def _base_url(request: Request) -> str:
 async def json_body(request: Request) -> Any:
     """The body as JSON, whatever its content type says: curl sends JSON as a form unless told otherwise.
 
-    Raises Problem 400 if it is not JSON. `NaN` and lone surrogates are not.
+    Raises Problem 400 if it is not JSON, as `NaN` and lone surrogates are not, or if it contains a number
+    that is too large for a float.
     """
     try:
-        return from_json(await request.body(), allow_inf_nan=False)
+        body = from_json(await request.body(), allow_inf_nan=False)
     except ValueError as error:
-        raise Problem(
-            400, "Bad request", f"The body of the request is not valid JSON: {error}", code="invalid_json"
-        ) from error
+        raise _invalid_json(f"The body of the request is not valid JSON: {error}") from error
+    try:
+        json.dumps(body, allow_nan=False)  # 1e999 was read as infinity
+    except ValueError as error:
+        raise _invalid_json("The body of the request contains a number that is too large.") from error
+    return body
+
+
+def _invalid_json(detail: str) -> Problem:
+    return Problem(400, "Bad request", detail, code="invalid_json")
 
 
 CurrentGateway = Annotated[Gateway, Depends(gateway)]
