@@ -9,14 +9,17 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from llama.gateway.gateway import Gateway
 from llama.gateway.http.disconnect import ClientLeft
 from llama.gateway.http.middleware import wrap
 from llama.gateway.http.problem_response import problem_response
-from llama.gateway.problems import Problem, not_found
+from llama.gateway.problems import Problem, internal_error, not_found
 from llama.gateway.routes import catalog, openai, replicate, stream
+
+_ROUTERS = (replicate.router, stream.router, openai.router, catalog.router)
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
@@ -32,14 +35,23 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.state.gateway = gateway
     app.add_api_route("/healthz", _healthz)
     app.add_api_route("/readyz", _readyz)
-    for routes in (replicate, stream, openai, catalog):
-        app.include_router(routes.router)
+    for route in _routes(app):
+        if route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # the server leaves out the body
+    for router in _ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(HTTPException, _http_exception)
     for left in (ClientDisconnect, ClientLeft):
         app.add_exception_handler(left, _client_left)
     app.add_exception_handler(Exception, _unexpected)
     return wrap(app, gateway)
+
+
+def _routes(app: FastAPI) -> list[Route]:
+    """All routes of the gateway. The app itself hides those of its routers."""
+    routes = [*app.routes, *(route for router in _ROUTERS for route in router.routes)]
+    return [route for route in routes if isinstance(route, Route)]
 
 
 async def _healthz() -> dict[str, str]:
@@ -61,18 +73,22 @@ async def _problem(request: Request, error: Exception) -> Response:
 async def _http_exception(request: Request, error: Exception) -> Response:
     """What the router itself refuses: an unknown path or method."""
     assert isinstance(error, HTTPException)
-    problem = (
-        not_found()
-        if error.status_code == 404
-        else Problem(
-            error.status_code,
-            str(error.detail),
-            f"{error.detail}: {request.method} {request.scope['path']}",
-            code="method_not_allowed" if error.status_code == 405 else None,
-        )
+    path, code = request.scope["path"], None
+    if error.status_code == 404:
+        return problem_response(not_found(), path)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the error names the methods of one route only
+        code, headers["Allow"] = "method_not_allowed", ", ".join(sorted(_methods(request)))
+    detail = f"{error.detail}: {request.method} /v1{path}"
+    return problem_response(
+        Problem(error.status_code, str(error.detail), detail, code=code, headers=headers), path
     )
-    problem.headers.update(error.headers or {})
-    return problem_response(problem, request.scope["path"])
+
+
+def _methods(request: Request) -> set[str]:
+    """The methods that a request's path has."""
+    matching = (route for route in _routes(request.app) if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in matching for method in route.methods or ()}
 
 
 async def _client_left(_: Request, __: Exception) -> Response:
@@ -82,7 +98,4 @@ async def _client_left(_: Request, __: Exception) -> Response:
 
 async def _unexpected(request: Request, _: Exception) -> Response:
     """An error of the gateway itself, which uvicorn logs."""
-    problem = Problem(
-        500, "Internal server error", "The gateway failed; its log says why.", code="internal_error"
-    )
-    return problem_response(problem, request.scope["path"])
+    return problem_response(internal_error(), request.scope["path"])

@@ -48,6 +48,12 @@ def not_found(detail: str = "The requested resource could not be found.") -> Pro
     return Problem(404, "Not found", detail, code="not_found")
 
 
+def internal_error() -> Problem:
+    """A fault of the gateway itself, which the log describes."""
+    detail = "The gateway failed; its log says why."
+    return Problem(500, "Internal server error", detail, code="internal_error")
+
+
 def throttled(detail: str, seconds: int) -> Problem:
     """Too many requests: try again after some seconds."""
     return Problem(

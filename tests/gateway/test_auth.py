@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -235,3 +237,37 @@ def test_the_database_is_read_at_most_once_a_second(tmp_path: Path) -> None:
             storage.close()
 
     asyncio.run(scene())
+
+
+def test_while_the_database_cannot_be_read_the_last_known_keys_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Storage):
+        fails = False
+
+        async def run(self, function: Callable[[Store], T]) -> T:
+            if self.fails:
+                raise sqlite3.OperationalError("disk I/O error")
+            return await super().run(function)
+
+    async def scene() -> None:
+        storage, clock = Failing(tmp_path / "gateway.sqlite3"), Clock()
+        try:
+            keys = Keys(storage, environment_key="s3cret", loopback=False, clock=clock)
+            await keys.load()
+            for outages in (1, 2):
+                storage.fails = True
+                for _ in range(3):
+                    clock.now += 1.0
+                    assert (await keys.identify("Bearer s3cret")).name == "environment"
+                    with pytest.raises(Problem):
+                        await keys.identify("Bearer wrong")
+                assert caplog.text.count("disk I/O error") == outages
+                storage.fails = False
+                clock.now += 1.0
+                await keys.identify("Bearer s3cret")
+        finally:
+            storage.close()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(scene())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gateways import KEY, MODEL, Gateway
 
-from benchmarks.fake_cog import FakeCog, real_schema
+from benchmarks.fake_cog import FakeCog, Script, real_schema
 from llama.gateway.settings import PUBLISHED_VERSIONS
 
 Gateways = Callable[..., Gateway]
@@ -165,3 +165,38 @@ def test_what_the_gateway_does_not_have_is_a_problem(
     assert response.status_code == status
     assert response.json()["status"] == status
     assert {"title", "detail"} <= set(response.json())
+
+
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/v1/models", f"/v1/models/{MODEL}", "/v1/predictions"]
+)
+def test_head_has_the_headers_of_get_and_no_body(gateway: Gateway, path: str) -> None:
+    head, get = gateway.client.head(path), gateway.client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == get.headers["content-length"]
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_head_on_a_stream_ends_at_once(gateway: Gateway, cog: FakeCog) -> None:
+    cog.rules.script = Script(["Hello", " there"], gap=60)
+    head = gateway.client.head(gateway.create()["urls"]["stream"])
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"].partition(";")[0] == "text/event-stream"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/predictions", {"GET", "HEAD", "POST"}),
+        ("PUT", "/models", {"GET", "HEAD", "QUERY"}),
+        ("GET", "/chat/completions", {"POST"}),
+        ("POST", "/healthz", {"GET", "HEAD"}),
+    ],
+)
+def test_a_method_that_is_not_allowed_is_told_which_are(
+    gateway: Gateway, method: str, path: str, allowed: set[str]
+) -> None:
+    refused = gateway.client.request(method, f"/v1{path}")
+    assert refused.status_code == 405
+    assert set(refused.headers["allow"].split(", ")) == allowed
+    assert f"{method} /v1{path}" in refused.text

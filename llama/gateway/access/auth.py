@@ -7,6 +7,8 @@ revokes takes effect while the gateway runs.
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -15,6 +17,8 @@ from llama.gateway.problems import Problem
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.keys import Key, hash_of, same
 from llama.gateway.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -46,6 +50,7 @@ class Keys:
         self._stored: list[StoredKey] = []
         self._local: Key | None = None
         self._read_at = -float("inf")
+        self._failing = False
         self._reading = asyncio.Lock()
 
     async def load(self) -> None:
@@ -54,7 +59,7 @@ class Keys:
             await self._storage.run(lambda store: store.keys.ensure(ENVIRONMENT, self._environment_hash))
         if self._loopback:
             self._local = await self._storage.run(lambda store: store.keys.ensure(LOCAL, None))
-        await self._refresh()
+        self._stored, self._read_at = await self._read(), self._clock()
 
     async def is_open(self) -> bool:
         """Whether requests need no key. A revoked key counts: revoking the last one does not open the
@@ -88,8 +93,8 @@ class Keys:
         return found
 
     def _secret_keys(self) -> list[StoredKey]:
-        """The keys that a client can know. The one of an environment variable that is no longer set is not
-        among them."""
+        """The keys that clients can use, including revoked ones. Excludes the environment's key if that
+        variable is no longer set."""
         return [
             stored
             for stored in self._stored
@@ -100,9 +105,20 @@ class Keys:
     async def _refresh(self) -> None:
         async with self._reading:
             now = self._clock()
-            if now - self._read_at >= _SECONDS_FRESH:
-                self._stored = await self._storage.run(lambda store: store.keys.all())
-                self._read_at = now
+            if now - self._read_at < _SECONDS_FRESH:
+                return
+            self._read_at = now
+            try:
+                self._stored = await self._read()
+            except sqlite3.Error as error:
+                if not self._failing:
+                    logger.error("the keys cannot be read, so the last known ones are used: %s", error)
+                self._failing = True
+            else:
+                self._failing = False
+
+    async def _read(self) -> list[StoredKey]:
+        return await self._storage.run(lambda store: store.keys.all())
 
 
 def _unauthenticated(what: str) -> Problem:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.gateway.access.auth import Keys
 from llama.gateway.http.problem_response import problem_response
-from llama.gateway.problems import Problem
+from llama.gateway.problems import Problem, internal_error
 from llama.gateway.settings import GatewaySettings
 
 _WITHOUT_KEY = ("/healthz", "/readyz")
@@ -40,8 +40,8 @@ def wrap(app: ASGIApp, gateway: Gateway) -> ASGIApp:
     app = BodyLimit(app, settings.max_body)
     app = Authentication(app, gateway)
     app = LoopbackGuard(app, gateway)
-    app = Problems(app)
-    app = Cors(app, settings.allowed_origins)  # outside of Problems, so that a page can read the problems
+    app = ProblemResponses(app)
+    app = Cors(app, settings.allowed_origins)  # outside, so that a page can read the problems
     app = Paths(app)
     return RequestIds(app)
 
@@ -70,7 +70,7 @@ class RequestIds:
 
 class Paths:
     """Gives each resource one path. Clients disagree about whether a base URL ends with `/v1`, so `/v1` is
-    removed from the start where it stands once or twice; so are doubled slashes and one at the end."""
+    removed from the start where it stands once or twice. Doubled and trailing slashes are removed too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -115,7 +115,7 @@ def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
     )
 
 
-class Problems:
+class ProblemResponses:
     """Renders the problems that the layers below raise, and any other error as a problem with status 500."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -139,24 +139,21 @@ class Problems:
             await problem_response(problem, scope["path"])(scope, receive, send)
         except Exception:
             if not started:
-                await problem_response(_failed(), scope["path"])(scope, receive, send)
+                await problem_response(internal_error(), scope["path"])(scope, receive, send)
             raise  # the server logs it
 
 
-def _failed() -> Problem:
-    detail = "The gateway failed; its log says why."
-    return Problem(500, "Internal server error", detail, code="internal_error")
-
-
 class LoopbackGuard:
-    """While no key is needed, refuses what a web page in a browser on this machine may have sent: requests
-    for another host name (DNS rebinding), and requests from pages of other sites."""
+    """While no key is needed, refuses requests that a web page may have made through a local browser: those
+    for another host name (DNS rebinding), and those from pages of other sites."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app, self._gateway = app, gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and await self._gateway.keys.is_open():
+        # Health checks must not wait for the database, and have nothing to protect.
+        checked = scope["type"] == "http" and scope["path"] not in _WITHOUT_KEY
+        if checked and await self._gateway.keys.is_open():
             self._check(scope["path"], Headers(scope=scope))
         await self._app(scope, receive, send)
 

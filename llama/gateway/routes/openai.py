@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from llama.gateway.gateway import Gateway
@@ -22,13 +21,10 @@ from llama.gateway.openai.request import ChatBody, CompletionRequest, TextBody
 from llama.gateway.openai.response import PING, Chunks, Completion, error_event, to_json
 from llama.gateway.prediction import PredictionRequest
 from llama.gateway.problems import Problem
-from llama.gateway.routes.dependencies import base_url, current_key, gateway, json_body
+from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
 from llama.gateway.storage.keys import Key
 
 router = APIRouter()
-
-TheGateway = Annotated[Gateway, Depends(gateway)]
-TheKey = Annotated[Key, Depends(current_key)]
 
 # What to use instead of each endpoint of OpenAI's API that this gateway does not have.
 _CHAT = "use POST /v1/chat/completions"
@@ -55,12 +51,12 @@ _ABSENT = {
 
 
 @router.post("/chat/completions")
-async def create_chat_completion(request: Request, gateway: TheGateway, key: TheKey) -> Response:
+async def create_chat_completion(request: Request, gateway: CurrentGateway, key: CurrentKey) -> Response:
     return await _complete(request, gateway, key, ChatBody.parse(await json_body(request)))
 
 
 @router.post("/completions")
-async def create_completion(request: Request, gateway: TheGateway, key: TheKey) -> Response:
+async def create_completion(request: Request, gateway: CurrentGateway, key: CurrentKey) -> Response:
     return await _complete(request, gateway, key, TextBody.parse(await json_body(request)))
 
 

@@ -23,6 +23,8 @@ async def stream(token: str, request: Request, gateway: CurrentGateway) -> Respo
     prediction = await gateway.predictions.find_stream(token)
     if prediction is None:
         raise not_found()
+    if request.method == "HEAD":
+        return Response(media_type="text/event-stream", headers=_HEADERS)
     start = index_after(prediction, request.headers.get("last-event-id", ""))
     if nothing_left(prediction, start):
         return Response(status_code=204)  # a browser connects again after every other status
