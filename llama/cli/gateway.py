@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def gateway(
     if bool(server) == bool(servers):
         raise BadSettings("the gateway needs its servers; give either --server URL or --servers FILE")
     prepared = _prepare(Addresses(server or (), servers), host, port)
-    prepared.run(f"the gateway listens on {prepared.url}; Ctrl-C stops it. {prepared.key_note}")
+    message = f"the gateway listens on {prepared.url}; Ctrl-C stops it. {prepared.key_note}"
+    prepared.run(message, reloads=servers is not None)
 
 
 @command
@@ -79,11 +81,13 @@ class _Prepared:
     port: int
     url: str
 
-    def run(self, message: str) -> None:
-        """Serve until a signal ends it. The message is printed when the gateway listens."""
+    def run(self, message: str, *, reloads: bool = False) -> None:
+        """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead. The
+        message is printed when the gateway listens."""
         from llama.gateway.start import run
 
-        run(self.gateway, self.address, self.port, lambda: print(message, file=sys.stderr))
+        print_message = functools.partial(print, message, file=sys.stderr)
+        run(self.gateway, self.address, self.port, print_message, reloads=reloads)
 
     @property
     def needs_key(self) -> bool:

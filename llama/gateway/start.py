@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
+from types import FrameType
 
 import uvicorn
 
@@ -15,12 +19,14 @@ from llama.gateway.access.auth import RESERVED_NAMES
 from llama.gateway.app import create_app
 from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.gateway import Gateway
+from llama.gateway.http.protocol import Limits, limited
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.store import Store
 from llama.settings import expanded
 
-_GRACE = 30  # seconds that running answers have to end
+_GRACE = 25  # seconds that running answers have to end; last webhooks have 5 more
+_MAX_FILES = 65536  # if the system has no limit
 _IDLE = 75  # seconds; clients keep connections open, and a short limit closes them while they are used again
 
 
@@ -53,11 +59,28 @@ def _keys(settings: GatewaySettings) -> list[StoredKey]:
         store.close()
 
 
-def run(gateway: Gateway, address: str, port: int, on_start: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM. SIGHUP reads the list of servers again. `on_start` is called when the
-    gateway listens."""
-    config = uvicorn.Config(
+def run(
+    gateway: Gateway, address: str, port: int, on_start: Callable[[], None], *, reloads: bool = False
+) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP. If `reloads`, SIGHUP reads the list of servers again instead.
+    `on_start` is called when the gateway listens."""
+    _allow_many_files()
+    GatewayServer(gateway, address, port, on_start, reloads=reloads).run()
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as it goes: every client that waits is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # some systems have a lower limit that they do not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _config(gateway: Gateway, address: str, port: int, grace: int, limits: Limits) -> uvicorn.Config:
+    return uvicorn.Config(
         create_app(gateway),
+        http=limited(limits),
         host=address,
         port=port,
         lifespan="on",
@@ -67,19 +90,54 @@ def run(gateway: Gateway, address: str, port: int, on_start: Callable[[], None])
         server_header=False,
         proxy_headers=False,  # base_url.py reads them
         timeout_keep_alive=_IDLE,
-        timeout_graceful_shutdown=_GRACE,
+        timeout_graceful_shutdown=grace,
     )
-    _Server(config, gateway, on_start).run()
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, on_start: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._gateway, self._on_start = gateway, on_start
+class GatewayServer(uvicorn.Server):
+    """uvicorn's server, with the gateway's signals, limits and end."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        address: str,
+        port: int,
+        on_start: Callable[[], None],
+        *,
+        reloads: bool = False,
+        grace: int = _GRACE,
+        limits: Limits = Limits(),  # noqa: B008  (it is immutable)
+    ) -> None:
+        """`grace`: how many seconds open connections have when the gateway ends. The running predictions have
+        the gateway's own grace, at the same time."""
+        super().__init__(_config(gateway, address, port, grace, limits))
+        self._gateway, self._on_start, self._reloads = gateway, on_start, reloads
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, self._gateway.servers.reload)
+            self._loop = asyncio.get_running_loop()
             self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gateway.stop_starting()
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+            if threading.current_thread() is not threading.main_thread() or (ignored and not self._reloads):
+                yield
+                return
+            previous = signal.signal(signal.SIGHUP, self._hang_up)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, previous)
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        if not self._reloads:
+            self.handle_exit(number, frame)  # which raises the signal again at the end
+        elif self.started:
+            self._loop.call_soon_threadsafe(self._gateway.servers.reload)

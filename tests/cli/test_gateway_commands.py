@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ class Process:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process, self.text = process, ""
-        self.url = ""
+        self.url, self.pid = "", process.pid
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -57,9 +58,12 @@ def environment(database: Path, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(database: Path, *arguments: str, **variables: str) -> Iterator[Process]:
+def running(
+    database: Path, *arguments: str, limit_of_files: int | None = None, **variables: str
+) -> Iterator[Process]:
+    limited = [] if limit_of_files is None else ["sh", "-c", f'ulimit -Sn {limit_of_files}; exec "$@"', "sh"]
     process = subprocess.Popen(
-        [*COMMAND, *arguments],
+        [*limited, *COMMAND, *arguments],
         cwd=ROOT,
         env=environment(database, **variables),
         stdout=subprocess.PIPE,
@@ -102,6 +106,26 @@ def test_a_gateway_serves_until_a_signal_ends_it(database: Path) -> None:
         assert httpx2.get(f"{url}/readyz").json() == {"status": "ready", "servers": 1, "ready": 1}
         assert process.end(signal.SIGTERM) == 128 + signal.SIGTERM
         assert "Traceback" not in process.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_such_as_the_end_of_the_terminal_ends_a_gateway(
+    database: Path, number: signal.Signals
+) -> None:
+    with FakeCog() as cog, running(database, "gateway", "--server", cog.url, "--port", "0") as process:
+        process.wait_for(r"listens on (\S+);")
+        assert process.end(number) == 128 + number
+        assert "Traceback" not in process.text
+
+
+def test_a_gateway_may_open_as_many_files_as_the_system_allows(database: Path) -> None:
+    with FakeCog() as cog:
+        arguments = ["gateway", "--server", cog.url, "--port", "0"]
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with running(database, *arguments, limit_of_files=min(hard, 512)) as process:
+            process.wait_for(r"listens on (\S+);")
+            soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+            assert soft == hard
 
 
 def test_a_gateway_without_a_ready_server_lives_and_is_not_ready(database: Path) -> None:
