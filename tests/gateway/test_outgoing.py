@@ -20,10 +20,10 @@ from llama.gateway.webhooks.outgoing import (
     AddressRefused,
     Network,
     Outgoing,
-    Resolver,
+    WebhookResolver,
     check_url,
     is_allowed,
-    resolve,
+    resolve_host,
 )
 
 LOOPBACK: tuple[Network, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
@@ -88,7 +88,7 @@ def receiver() -> Iterator[Receiver]:
         yield receiver
 
 
-def resolving(*answers: Sequence[str]) -> Resolver:
+def resolving(*answers: Sequence[str]) -> WebhookResolver:
     """A resolver that gives each answer once, and the last one from then on."""
     left = list(answers)
 
@@ -266,10 +266,10 @@ def test_a_receiver_that_does_not_answer_is_left_after_the_timeout(receiver: Rec
 
 
 def test_the_systems_resolver_reports_unknown_and_impossible_names_alike() -> None:
-    assert "127.0.0.1" in asyncio.run(resolve("127.0.0.1", 80))
+    assert "127.0.0.1" in asyncio.run(resolve_host("127.0.0.1", 80))
     for name in ("does-not-exist.invalid", "a" * 300):
         with pytest.raises(socket.gaierror):
-            asyncio.run(resolve(name, 80))
+            asyncio.run(resolve_host(name, 80))
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,8 @@ class Receiver(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, address: str) -> None:
+        super().__init__((address, 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/hook?token=s3cret"
         self.statuses: list[int] = []
         self.received: list[Received] = []
@@ -86,8 +86,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def receiving() -> Iterator[Receiver]:
-    receiver = Receiver()
+def receiving(address: str = "127.0.0.1") -> Iterator[Receiver]:
+    receiver = Receiver(address)
     threading.Thread(target=receiver.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield receiver
@@ -136,6 +136,7 @@ def play(
     networks: str = "127.0.0.0/8",
     timeout: float = 10.0,
     at_once: int = 64,
+    at_once_per_key: int = 16,
     at_once_per_host: int = 8,
     **timing: Any,
 ) -> list[str]:
@@ -150,7 +151,7 @@ def play(
 
         timing.setdefault("interval", 0.02)
         timing.setdefault("retry_delays", (0.01, 0.01, 0.01))
-        delivery = Delivery(sender, key_of, at_once, at_once_per_host)
+        delivery = Delivery(sender, key_of, at_once, at_once_per_key, at_once_per_host)
         webhooks = Webhooks(delivery, prediction_body, delivered, **timing)
         try:
             await scene(Scene(webhooks, settled))
@@ -412,6 +413,81 @@ def test_the_number_of_simultaneous_requests_is_bounded(receiver: Receiver) -> N
 
     play(scene, at_once=3)
     assert receiver.most_running == 3
+
+
+def names_of(receiver: Receiver, count: int) -> list[str]:
+    """Different host names that all lead to the receiver, as those of a wildcard do."""
+    port = receiver.server_address[1]
+    return [f"http://127.0.0.{number}:{port}/hook" for number in range(1, count + 1)]
+
+
+def test_many_names_of_a_slow_receiver_delay_no_other_key() -> None:
+    async def scene(s: Scene) -> None:
+        slow.free.clear()
+        waiting = [s.prediction(slow, url=url) for url in names_of(slow, 20)]
+        other = s.prediction(quick, key_id=2)
+        for prediction in (*waiting, other):
+            succeed(prediction)
+            s.webhooks.follow(prediction)
+        await s.until_settled(other)
+        await s.until(lambda: slow.most_running == 3)
+        slow.free.set()
+        await s.until_settled(*waiting)
+        assert slow.most_running == 3
+
+    with receiving("0.0.0.0") as slow, receiving() as quick:
+        play(scene, at_once=4, at_once_per_key=3)
+
+
+def test_a_slow_receiver_delays_no_other_receiver_of_its_key() -> None:
+    async def scene(s: Scene) -> None:
+        slow.free.clear()
+        waiting = [s.prediction(slow) for _ in range(20)]
+        other = s.prediction(quick, url=quick.url.replace("127.0.0.1", "127.0.0.2"))
+        for prediction in (*waiting, other):
+            succeed(prediction)
+            s.webhooks.follow(prediction)
+        await s.until_settled(other)
+        slow.free.set()
+        await s.until_settled(*waiting)
+
+    with receiving() as slow, receiving("0.0.0.0") as quick:
+        play(scene, at_once=8, at_once_per_key=4, at_once_per_host=2)
+
+
+def test_completed_is_given_up_when_it_has_waited_too_long(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(s: Scene) -> None:
+        receiver.free.clear()
+        waiting = [s.prediction(receiver) for _ in range(3)]
+        for prediction in waiting:
+            succeed(prediction)
+            s.webhooks.follow(prediction)
+        await s.until_settled(*waiting)
+        receiver.free.set()
+
+    play(scene, at_once_per_host=1, give_up_after=0.5)
+    assert caplog.text.count("was given up") == 3
+
+
+def test_only_so_many_ended_predictions_of_a_key_wait_for_a_receiver(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(s: Scene) -> None:
+        receiver.free.clear()
+        first, second, third = [s.prediction(receiver) for _ in range(3)]
+        other = s.prediction(receiver, key_id=2)
+        for prediction in (first, second, third, other):
+            succeed(prediction)
+            s.webhooks.follow(prediction)
+        await s.until_settled(third)
+        assert s.settled == [third.id]
+        receiver.free.set()
+        await s.until_settled(first, second, other)
+
+    play(scene, at_once_per_host=1, most_waiting=2)
+    assert caplog.text.count("was given up") == 1
 
 
 def test_completed_can_be_delivered_after_a_restart_under_the_same_id(receiver: Receiver) -> None:

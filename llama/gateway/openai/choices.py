@@ -13,7 +13,7 @@ from typing import Self
 
 from llama.gateway.openai.errors import failure
 from llama.gateway.openai.request import CompletionRequest
-from llama.gateway.openai.response import Choice, Usage
+from llama.gateway.openai.response import Choice, TokenUsage
 from llama.gateway.prediction import Prediction, PredictionRequest, Status
 from llama.gateway.predictions import Predictions
 
@@ -92,9 +92,9 @@ class Choices:
     def all(self) -> list[Choice]:
         return [self.choice(index) for index in range(len(self._created))]
 
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         one_per_prompt = self._created[:: self._request.choices_per_prompt]
-        return Usage(
+        return TokenUsage(
             prompt_tokens=_total("input_token_count", one_per_prompt),
             completion_tokens=_total("output_token_count", self._created),
         )

@@ -23,7 +23,7 @@ to_json = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     """Token counts of all choices together. A prompt counts once, however many choices it has."""
 
     prompt_tokens: int
@@ -54,7 +54,7 @@ class Completion:
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def body(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
+    def body(self, choices: Sequence[Choice], usage: TokenUsage) -> dict[str, Any]:
         """The response to a request that is not streamed."""
         write = self._chat_choice if self.is_chat else self._text_choice
         return {
@@ -121,7 +121,7 @@ class Chunks:
         content: dict[str, Any] = {"delta": {}} if self._completion.is_chat else {"text": ""}
         return self._event(index, content, finish_reason)
 
-    def end(self, usage: Usage) -> bytes:
+    def end(self, usage: TokenUsage) -> bytes:
         """The end of the stream, with the usage if the client asked for it."""
         if not self._usage:
             return DONE

@@ -30,28 +30,32 @@ class Sender(Protocol):
 
 
 class Delivery:
-    """Sends webhooks through a sender, such as `Outgoing`. A receiver that is slow uses a few of the slots
-    only, so that the others do not wait for it."""
+    """Sends webhooks through a sender, such as `Outgoing`. A slow receiver gets at most `at_once_per_host`
+    slots of its key, so that it does not delay other receivers; and a key, whose host names may be endless,
+    gets at most `at_once_per_key` slots."""
 
     def __init__(
         self,
         sender: Sender,
         key_of: Callable[[int], Key | None],
         at_once: int = 64,
+        at_once_per_key: int = 16,
         at_once_per_host: int = 8,
     ) -> None:
         """`key_of` returns the key with an id; its secret signs the webhooks of its predictions."""
         self._sender, self._key_of = sender, key_of
         self._slots = asyncio.Semaphore(at_once)
-        self._per_host = at_once_per_host
-        self._slots_of_hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._per_key, self._per_host = at_once_per_key, at_once_per_host
+        self._slots_of: WeakValueDictionary[tuple[int, str], asyncio.Semaphore] = WeakValueDictionary()
+        """By key and host; by key and "" for all of the key's hosts."""
 
     @asynccontextmanager
     async def slot(self, prediction: Prediction) -> AsyncIterator[None]:
         """Wait until an attempt for this prediction may run."""
-        host = _host_of(prediction)
-        slots = self._slots_of_hosts.setdefault(host, asyncio.Semaphore(self._per_host))
-        async with slots, self._slots:
+        key_id, host = prediction.request.key_id, _host_of(prediction)
+        of_host = self._slots_of.setdefault((key_id, host), asyncio.Semaphore(self._per_host))
+        of_key = self._slots_of.setdefault((key_id, ""), asyncio.Semaphore(self._per_key))
+        async with of_host, of_key, self._slots:
             yield
 
     async def attempt(self, prediction: Prediction, message_id: str, body: bytes) -> bool:

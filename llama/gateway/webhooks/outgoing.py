@@ -17,18 +17,18 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 import httpx2
 
-Address = IPv4Address | IPv6Address
+IPAddress = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
-Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+WebhookResolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Returns the addresses of a host name. Raises OSError if there are none."""
 
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _TRANSLATED = IPv6Network("64:ff9b::/96")  # NAT64: the last 32 bits are an IPv4 address
 _NOT_PUBLIC = (
-    IPv4Network(
-        "192.0.0.0/24"
-    ),  # the metadata service of Oracle's cloud; Python 3.11 calls a part of it global
-    IPv4Network("168.63.129.16/32"),  # the same of Azure, in a public range
+    # Oracle Cloud's metadata service; `is_global` is true for part of it in Python 3.11.
+    IPv4Network("192.0.0.0/24"),
+    # Azure's metadata service, which has a public address.
+    IPv4Network("168.63.129.16/32"),
 )
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _RESOLVERS = ThreadPoolExecutor(16, "resolver")  # its own threads: a slow name must not hold up other work
@@ -39,7 +39,7 @@ class AddressRefused(Exception):
     """A host has an address that is neither public nor in one of the allowed networks."""
 
 
-def is_allowed(address: Address, networks: Sequence[Network]) -> bool:
+def is_allowed(address: IPAddress, networks: Sequence[Network]) -> bool:
     """Whether a request may go to an address: it is public, or the operator listed its network."""
     inner = _inner(address)
     if any(inner in network or address in network for network in networks):
@@ -50,7 +50,7 @@ def is_allowed(address: Address, networks: Sequence[Network]) -> bool:
     return inner.is_global and not inner.is_multicast and not inner.is_reserved and not unlisted
 
 
-def _inner(address: Address) -> Address:
+def _inner(address: IPAddress) -> IPAddress:
     """The IPv4 address that an IPv6 address leads to, if there is one. Teredo's addresses are not global."""
     if isinstance(address, IPv4Address):
         return address
@@ -86,7 +86,7 @@ def check_url(url: str, networks: Sequence[Network] = ()) -> None:
         raise ValueError("must have a public host")
 
 
-def _literal(host: str) -> Address | None:
+def _literal(host: str) -> IPAddress | None:
     """The address that a host is written as, also in the old forms such as `127.1` and `0x7f000001`."""
     try:
         return ip_address(host)
@@ -98,7 +98,7 @@ def _literal(host: str) -> Address | None:
         return None
 
 
-async def resolve(host: str, port: int) -> list[str]:
+async def resolve_host(host: str, port: int) -> list[str]:
     """Return the addresses of a host from the operating system's resolver."""
     # As bytes, because Python's codec for host names raises UnicodeError instead of OSError.
     look_up = functools.partial(socket.getaddrinfo, host.encode(), port, type=socket.SOCK_STREAM)
@@ -112,7 +112,7 @@ class Outgoing:
     def __init__(
         self,
         networks: Sequence[Network] = (),
-        resolver: Resolver = resolve,
+        resolver: WebhookResolver = resolve_host,
         tls: ssl.SSLContext | None = None,
         timeout: float = 10.0,
     ) -> None:
@@ -138,7 +138,7 @@ class Outgoing:
                         raise
         raise OSError("the host has no address")
 
-    async def _addresses(self, url: httpx2.URL) -> list[Address]:
+    async def _addresses(self, url: httpx2.URL) -> list[IPAddress]:
         """Resolve the host of a URL. One address that is not allowed is enough to refuse the host, even if
         the others are: a public service has no private addresses, so such a name is wrong or an attack."""
         host = url.raw_host.decode()
@@ -149,7 +149,7 @@ class Outgoing:
         return found
 
     async def _post_to(
-        self, address: Address, url: httpx2.URL, content: bytes, headers: Mapping[str, str]
+        self, address: IPAddress, url: httpx2.URL, content: bytes, headers: Mapping[str, str]
     ) -> int:
         # A transport for each request: a pooled connection would be used again for another name with the same
         # address, without a check of the certificate for that name. A client would also log the URL.

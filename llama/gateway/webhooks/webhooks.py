@@ -1,5 +1,5 @@
-"""Tells a prediction's webhook how the prediction goes on: `start`, `output` and `logs` once, `completed`
-again and again until the receiver accepts it.
+"""Sends a prediction's webhooks. `start`, `output` and `logs` are attempted once each; `completed` is retried
+up to six times.
 
 Knows when to send what. Knows nothing about signatures, addresses or what a body contains.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,8 @@ from llama.gateway.webhooks.delivery import Delivery
 logger = logging.getLogger(__name__)
 
 _RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_GIVE_UP_AFTER = 600.0  # seconds
+_MOST_WAITING = 5000
 
 
 class Webhooks:
@@ -32,12 +35,19 @@ class Webhooks:
         *,
         interval: float = 0.5,
         retry_delays: Sequence[float] = _RETRY_DELAYS,
+        give_up_after: float = _GIVE_UP_AFTER,
+        most_waiting: int = _MOST_WAITING,
     ) -> None:
         """`view` returns the body of a webhook. `delivered` is called with the id of a prediction whose
         `completed` was accepted or given up. `interval`: seconds between two webhooks for output and logs.
-        `retry_delays`: seconds before each further attempt to deliver `completed`."""
+        `retry_delays`: seconds before each further attempt to deliver `completed`. `give_up_after`: seconds
+        after which there is no further attempt, because too many webhooks of the key wait before it.
+        `most_waiting`: how many ended predictions of a key may wait for the delivery of `completed`."""
         self._delivery, self._view, self._delivered = delivery, view, delivered
         self._interval, self._retry_delays = interval, retry_delays
+        self._give_up_after, self._most_waiting = give_up_after, most_waiting
+        self._waiting = Counter[int]()
+        """By key id: how many ended predictions wait for the delivery of `completed`."""
         self._closing = asyncio.Event()
         self._tasks: dict[asyncio.Task[None], Prediction] = {}
 
@@ -96,18 +106,34 @@ class Webhooks:
                 await self._delivery.attempt(prediction, message_id, self._body(prediction))
 
     async def _complete(self, prediction: Prediction) -> None:
-        # The id is the same after a restart, so that a receiver can recognize what it has handled.
-        message_id, body = f"msg_{prediction.id}_completed", self._body(prediction)
-        for delay in (0.0, *self._retry_delays):
-            if delay and await self._closes_within(delay):
-                return
-            async with self._delivery.slot(prediction):
-                settled = await self._delivery.attempt(prediction, message_id, body)
-            if settled:
-                break
-        else:
+        key_id = prediction.request.key_id
+        settled: bool | None = False
+        if self._waiting[key_id] < self._most_waiting:
+            self._waiting[key_id] += 1
+            try:
+                async with asyncio.timeout(self._give_up_after):
+                    settled = await self._attempt_until_settled(prediction)
+            except TimeoutError:
+                pass
+            finally:
+                self._waiting[key_id] -= 1
+        if settled is None:
+            return
+        if not settled:
             logger.warning("the completed webhook of prediction %s was given up", prediction.id)
         await self._delivered(prediction.id)
+
+    async def _attempt_until_settled(self, prediction: Prediction) -> bool | None:
+        """Returns False if the last attempt failed, and None if the gateway ended before it."""
+        # The id is the same after a restart, so that a receiver can recognize what it has handled.
+        message_id = f"msg_{prediction.id}_completed"
+        for delay in (0.0, *self._retry_delays):
+            if delay and await self._closes_within(delay):
+                return None
+            async with self._delivery.slot(prediction):
+                if await self._delivery.attempt(prediction, message_id, self._body(prediction)):
+                    return True
+        return False
 
     async def _closes_within(self, seconds: float) -> bool:
         with suppress(TimeoutError):
