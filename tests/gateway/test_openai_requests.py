@@ -374,6 +374,7 @@ def test_an_invalid_prompt_is_refused_by_name(prompt: object) -> None:
     ("read", "members"),
     [
         (chat, {f"member{number}": 0 for number in range(1000)}),
+        (chat, {"stream": True, "stream_options": {f"member{number}": 0 for number in range(1000)}}),
         (chat, {"stop": [0] * 1000}),
         (text, {"prompt": ["x"] + [0] * 1000}),
     ],

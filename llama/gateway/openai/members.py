@@ -119,8 +119,6 @@ def explain(error: ValidationError) -> Problem:
     param = member + "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]
     )
-    if kind == "extra_forbidden":
-        return unknown(param)
     if kind == "missing":
         return invalid(param, f"Missing required parameter: '{param}'.", code="missing_required_parameter")
     if kind == "value_error":  # raised by a validator of the body, in words for the client

@@ -6,6 +6,7 @@ and `openai/messages.py` the messages. Knows nothing about HTTP or responses.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -100,8 +101,19 @@ class StreamOptions(_Strict):
     """Has no effect: nothing is added to hide the lengths of the chunks."""
 
 
-def _without_nulls(value: object) -> object:
-    return {name: v for name, v in value.items() if v is not None} if isinstance(value, dict) else value
+def _known_options(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    options = {name: option for name, option in value.items() if option is not None}
+    _check_names(options, StreamOptions, "stream_options.")
+    return options
+
+
+def _check_names(members: Iterable[str], model: type[BaseModel], prefix: str = "") -> None:
+    """Refuse the first member that the model does not have. pydantic would first describe all of them."""
+    for name in members:
+        if name not in model.model_fields:
+            raise unknown(f"{prefix}{name}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ class CompletionBody(_Strict):
 
     model: str
     stream: bool = False
-    stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
+    stream_options: Annotated[StreamOptions, BeforeValidator(_known_options)] | None = None
     n: Number = 1
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -149,9 +161,7 @@ class CompletionBody(_Strict):
                 400, "Invalid request", f"The body has to be a JSON object, but it is {json_type(body)}."
             )
         members = implemented(body, cls.unsupported)
-        for name in members:  # before pydantic, which would describe all of them
-            if name not in cls.model_fields:
-                raise unknown(name)
+        _check_names(members, cls)
         try:
             request = cls.model_validate(members)
         except ValidationError as error:
