@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
-import httpx2
-
 from llama.gateway.access.auth import Keys
 from llama.gateway.dispatch.addresses import Addresses
+from llama.gateway.dispatch.cog_client import CogClient
 from llama.gateway.dispatch.dispatcher import Dispatcher
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Servers
@@ -60,12 +59,7 @@ class Gateway:
         self.storage = Storage(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
         key = settings.key.get_secret_value() if settings.key else None
         self.keys = Keys(self.storage, environment_key=key, loopback=loopback)
-        # The environment's proxies are for the outside. A prediction may take any time.
-        self._client = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(None, connect=5),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,
-        )
+        self._client = CogClient()
         self.servers = Servers(self._client, addresses, settings.places, lost_after=lost_after)
         delivery = Delivery(Outgoing(settings.webhook_networks), self.keys.by_id)
         self.webhooks = Webhooks(delivery, prediction_body, self._webhook_delivered)
@@ -100,20 +94,20 @@ class Gateway:
             repeat(self._save, _OFTEN),
             repeat(self._delete_old_texts, min(60.0, self.settings.retention / 2)),
         )
-        tasks = [asyncio.create_task(work) for work in background]
-        try:
-            await self._wait_for_a_server()
-            yield
-        finally:
-            self.stop_starting()
-            await cast("asyncio.Task[None]", self._ending)
-            await self.webhooks.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._save()
-            await self._client.aclose()
-            self.storage.close()
+        async with self._client:
+            tasks = [asyncio.create_task(work) for work in background]
+            try:
+                await self._wait_for_a_server()
+                yield
+            finally:
+                self.stop_starting()
+                await cast("asyncio.Task[None]", self._ending)
+                await self.webhooks.close()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._save()
+                self.storage.close()
 
     def stop_starting(self) -> None:
         """Start no more predictions, because the gateway has to end: the running ones have the grace period,

@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import httpx2
-
 from llama.errors import GatewayRestarted, ServerLost
 from llama.gateway.dispatch.affinity import dialogue_of
+from llama.gateway.dispatch.cog_client import Busy, CogClient, Unavailable
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Server, Servers
-from llama.gateway.dispatch.upstream import Busy, Unavailable, run_on_server
+from llama.gateway.dispatch.upstream import run_on_server
 from llama.gateway.prediction import Outcome, Prediction, Status
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        client: httpx2.AsyncClient,
+        client: CogClient,
         servers: Servers,
         queue: FairQueue,
         at_once: Callable[[int], int | None],

@@ -6,22 +6,19 @@ Asks `/health-check` every second. Knows nothing about predictions.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-import httpx2
-
 from llama.gateway.dispatch.addresses import Addresses, ServerAddress
 from llama.gateway.dispatch.affinity import Affinity
+from llama.gateway.dispatch.cog_client import CogClient, Unavailable
 from llama.gateway.repeat import repeat
 
 logger = logging.getLogger(__name__)
 
-_HEALTH_TIMEOUT = 5.0  # seconds
 _READY = ("READY", "BUSY")
 
 
@@ -60,7 +57,7 @@ class Servers:
 
     def __init__(
         self,
-        client: httpx2.AsyncClient,
+        client: CogClient,
         addresses: Addresses,
         places: int,
         *,
@@ -153,21 +150,15 @@ class Servers:
     async def _health(self, server: Server) -> str | None:
         """The status that a server reports; None if it does not respond."""
         try:
-            response = await self._client.get(
-                f"{server.url}/health-check", headers={"Host": server.host}, timeout=_HEALTH_TIMEOUT
-            )
-            return str(response.json()["status"])
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+            return str((await self._client.ask(f"{server.url}/health-check", server.host))["status"])
+        except (Unavailable, KeyError, TypeError):
             return None
 
     async def _fetch_schema(self, server: Server) -> None:
         try:
-            response = await self._client.get(
-                f"{server.url}/openapi.json", headers={"Host": server.host}, timeout=_HEALTH_TIMEOUT
-            )
-            schema = json.loads(response.raise_for_status().content)
+            schema = await self._client.ask(f"{server.url}/openapi.json", server.host)
             schema["components"]["schemas"]["Input"]["properties"]["prompt"]
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (Unavailable, KeyError, TypeError) as error:
             logger.warning("the server %s has no usable /openapi.json (%r)", server.url, error)
             return
         if schema != self.schema:
