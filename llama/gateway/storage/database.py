@@ -37,7 +37,11 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All statements of the block are carried out, or none."""
+        """All statements of the block are carried out, or none. Inside another transaction, it is a part of
+        that one."""
+        if self._connection.in_transaction:
+            yield
+            return
         self.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -6,10 +6,13 @@ Makes sure that only one gateway uses the file.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
@@ -21,7 +24,7 @@ T = TypeVar("T")
 
 
 class Storage:
-    """An open database. Calls run one after the other, in the order in which they were made."""
+    """An open database. Calls are carried out in the order in which they were made."""
 
     def __init__(self, path: Path) -> None:
         """Raises BadSettings if another gateway uses the file, or if it cannot be opened."""
@@ -40,14 +43,67 @@ class Storage:
             self._lock.release()
             raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._calls = list[_Call]()
+        self._working: asyncio.Future[list[_Result]] | None = None
 
     async def run(self, function: Callable[[Store], T]) -> T:
-        """Call a function with the store in the store's thread. Cancelling the caller does not undo it."""
-        call = asyncio.get_running_loop().run_in_executor(self._thread, function, self._store)
-        return await asyncio.shield(call)
+        """Call a function with the store in the store's thread. Cancelling the caller does not undo it.
+
+        Calls that are made while the thread is busy are then carried out together, in one transaction. So a
+        function may be called again, after what it wrote was rolled back.
+        """
+        call = _Call(function, asyncio.get_running_loop().create_future())
+        self._calls.append(call)
+        if self._working is None:
+            self._work()
+        return cast("T", await asyncio.shield(call.future))
+
+    def _work(self) -> None:
+        """Let the thread carry out all calls that wait."""
+        calls, self._calls = self._calls, []
+        loop = asyncio.get_running_loop()
+        self._working = loop.run_in_executor(self._thread, self._carry_out, calls)
+        self._working.add_done_callback(functools.partial(self._deliver, calls))
+
+    def _carry_out(self, calls: Sequence[_Call]) -> list[_Result]:
+        if len(calls) > 1:
+            with suppress(Exception), self._store.transaction():
+                return [_Result(call.function(self._store)) for call in calls]
+        return [_attempt(call, self._store) for call in calls]
+
+    def _deliver(self, calls: Sequence[_Call], done: asyncio.Future[list[_Result]]) -> None:
+        self._working = None
+        if self._calls:
+            self._work()
+        for call, result in zip(calls, done.result(), strict=True):
+            if call.future.cancelled():
+                continue
+            if result.error is None:
+                call.future.set_result(result.value)
+            else:
+                call.future.set_exception(result.error)
 
     def close(self) -> None:
-        """Finish the calls that were made, and close the file."""
+        """Finish the calls that were made, and close the file. Call it when no call is waited for."""
         self._thread.shutdown()
         self._store.close()
         self._lock.release()
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[[Store], Any]
+    future: asyncio.Future[Any]
+
+
+@dataclass(frozen=True)
+class _Result:
+    value: Any = None
+    error: Exception | None = None
+
+
+def _attempt(call: _Call, store: Store) -> _Result:
+    try:
+        return _Result(call.function(store))
+    except Exception as error:
+        return _Result(error=error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,10 @@ class Store:
         self.keys = KeyTable(self._db)
         self._texts_in_log = True
         """Whether the write-ahead log may contain deleted texts."""
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """All calls of the block are carried out, or none."""
+        return self._db.transaction()
 
     def close(self) -> None:
         self._db.close()
