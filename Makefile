@@ -20,7 +20,7 @@ IMAGE_PLATFORM := x86_64-manylinux_2_35
 TORCH_INDEX ?= https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA))
 RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM)
 
-.PHONY: help install predict serve up test test-vllm test-clients check check-images bench bench-gpu clean
+.PHONY: help install predict serve up test test-vllm test-clients check check-images bench bench-gateway bench-gpu clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ bench: $(VENV)/.bench ## measure our engine and its peers; VLLM= and LLAMA_CPP= 
 $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
 	$(BIN)/pip install --quiet -r requirements-bench.txt
 	@touch $@
+
+bench-gateway: install ## measure the gateway; LITELLM= names a Python that has litellm[proxy]
+	$(BIN)/python -m benchmarks.gateway $(if $(LITELLM),--litellm $(LITELLM))
 
 bench-gpu: $(GPU_VENV)/.installed ## check and measure a random 70B on this machine's GPU
 	$(GPU_BIN)/python -m benchmarks.gpu

@@ -44,7 +44,7 @@ class Gateway:
         addresses: Addresses,
         *,
         loopback: bool = True,
-        grace: float = 30.0,
+        grace: float = 25.0,
         ping_interval: float = 10.0,
         lost_after: float = 30.0,
     ) -> None:
