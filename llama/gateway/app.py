@@ -92,7 +92,7 @@ def _methods(request: Request) -> set[str]:
 
 
 async def _client_left(_: Request, __: Exception) -> Response:
-    """The client closed its connection, so nobody reads this response. nginx logs the same status."""
+    """The client closed its connection, so this response is not read. nginx logs the same status."""
     return Response(status_code=499)
 
 

@@ -69,7 +69,7 @@ def run(
 
 
 def _allow_many_files() -> None:
-    """Raise the limit of open files as far as it goes: every client that waits is one."""
+    """Raise the limit of open files to its maximum: every waiting client is an open file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < wanted:

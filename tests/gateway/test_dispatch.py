@@ -248,9 +248,7 @@ def test_the_list_goes_page_by_page_to_the_end_and_back(gateway: Gateway) -> Non
         {"prompt": "", "messages": [{"content": None}]},
     ],
 )
-def test_odd_inputs_reach_the_server_which_judges_them(
-    gateway: Gateway, cog: FakeCog, inputs: Body
-) -> None:
+def test_odd_inputs_reach_the_server_which_judges_them(gateway: Gateway, cog: FakeCog, inputs: Body) -> None:
     assert gateway.wait_for(gateway.create(**inputs))["status"] == "succeeded"
     assert gateway.wait_for(gateway.create())["status"] == "succeeded"
 
@@ -327,4 +325,6 @@ def test_what_a_gateway_remembers_of_ended_predictions_does_not_grow(gateways: S
         for prediction in [gateway.create() for _ in range(50)]:
             gateway.wait_for(prediction)
         remembered = vars(gateway.inside.predictions)
-        until(lambda: not any(remembered[name] for name in ("_active", "_unsaved", "_saved_counts", "_tasks")))
+        until(
+            lambda: not any(remembered[name] for name in ("_active", "_unsaved", "_saved_counts", "_tasks"))
+        )

@@ -205,7 +205,9 @@ def test_a_file_that_is_no_database_is_refused_and_kept(path: Path) -> None:
 
 
 def test_many_processes_can_make_the_file_at_the_same_time(path: Path) -> None:
-    code = "import sys, pathlib; from llama.gateway.storage.store import Store; Store(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import sys, pathlib; from llama.gateway.storage.store import Store; Store(pathlib.Path(sys.argv[1]))"
+    )
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for _ in range(6)

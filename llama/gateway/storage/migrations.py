@@ -60,7 +60,7 @@ MIGRATIONS = (
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring a database to the newest version, each step in a transaction of its own.
+    """Upgrade a database to the newest version, each step in a transaction of its own.
 
     Raises BadSettings if the file was written by a newer gateway.
     """

@@ -49,8 +49,8 @@ class Storage:
     async def run(self, function: Callable[[Store], T]) -> T:
         """Call a function with the store in the store's thread. Cancelling the caller does not undo it.
 
-        Calls that are made while the thread is busy are then carried out together, in one transaction. So a
-        function may be called again, after what it wrote was rolled back.
+        Calls that are made while the thread is busy are then carried out together, in one transaction. If one
+        of them fails, the transaction is rolled back, and each function is called again on its own.
         """
         call = _Call(function, asyncio.get_running_loop().create_future())
         self._calls.append(call)
