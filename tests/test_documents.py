@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from gateways import Gateway
 from pydantic.fields import FieldInfo
 from small_models import needs_embedded
 
@@ -173,14 +174,21 @@ def blocks(language: str) -> list[str]:
 
 @needs_embedded
 @pytest.mark.slow
-def test_the_examples_of_the_readme_get_the_answers_that_it_shows(embedded_folder: Path) -> None:
+def test_the_examples_of_the_readme_get_the_answers_that_it_shows(
+    embedded_folder: Path, tmp_path: Path
+) -> None:
     write_schema(Predictor.run, ROOT)
     with CogServer({"LLAMA_WEIGHTS": str(embedded_folder), "LLAMA_ENGINE": "torch"}) as server:
         server.wait_until_ready()
+        open_gateway = Gateway([str(server.client.base_url)], tmp_path / "gateway.sqlite3", key=None)
 
         def run(command: list[str], text: str) -> str:
             text = text.replace("localhost:5000", f"127.0.0.1:{server.port}")
-            environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
+            if "localhost:8000" in text:
+                text = text.replace("http://localhost:8000", open_gateway.url)
+            bin_folder = str(Path(sys.executable).parent)
+            path = os.pathsep.join([bin_folder, os.environ["PATH"]])
+            environment = {**os.environ, "NO_PROXY": "127.0.0.1", "PATH": path}
             return subprocess.run(
                 [*command, text], env=environment, capture_output=True, text=True, check=True
             ).stdout
@@ -190,8 +198,12 @@ def test_the_examples_of_the_readme_get_the_answers_that_it_shows(embedded_folde
             for block in blocks("console")
             for match in re.finditer(r"^\$ (curl .*?\}\}')$", block, re.MULTILINE | re.DOTALL)
         )
-        (python,) = blocks("python")
-        assert run([sys.executable, "-c"], python) == "The capital of France is Paris.\n"
+        with open_gateway:
+            openai, httpx2 = blocks("python")
+            for python in (openai, httpx2):
+                assert run([sys.executable, "-c"], python) == "The capital of France is Paris.\n"
+            (replicate,) = (block for block in blocks("console") if "REPLICATE_BASE_URL" in block)
+            assert run(["bash", "-c"], replicate.replace("$ ", "")).strip()
     body = json.loads(plain)
     assert "".join(body["output"]) == "The capital of France is Paris."
     assert f'"input_token_count":{body["metrics"]["input_token_count"]}, ...' in read("README.md")
