@@ -63,7 +63,7 @@ class CogApp:
             case "GET", "/openapi.json":
                 schema = real_schema()
                 info = {**schema["info"], "title": self.rules.title}
-                await _respond(send, 200, {**schema, "info": info})
+                await _respond(send, 200, self.rules.schema or {**schema, "info": info})
             case "POST", "/predictions":
                 await self._predict(request, receive, send)
             case _:

@@ -88,5 +88,7 @@ class Rules:
     """A status with which all predictions are answered."""
     title: str = "Cog"
     """The title in the schema. Another one makes it the schema of another version."""
+    schema: str | None = None
+    """What `/openapi.json` responds instead of the schema."""
     frozen: bool = False
     """Accept all requests, that for the health too, and never respond."""

@@ -9,7 +9,7 @@ import logging
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import ByteSize, Field, PositiveInt, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -40,7 +40,7 @@ _EXPECTED = {
 class EnvironmentSettings(BaseSettings):
     """Settings that are read from environment variables with one prefix."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, hide_input_in_errors=True)
 
     others: ClassVar[tuple[str, ...]] = ()
     """Prefixes of variables that belong to other programs, so no warning is logged about them."""
@@ -59,9 +59,13 @@ class EnvironmentSettings(BaseSettings):
             name = str(first["loc"][0])
             variable = name if name.isupper() else f"{cls._prefix()}{name.upper()}"
             expected = _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Input ")
-            raise BadSettings(
-                f"{variable} is {first['input']!r}, but it {expected}; correct it or unset it"
-            ) from error
+            shown = "set" if cls._is_secret(name) else repr(first["input"])
+            raise BadSettings(f"{variable} is {shown}, but it {expected}; correct it or unset it") from error
+
+    @classmethod
+    def _is_secret(cls, name: str) -> bool:
+        field = next(f for own, f in cls.model_fields.items() if name in (own, f.validation_alias))
+        return SecretStr in (field.annotation, *get_args(field.annotation))
 
     @classmethod
     def _prefix(cls) -> str:

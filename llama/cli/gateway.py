@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from llama.gateway.gateway import Gateway
 
 HostOption = Annotated[
-    str, typer.Option(help="The address to listen on. Other addresses than 127.0.0.1 need a key.")
+    str, typer.Option(help="The address to listen on. A key is needed unless it is a loopback address.")
 ]
 PortOption = Annotated[int, typer.Option(help="The port to listen on. Use 0 to choose a free one.")]
 
@@ -48,7 +50,8 @@ def gateway(
     if bool(server) == bool(servers):
         raise BadSettings("the gateway needs its servers; give either --server URL or --servers FILE")
     prepared = _prepare(Addresses(server or (), servers), host, port)
-    message = f"the gateway listens on {prepared.url}; Ctrl-C stops it. {prepared.key_note}"
+    others = " and all other addresses of this machine" if prepared.address in ("0.0.0.0", "::") else ""
+    message = f"the gateway listens on {prepared.url}{others}; Ctrl-C stops it. {prepared.key_note}"
     prepared.run(message, reloads=servers is not None)
 
 
@@ -68,8 +71,24 @@ def up(host: HostOption = "127.0.0.1", port: PortOption = 8000) -> int | None:
         except ServerFailed as error:
             return fail(without_prefix(str(error)))
         ready.set()
-        prepared.run(_snippets(prepared))
-    return None
+        ending, died = Event(), Event()
+        Thread(target=_end_with, args=(server.process, ending, died), daemon=True).start()
+        try:
+            prepared.run(_snippets(prepared))
+        except SystemExit:
+            if not died.is_set():
+                raise
+        finally:
+            ending.set()
+    return fail("the server has ended; run `python -m llama serve` to see its log") if died.is_set() else None
+
+
+def _end_with(server: subprocess.Popen[bytes], ending: Event, died: Event) -> None:
+    """End this process, as SIGTERM does, if the server ends before `ending` is set. Sets `died` then."""
+    server.wait()
+    if not ending.is_set():
+        died.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,12 @@ keys = typer.Typer(
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _COLUMNS = ("NAME", "PER MINUTE", "AT ONCE", "CREATED (UTC)", "REVOKED (UTC)")
 
-NameArgument = Annotated[str, typer.Argument(help="A name for the key, such as that of its owner.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A name for the key, such as that of its owner. The names local and environment are reserved."
+    ),
+]
 
 
 @keys.command()
@@ -82,7 +87,7 @@ def list_keys() -> None:
 @keys.command()
 @command
 def revoke(name: NameArgument) -> None:
-    """Revoke a key. A running gateway refuses it after at most a second."""
+    """Revoke a key. Within about a second, a running gateway refuses it and cancels its predictions."""
     _check_name(name)
     with _store() as store:
         if not store.keys.revoke(name):

@@ -61,6 +61,10 @@ async def _healthz() -> dict[str, str]:
 async def _readyz(request: Request) -> Response:
     servers = request.app.state.gateway.servers
     ready = sum(server.ready for server in servers.all)
+    if not request.app.state.gateway.storage.in_place:
+        return JSONResponse(
+            {"status": "not ready", "error": "the database was deleted; restart the gateway"}, 503
+        )
     body = {"status": "ready" if ready else "not ready", "servers": len(servers.all), "ready": ready}
     return JSONResponse(body, 200 if ready else 503)
 

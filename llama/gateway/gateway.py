@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _OFTEN = 0.25  # seconds
 _SAVE_AGAIN_AFTER = 1.0  # seconds, when the disk is full
+_LAST_WEBHOOKS = 5.0  # seconds
 _FIRST_CHECKS = 0.5  # seconds
 _SCHEMA = "openapi_schema"
 
@@ -74,6 +75,7 @@ class Gateway:
             on_begin=self.webhooks.follow,
         )
         self._dispatcher = dispatcher
+        self._hurried = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
 
     def _at_once(self, key_id: int) -> int | None:
@@ -90,7 +92,7 @@ class Gateway:
             self.webhooks.deliver_completed(prediction)
         background = (
             self.servers.watch(),
-            repeat(self.predictions.end_overdue, _OFTEN),
+            repeat(self.predictions.end_what_must_not_go_on, _OFTEN),
             repeat(self._save, _OFTEN),
             repeat(self._delete_old_texts, min(60.0, self.settings.retention / 2)),
         )
@@ -102,7 +104,7 @@ class Gateway:
             finally:
                 self.stop_starting()
                 await cast("asyncio.Task[None]", self._ending)
-                await self.webhooks.close()
+                await self.webhooks.close(0 if self._hurried.is_set() else _LAST_WEBHOOKS)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -115,10 +117,17 @@ class Gateway:
         if self._ending is None:
             self._ending = asyncio.create_task(self._end_predictions())
 
+    def stop_now(self) -> None:
+        """End the grace period. Call it in the event loop, after `stop_starting`."""
+        self._hurried.set()
+
     async def _end_predictions(self) -> None:
         self._dispatcher.stop_starting()
         await self.predictions.end_waiting_connections()
-        await self._dispatcher.end(self._grace)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._grace):
+                await self._dispatcher.idle(self._hurried)
+        await self._dispatcher.end()
 
     async def _wait_for_a_server(self) -> None:
         """Give the first health checks a moment, so that a gateway that listens is usually ready, too."""

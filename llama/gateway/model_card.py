@@ -16,15 +16,21 @@ from functools import lru_cache
 from typing import Any
 
 from jsonschema import Draft202012Validator
+from referencing.jsonschema import EMPTY_REGISTRY
 
 _COG_VERSION = "0.23.1"  # for a schema without a usable version
 _MINIMUM_COG_VERSION = (0, 3, 9)  # Replicate's Python client fails with older ones
 RELEASED_AT = datetime(2023, 7, 18, tzinfo=UTC)  # the release of Llama 2; a time that never changes
 _DESCRIPTION = "A language model for dialogues, served by this gateway"
 
+_NOTHING_ELSE = EMPTY_REGISTRY
+"""By default, the validator would fetch the URLs that a schema refers to."""
+_SAMPLES = (None, True, 0, 0.5, "x", ["x"], {"x": "x"})
+
 _versions_by_schema = dict[int, tuple[dict[str, Any], "ModelVersion"]]()
 """By the id of the schema's object, which is kept, so that no other object can get the same id."""
 _MAX_SCHEMAS = 4
+_MAX_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,24 @@ def version_of(schema: dict[str, Any] | None) -> ModelVersion | None:
     return _versions_by_schema[id(schema)][1]
 
 
+def check_schema(schema: Any) -> None:
+    """Raises ValueError if the gateway cannot use this OpenAPI document: if it does not describe a prompt, or
+    if inputs cannot be validated with it or clients cannot get it as JSON."""
+    try:
+        inputs = schema["components"]["schemas"]["Input"]
+        names = ["prompt", *inputs["properties"]]
+        inputs["properties"]["prompt"], schema.get("info", {}).items()
+        Draft202012Validator.check_schema(inputs)
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
+        version = _version_of(json.dumps(schema))
+        version.body()
+        for value in ({}, *({name: sample} for name in names for sample in _SAMPLES)):
+            list(version.input_validator.iter_errors(value))
+    except Exception as error:  # whatever is wrong with it, such as a pattern or a reference to itself
+        reason = " ".join(str(error).split())[:_MAX_REASON]
+        raise ValueError(f"{type(error).__name__}: {reason}") from error
+
+
 def is_version(name: str, accepted: Collection[str], version: ModelVersion | None) -> bool:
     """Whether a client can use `name` as a version's id. `accepted`: the ids beside the version's own."""
     return name in accepted or (version is not None and name == version.id)
@@ -69,9 +93,8 @@ def _version_of(text: str) -> ModelVersion:
     # `cog build` writes the same schema in another order, and whole numbers without a fraction.
     canonical = json.dumps(json.loads(text, parse_float=_number), sort_keys=True, separators=(",", ":"))
     input_schema = {"$ref": "#/components/schemas/Input", "components": schema["components"]}
-    return ModelVersion(
-        hashlib.sha256(canonical.encode()).hexdigest(), schema, Draft202012Validator(input_schema)
-    )
+    validator = Draft202012Validator(input_schema, registry=_NOTHING_ELSE)
+    return ModelVersion(hashlib.sha256(canonical.encode()).hexdigest(), schema, validator)
 
 
 def _number(text: str) -> float:

@@ -78,6 +78,7 @@ class Prediction:
         """The unguessable last part of the stream's URL, which needs no key."""
         # Rounded to what responses show, because clients pass it back as `created_before`.
         self.created_at = round(time.time(), 6)
+        self._born = time.monotonic()
         self.started_at: float | None = None
         self.completed_at: float | None = None
         self.status = Status.STARTING
@@ -90,6 +91,16 @@ class Prediction:
         self.data_removed = False
         """Whether the inputs, the output and the logs were deleted."""
         self._changed = asyncio.Event()
+
+    @property
+    def age(self) -> float:
+        """Seconds since its creation. A change of the system's clock does not matter."""
+        return time.monotonic() - self._born
+
+    def set_created_at(self, created_at: float) -> None:
+        """Set when it was created, before this gateway started."""
+        self.created_at = created_at
+        self._born = time.monotonic() - max(0.0, time.time() - created_at)
 
     @property
     def deadline(self) -> float | None:

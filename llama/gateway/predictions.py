@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llama.errors import GatewayRestarted, NotStarted
@@ -64,33 +63,44 @@ class Predictions:
         self.created = 0
         """How many predictions were created since the database was created."""
 
-    async def create(self, request: PredictionRequest) -> Prediction:
-        """Store a prediction and queue it. Raises Problem: 429 if its key has too many requests per minute or
-        too many waiting predictions, 503 if it cannot be stored."""
-        key = self._keys.by_id(request.key_id)
-        prediction = Prediction(request)
-        with self._queue.room_for(request.key_id):
+    @property
+    def running(self) -> list[Prediction]:
+        return self._dispatcher.running
+
+    async def create(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
+        """Store predictions of one key and queue them, all or none.
+
+        Raises Problem: 429 if the key has too many requests per minute or too many waiting predictions, 400
+        if it could never create so many, 503 if they cannot be stored.
+        """
+        key_id, count = requests[0].key_id, len(requests)
+        key = self._keys.by_id(key_id)
+        predictions = [Prediction(request) for request in requests]
+        with self._queue.room_for(key_id, count):
             if key is not None:
-                self._throttle.check(key)
+                self._throttle.check(key, count)
             try:
-                await self._storage.run(lambda store: store.insert(prediction))
+                await self._storage.run(lambda store: store.insert(predictions))
             except sqlite3.Error as error:
-                logger.error("a prediction cannot be stored: %s", error)
+                logger.error("predictions cannot be stored: %s", error)
                 raise _not_stored() from error
-        self.created += 1
-        self._begin(prediction)
-        return prediction
+        self.created += count
+        for prediction in predictions:
+            self._begin(prediction)
+        return predictions
 
     async def recover(self) -> None:
         """Queue the predictions that waited when the gateway ended, and fail those that ran."""
         self.created = await self._storage.run(lambda store: store.count())
         lost = GatewayRestarted("the gateway was restarted during the prediction; create it again")
-        for prediction in await self._storage.run(lambda store: store.unfinished()):
+        for prediction, progress_at in await self._storage.run(lambda store: store.unfinished()):
             if prediction.status is Status.STARTING and not prediction.request.needs_client:
                 self._begin(prediction)
             else:
                 self._active[prediction.id] = prediction
-                await self._finish(prediction, Outcome(Status.FAILED, str(lost)))
+                # The time since then is not a time of work.
+                ended_at = progress_at or prediction.started_at or prediction.created_at
+                await self._finish(prediction, Outcome(Status.FAILED, str(lost), ended_at=ended_at))
 
     def _begin(self, prediction: Prediction) -> None:
         self._active[prediction.id] = prediction
@@ -129,10 +139,12 @@ class Predictions:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def end_overdue(self) -> None:
-        """End the predictions that are past their deadline or have waited too long. Call it several times a
-        second."""
-        now, running = time.time(), {prediction.id for prediction in self._dispatcher.running}
+    async def end_what_must_not_go_on(self) -> None:
+        """End the predictions that are past their deadline or have waited too long, and those of revoked
+        keys. Call it several times a second."""
+        await self._keys.refresh()
+        revoked = self._keys.revoked
+        running = {prediction.id for prediction in self._dispatcher.running}
         too_late = Outcome(
             Status.FAILED,
             str(NotStarted(f"no server was free within {self._queue_timeout:.0f} s; try again later")),
@@ -140,9 +152,11 @@ class Predictions:
         for prediction in list(self._active.values()):
             if prediction.status.ended:
                 continue
-            if prediction.deadline is not None and now >= prediction.deadline:
+            seconds = prediction.request.seconds
+            late = seconds is not None and prediction.age >= seconds
+            if late or prediction.request.key_id in revoked:
                 await self._dispatcher.stop(prediction, Outcome(Status.CANCELED))
-            elif prediction.id not in running and now >= prediction.created_at + self._queue_timeout:
+            elif prediction.id not in running and prediction.age >= self._queue_timeout:
                 await self._dispatcher.stop(prediction, too_late)
 
     async def end_waiting_connections(self) -> None:

@@ -54,6 +54,12 @@ def internal_error() -> Problem:
     return Problem(500, "Internal server error", detail, code="internal_error")
 
 
+def more_than_possible(count: int, limit: str) -> Problem:
+    """A request for several choices that can never be granted, so that trying again is of no use."""
+    detail = f"The request counts as {count} predictions, but {limit}. Ask for fewer choices at a time."
+    return Problem(400, "Bad request", detail, code="invalid_value", param="n")
+
+
 def throttled(detail: str, seconds: int) -> Problem:
     """Too many requests: try again after some seconds."""
     return Problem(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from llama.settings import EnvironmentSettings
@@ -31,6 +32,16 @@ def _comma_separated(value: object) -> object:
     return value
 
 
+def _sendable(key: SecretStr | None) -> SecretStr | None:
+    """Remove the white space around a key: the file of a secret often ends with a line break."""
+    if key is None:
+        return None
+    text = key.get_secret_value().strip()
+    if not (text and text.isascii() and text.isprintable()):
+        raise PydanticCustomError("key", "should have printable ASCII characters only, and at least one")
+    return SecretStr(text)
+
+
 class GatewaySettings(EnvironmentSettings):
     """One field per variable. `docs/reference.md` describes them."""
 
@@ -40,6 +51,8 @@ class GatewaySettings(EnvironmentSettings):
     """A key that clients can use, in addition to those of `llama keys add`."""
     model: OwnerAndName = "meta/llama-2-70b-chat"
     """The name under which clients find the model, as `owner/name`."""
+    aliases: Annotated[tuple[str, ...], NoDecode] = ()
+    """Other names of the model in OpenAI's API, separated by commas."""
     versions: Annotated[tuple[VersionId, ...], NoDecode] = PUBLISHED_VERSIONS
     """Version ids that are accepted in addition to the model's own, separated by commas."""
     deployments: Annotated[tuple[OwnerAndName, ...], NoDecode] = ()
@@ -65,6 +78,13 @@ class GatewaySettings(EnvironmentSettings):
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     """Addresses or networks of the proxies whose `X-Forwarded-*` headers count, separated by commas."""
 
+    _strip = field_validator("key")(_sendable)
     _split = field_validator(
-        "versions", "deployments", "webhook_networks", "allowed_origins", "trusted_proxies", mode="before"
+        "aliases",
+        "versions",
+        "deployments",
+        "webhook_networks",
+        "allowed_origins",
+        "trusted_proxies",
+        mode="before",
     )(_comma_separated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import signal
 import socket
@@ -24,6 +25,8 @@ from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.store import Store
 from llama.settings import expanded
+
+logger = logging.getLogger(__name__)
 
 _GRACE = 25  # seconds that running answers have to end; last webhooks have 5 more
 _MAX_FILES = 65536  # if the system has no limit
@@ -112,6 +115,7 @@ class GatewayServer(uvicorn.Server):
         the gateway's own grace, at the same time."""
         super().__init__(_config(gateway, address, port, grace, limits))
         self._gateway, self._on_start, self._reloads = gateway, on_start, reloads
+        self._hurried = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -121,7 +125,21 @@ class GatewayServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gateway.stop_starting()
+        if running := len(self._gateway.predictions.running):
+            logger.info(
+                "stopping; running predictions (%d) have %d s to end; press Ctrl-C again to stop now",
+                running,
+                self.config.timeout_graceful_shutdown,
+            )
         await super().shutdown(sockets)
+        logger.info("the gateway has stopped")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and self.started and not self._hurried:
+            self._hurried = True
+            self._loop.call_soon_threadsafe(self._gateway.stop_now)
+        else:  # the first one, and a third one, which ends the process without storing anything
+            super().handle_exit(sig, frame)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

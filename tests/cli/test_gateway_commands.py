@@ -100,7 +100,7 @@ def database(tmp_path: Path) -> Path:
 
 def test_a_gateway_serves_until_a_signal_ends_it(database: Path) -> None:
     with FakeCog() as cog, running(database, "gateway", "--server", cog.url, "--port", "0") as process:
-        url = process.wait_for(r"listens on (\S+);")
+        url = process.wait_for(r"listens on (http:[^\s;]+)")
         assert "There is no key" in process.text
         assert httpx2.get(f"{url}/healthz").json() == {"status": "alive"}
         assert httpx2.get(f"{url}/readyz").json() == {"status": "ready", "servers": 1, "ready": 1}
@@ -113,7 +113,7 @@ def test_a_signal_such_as_the_end_of_the_terminal_ends_a_gateway(
     database: Path, number: signal.Signals
 ) -> None:
     with FakeCog() as cog, running(database, "gateway", "--server", cog.url, "--port", "0") as process:
-        process.wait_for(r"listens on (\S+);")
+        process.wait_for(r"listens on (http:[^\s;]+)")
         assert process.end(number) == 128 + number
         assert "Traceback" not in process.text
 
@@ -123,7 +123,7 @@ def test_a_gateway_may_open_as_many_files_as_the_system_allows(database: Path) -
         arguments = ["gateway", "--server", cog.url, "--port", "0"]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with running(database, *arguments, limit_of_files=min(hard, 512)) as process:
-            process.wait_for(r"listens on (\S+);")
+            process.wait_for(r"listens on (http:[^\s;]+)")
             soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
             assert soft == hard
 
@@ -132,7 +132,7 @@ def test_a_gateway_without_a_ready_server_lives_and_is_not_ready(database: Path)
     with running(
         database, "gateway", "--server", f"http://127.0.0.1:{free_port()}", "--port", "0"
     ) as process:
-        url = process.wait_for(r"listens on (\S+);")
+        url = process.wait_for(r"listens on (http:[^\s;]+)")
         assert httpx2.get(f"{url}/healthz").status_code == 200
         response = httpx2.get(f"{url}/readyz")
         assert (response.status_code, response.json()["ready"]) == (503, 0)
@@ -143,7 +143,7 @@ def test_sighup_makes_the_gateway_read_its_list_of_servers_again(database: Path,
     with FakeCog() as one, FakeCog() as other:
         servers.write_text(one.url + "\n")
         with running(database, "gateway", "--servers", str(servers), "--port", "0") as process:
-            url = process.wait_for(r"listens on (\S+);")
+            url = process.wait_for(r"listens on (http:[^\s;]+)")
             servers.write_text(f"# both\n{one.url}\n{other.url}\n")
             process.signal(signal.SIGHUP)
             until(lambda: httpx2.get(f"{url}/readyz").json()["ready"] == 2)
@@ -193,7 +193,7 @@ def test_a_gateway_that_others_can_reach_needs_a_key(database: Path) -> None:
     with FakeCog() as cog:
         arguments = ["gateway", "--server", cog.url, "--host", "0.0.0.0", "--port", "0"]
         with running(database, *arguments, LLAMA_GATEWAY_KEY="secret") as process:
-            url = process.wait_for(r"listens on (\S+);")
+            url = process.wait_for(r"listens on (http:[^\s;]+)")
             assert "Clients need a key." in process.text
             assert httpx2.get(f"{url}/v1/models").status_code == 401
             with_key = httpx2.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret"})

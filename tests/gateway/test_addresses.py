@@ -36,6 +36,12 @@ def test_an_ip_address_localhost_or_an_https_name_is_one_server(url: str) -> Non
     assert address.url == url
 
 
+@pytest.mark.parametrize("name", ["llama.example.com.", "my_server", "a" * 63, ".".join(["a" * 49] * 5)])
+def test_a_name_that_dns_or_a_container_may_have_is_accepted(name: str) -> None:
+    (address,) = current(Addresses([f"https://{name}/a..b"], resolver=Names()))
+    assert address.host == name
+
+
 def test_a_name_with_several_addresses_is_several_servers() -> None:
     names = Names(llama=["10.0.0.1", "10.0.0.2"])
     assert current(Addresses(["http://llama:5000"], resolver=names)) == [
@@ -77,6 +83,16 @@ def test_a_name_that_changes_is_followed_and_one_that_fails_keeps_its_addresses(
         "http://host:99999",
         "http://host/?q=1",
         "http://a:b@host",
+        "http://two names",
+        "http://ho\tst",
+        "http://..:80",
+        "http://a..b",
+        "http://.host",
+        "http://host..",
+        "http://" + "a" * 64,
+        "http://" + ".".join(["a" * 50] * 5),
+        "http://host/a/../b",
+        "http://host/%2e%2E/b",
     ],
 )
 def test_what_cannot_be_an_address_is_refused(text: str) -> None:

@@ -123,6 +123,15 @@ def test_the_turns_of_one_dialogue_go_to_the_server_that_has_its_prefix(
         assert sorted(with_first) == [0, 0, 4]
 
 
+def test_equal_first_turns_are_spread_over_the_servers(gateways: StartGateway) -> None:
+    with held() as one, held() as other:
+        gateway = gateways(one.url, other.url, places=4)
+        until(lambda: gateway.client.get("/readyz").json()["ready"] == 2)
+        for _ in range(4):
+            gateway.wait_for(gateway.create(prompt="Tell a story"), "processing")
+        assert (one.counts.running, other.counts.running) == (2, 2)
+
+
 def test_a_dialogue_does_not_wait_for_its_server_while_another_one_is_free(gateways: StartGateway) -> None:
     with held() as one, held() as other:
         gateway = gateways(one.url, other.url, places=1)
@@ -328,3 +337,77 @@ def test_what_a_gateway_remembers_of_ended_predictions_does_not_grow(gateways: S
         until(
             lambda: not any(remembered[name] for name in ("_active", "_unsaved", "_saved_counts", "_tasks"))
         )
+
+
+def test_revoking_a_key_ends_its_waiting_and_running_predictions(gateways: StartGateway) -> None:
+    from llama.gateway.storage.store import Store
+
+    with held() as cog:
+        gateway = gateways(cog.url, places=1)
+        revoked = add_key(gateway, "revoked")
+        gateway.create(client=revoked, prompt="running")
+        gateway.create(client=revoked, prompt="waiting")
+        until(lambda: cog.counts.running == 1)
+        other = gateway.create(prompt="other")
+        store = Store(gateway.settings.database)
+        store.keys.revoke("revoked")
+        store.close()
+        gateway.wait_for(other, "processing")
+        assert start_of(cog) == ["running", "other"]
+        assert cog.counts.cancelled == 1
+
+
+def test_choices_beyond_a_limit_are_refused_together_and_cost_nothing(gateways: StartGateway) -> None:
+    with FakeCog() as cog:
+        gateway = gateways(cog.url)
+        client = add_key(gateway, "limited", requests_per_minute=4)
+
+        def chat(n: int) -> httpx2.Response:
+            messages = [{"role": "user", "content": "Hi"}]
+            return client.post(
+                "/v1/chat/completions", json={"model": gateway.settings.model, "messages": messages, "n": n}
+            )
+
+        assert chat(2).status_code == 200
+        assert chat(3).status_code == 429
+        never = chat(5)
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+        assert chat(2).status_code == 200
+        assert len(cog.predictions) == 4
+        assert client.get("/v1/predictions").json()["results"][3:] != []
+        assert len(client.get("/v1/predictions").json()["results"]) == 4
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'event: metric\ndata: {"name": "output_token_count", "value": "\\ud800"}',
+        b'event: metric\ndata: {"name": "output_token_count", "value": null}',
+        b'event: metric\ndata: {"name": "output_token_count", "value": NaN}',
+        b'event: metric\ndata: {"name": "output_token_count", "value": -1}',
+        b'event: metric\ndata: {"name": "output_token_count", "value": 1e300}',
+        b'event: output\ndata: {"chunk": 5}',
+        b'event: output\ndata: {"chunk": "\\ud800"}',
+        b'event: log\ndata: {"data": {}}',
+        b"event: log\ndata: []",
+        b'event: completed\ndata: {"status": "succeeded", "logs": [1]}',
+        b'event: completed\ndata: {"status": "failed", "error": {"a": 1}}',
+        b'event: completed\ndata: {"status": "succeeded", "metrics": {"a": Infinity}}',
+        b"event: completed\ndata: " + b"[" * 100_000,
+    ],
+)
+def test_a_server_that_sends_what_cog_never_sends_does_no_harm(gateways: StartGateway, event: bytes) -> None:
+    with FakeCog(Script((), raw=event + b"\n\n")) as cog:
+        gateway = gateways(cog.url)
+        failed = gateway.wait_for(gateway.create())
+        assert failed["status"] == "failed"
+        assert failed["error"].startswith("E4001 ServerLost: ")
+        cog.rules.script = Script()
+        assert gateway.wait_for(gateway.create())["status"] == "succeeded"
+
+
+def test_a_gateway_whose_database_was_deleted_is_not_ready(gateway: Gateway) -> None:
+    gateway.settings.database.unlink()
+    response = gateway.client.get("/readyz")
+    assert response.status_code == 503
+    assert "database was deleted" in response.json()["error"]

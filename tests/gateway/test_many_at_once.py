@@ -59,7 +59,7 @@ def test_a_prediction_that_is_cancelled_at_any_moment_ends_and_frees_its_place(
     predictions, cog.rules.script = gateway.inside.predictions, Script(gap=0.001)
 
     async def cancel_after(turns: int) -> None:
-        prediction = await predictions.create(PredictionRequest(1, {"prompt": "Hello"}, MODEL))
+        (prediction,) = await predictions.create([PredictionRequest(1, {"prompt": "Hello"}, MODEL)])
         for _ in range(turns):
             await asyncio.sleep(0)
         async with asyncio.timeout(30):  # not `wait_for`, which would begin a turn later

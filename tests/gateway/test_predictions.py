@@ -34,10 +34,10 @@ def test_a_full_disk_refuses_new_predictions_and_keeps_the_ends_of_others_until_
         gateway = without_servers(tmp_path / "gateway.sqlite3")
         predictions, storage = gateway.predictions, gateway.storage
         await gateway.keys.load()
-        waiting = await predictions.create(REQUEST)
+        (waiting,) = await predictions.create([REQUEST])
         await storage.run(lambda store: set_writable(store, False))
         with pytest.raises(Problem) as refused:
-            await predictions.create(REQUEST)
+            await predictions.create([REQUEST])
         assert refused.value.status == 503
         await predictions.cancel(waiting)
         assert waiting.status is Status.CANCELED
@@ -64,7 +64,7 @@ def test_a_restart_on_a_full_disk_shows_the_lost_predictions_as_failed_and_store
     async def scenario() -> None:
         first = without_servers(path)
         await first.keys.load()
-        lost = await first.predictions.create(REQUEST)
+        (lost,) = await first.predictions.create([REQUEST])
         await first.storage.run(lambda store: store.set_status(lost.id, Status.PROCESSING))
         first.storage.close()
 
@@ -91,13 +91,37 @@ def test_the_waiting_predictions_of_connected_clients_fail_when_the_gateway_ends
     async def scenario() -> None:
         gateway = without_servers(tmp_path / "gateway.sqlite3")
         async with gateway.running():
-            detached = await gateway.predictions.create(REQUEST)
-            connected = await gateway.predictions.create(
-                PredictionRequest(1, {"prompt": "Hi"}, "owner/name", needs_client=True)
+            (detached,) = await gateway.predictions.create([REQUEST])
+            (connected,) = await gateway.predictions.create(
+                [PredictionRequest(1, {"prompt": "Hi"}, "owner/name", needs_client=True)]
             )
             gateway.stop_starting()
             assert await connected.wait_until_ended(10)
             assert str(connected.error).startswith("E4002 GatewayRestarted: ")
             assert detached.status is Status.STARTING  # it is queued again after the restart
+
+    asyncio.run(scenario())
+
+
+def test_the_time_while_the_gateway_is_down_does_not_count_as_work(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sqlite3"
+
+    async def scenario() -> None:
+        first = without_servers(path)
+        await first.keys.load()
+        (lost,) = await first.predictions.create([REQUEST])
+        lost.start()
+        await first.storage.run(lambda store: store.set_status(lost.id, Status.PROCESSING))
+        await first.storage.run(lambda store: store.save_progress([lost]))
+        first.storage.close()
+        await asyncio.sleep(1.5)
+
+        second = without_servers(path)
+        await second.keys.load()
+        await second.predictions.recover()
+        (usage,) = await second.storage.run(lambda store: store.usage())
+        assert usage.predictions == 1
+        assert usage.seconds < 1.0
+        second.storage.close()
 
     asyncio.run(scenario())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -13,8 +16,9 @@ import pytest
 from gateways import MODEL, Gateway
 from server_clients import Body, until
 
-from benchmarks.fake_cog import FakeCog, Script
+from benchmarks.fake_cog import FakeCog, Script, real_schema
 from benchmarks.gateway.many import read_books
+from llama.gateway.dispatch.cog_client import CogClient, Unavailable
 
 StartGateway = Callable[..., Gateway]
 ANSWER = "".join(Script().pieces)
@@ -217,3 +221,76 @@ def test_a_chat_whose_server_dies_is_an_error_before_its_first_piece_and_an_erro
     ]
     assert "".join(line["choices"][0]["delta"].get("content", "") for line in lines[:-1]) == "The capital"
     assert "ServerLost" in lines[-1]["error"]["message"]
+
+
+def with_prompt(**members: Any) -> str:
+    """A schema whose prompt is described by `members`."""
+    schema = real_schema()
+    components = {"schemas": {"Input": {"type": "object", "properties": {"prompt": members}}}}
+    return json.dumps({**schema, "components": components})
+
+
+UNUSABLE = {
+    "not JSON": "{",
+    "not an object": "[]",
+    "too deep": "[" * 100_000,
+    "without inputs": "{}",
+    "a type that is not one": with_prompt(type="text"),
+    "a pattern that is not one": with_prompt(pattern="("),
+    "a reference to itself": with_prompt(**{"$ref": "#/components/schemas/Input/properties/prompt"}),
+    "a missing reference": with_prompt(**{"$ref": "#/components/schemas/None"}),
+    "half a character": with_prompt(title="\ud800"),
+    "not a number": with_prompt(default=float("nan")),
+    "no object as info": json.dumps({**real_schema(), "info": []}),
+    "a version of 5000 digits": json.dumps({**real_schema(), "info": {"version": "9" * 5000 + ".0.0"}}),
+}
+
+
+@pytest.mark.parametrize("schema", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_schema_that_cannot_be_used_is_reported_in_one_line_and_ignored(
+    schema: str, cog: FakeCog, gateways: StartGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    cog.rules.schema = schema
+    with caplog.at_level(logging.WARNING):
+        gateway = gateways(cog.url)
+        until(lambda: "has no usable /openapi.json" in caplog.text)
+    (message,) = [record.message for record in caplog.records if "openapi" in record.message]
+    assert len(message) < 500
+    assert "\n" not in message
+    model = gateway.client.get(f"/v1/models/{MODEL}")
+    assert (model.status_code, model.json()["latest_version"]) == (200, None)
+    assert gateway.wait_for(gateway.create())["status"] == "succeeded"
+
+
+def test_a_schema_cannot_make_the_gateway_ask_another_server(cog: FakeCog, gateways: StartGateway) -> None:
+    with FakeCog() as other:
+        cog.rules.schema = with_prompt(**{"$ref": f"{other.url}/elsewhere"})
+        gateway = gateways(cog.url)
+        assert gateway.create()["status"] == "starting"
+        assert other.received == []
+
+
+@pytest.mark.parametrize("document", ["[" * 100_000, "{"])
+def test_what_a_server_says_that_is_not_json_makes_it_unavailable(document: str, cog: FakeCog) -> None:
+    async def ask() -> None:
+        async with CogClient() as client:
+            await client.ask(f"{cog.url}/openapi.json", "x")
+
+    cog.rules.schema = document
+    with pytest.raises(Unavailable):
+        asyncio.run(ask())
+
+
+def test_the_predictions_of_a_server_that_ends_have_as_much_time_as_they_need(
+    gateways: Callable[..., Gateway],
+) -> None:
+    with FakeCog(Script(hold_after=1)) as cog:
+        gateway = gateways(cog.url, wiring={"lost_after": 0.2})
+        running = gateway.create()
+        until(lambda: gateway.get(running)["output"])
+        cog.drain()
+        until(lambda: gateway.client.get("/readyz").status_code == 503)
+        time.sleep(1)  # several health checks
+        assert gateway.get(running)["status"] == "processing"
+        cog.release()
+        assert gateway.wait_for(running)["status"] == "succeeded"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -225,6 +228,79 @@ def test_uvicorn_calls_what_the_limits_are_built_on() -> None:
         "send_400_response",
     }
     assert own <= vars(HttpToolsProtocol).keys()
+
+
+# --- requests to change the protocol
+
+UPGRADES = {
+    "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n",
+    "websocket": "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+}
+CREATE = f"POST /v1/models/{MODEL}/predictions HTTP/1.1\r\n{AUTHORIZED}"
+INPUT = '{"input": {"prompt": "Hi"}}'
+BODIES = {
+    "whole": f"Content-Length: {len(INPUT)}\r\n\r\n{INPUT}",
+    "chunked": f"Transfer-Encoding: chunked\r\n\r\n{len(INPUT):x}\r\n{INPUT}\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("piece", [1, 10_000])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
+def test_a_request_to_change_the_protocol_is_answered_in_http_1_and_its_body_is_read(
+    start: Start, cog: FakeCog, capsys: pytest.CaptureFixture[str], upgrade: str, body: str, piece: int
+) -> None:
+    running = start()
+    sent = (CREATE + upgrade + body + LINE + "Connection: close\r\n\r\n").encode()
+    with running.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for index in range(0, len(sent), piece):
+            send(connection, sent[index : index + piece])
+        answers = received(connection)
+    assert answers.startswith(b"HTTP/1.1 201 ")
+    assert answers.count(b"HTTP/1.1 200 ") == 1
+    until(lambda: [served.inputs["prompt"] for served in cog.served] == ["Hi"])
+    assert capsys.readouterr().err == ""
+
+
+def test_all_of_many_requests_to_change_the_protocol_are_answered(start: Start) -> None:
+    running = start()
+    request = LINE + "Connection: upgrade\r\nUpgrade: h2c\r\n"
+    with running.connect() as connection:
+        send(connection, f"{request}\r\n".encode())
+        send(connection, (f"{request}\r\n" * 1500 + LINE + "Connection: close\r\n\r\n").encode())
+        assert received(connection).count(b"HTTP/1.1 200 ") == 1502
+
+
+def test_a_large_head_with_a_request_to_change_the_protocol_is_refused(start: Start) -> None:
+    running = start()
+    with running.connect() as connection:
+        send(connection, (LINE + UPGRADES["h2c"] + "A: 1\r\n" * 40_000 + "\r\n").encode())
+        assert received(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_request_for_a_tunnel_is_refused(start: Start) -> None:
+    running = start()
+    with running.connect() as connection:
+        send(connection, b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert received(connection).startswith(b"HTTP/1.1 400 ")
+
+
+def test_curl_that_asks_for_http_2_gets_its_answer(start: Start) -> None:
+    curl = shutil.which("curl")
+    if curl is None or "HTTP2" not in subprocess.check_output([curl, "-V"], text=True):
+        pytest.skip("curl with HTTP/2 is not installed")
+    running = start()
+    command = [curl, "-sS", "--noproxy", "*", "--http2", "-w", "%{http_code}", "-o", os.devnull]
+    command += ["-H", f"Authorization: Bearer {KEY}", "-d", INPUT]
+    done = subprocess.run(
+        [*command, f"{running.url}/v1/models/{MODEL}/predictions"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.stdout, done.stderr) == ("201", "")
 
 
 # --- what a client may leave unread

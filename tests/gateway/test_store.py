@@ -33,7 +33,7 @@ def store(path: Path) -> Store:
 
 def created(store: Store, key_id: int = 1, **request: object) -> Prediction:
     prediction = Prediction(PredictionRequest(key_id, {"prompt": "Hi"}, "owner/name", **request))  # type: ignore[arg-type]
-    store.insert(prediction)
+    store.insert([prediction])
     return prediction
 
 
@@ -95,9 +95,11 @@ def test_the_saved_counts_of_a_running_prediction_survive_a_killed_process(store
     prediction.metrics = {"input_token_count": 5, "output_token_count": 3}
     store.set_status(prediction.id, Status.PROCESSING)
     store.save_progress([prediction])
-    (found,) = Store(path).unfinished()  # another connection, and the first is never closed
+    ((found, progress_at),) = Store(path).unfinished()  # another connection, and the first is never closed
     assert found.status is Status.PROCESSING
     assert found.metrics == prediction.metrics
+    assert progress_at is not None
+    assert progress_at >= prediction.created_at
 
 
 def test_data_is_removed_after_the_retention_time_but_not_the_counts(store: Store, path: Path) -> None:
@@ -118,7 +120,7 @@ def test_removed_texts_are_no_longer_in_the_files(path: Path) -> None:
     store = Store(path)
     store.keys.add("one", "hash")
     prediction = Prediction(PredictionRequest(1, {"prompt": "a secret prompt"}, "owner/name"))
-    store.insert(prediction)
+    store.insert([prediction])
     prediction.add_piece("a secret answer")
     store.finish(prediction, Outcome(Status.SUCCEEDED))
 
@@ -147,7 +149,7 @@ def test_pages_go_through_a_keys_predictions_in_both_directions(store: Store) ->
 
 def test_a_page_of_long_texts_has_fewer_predictions(store: Store) -> None:
     for _ in range(8):
-        store.insert(Prediction(PredictionRequest(1, {"prompt": "long " * 200_000}, "owner/name")))
+        store.insert([Prediction(PredictionRequest(1, {"prompt": "long " * 200_000}, "owner/name"))])
     found, more = store.page(1, limit=100)
     assert 1 < len(found) < 8
     assert more
@@ -168,7 +170,7 @@ def test_only_undelivered_webhooks_of_ended_predictions_are_due(store: Store) ->
         store.finish(prediction, Outcome(Status.SUCCEEDED))
     store.webhook_delivered(delivered.id)
     assert [p.id for p in store.undelivered()] == [due.id]
-    assert running.id in [p.id for p in store.unfinished()]
+    assert running.id in [p.id for p, _ in store.unfinished()]
 
 
 def test_the_name_of_a_revoked_key_can_be_used_again(store: Store) -> None:

@@ -64,7 +64,7 @@ class Keys:
     async def is_open(self) -> bool:
         """Whether requests need no key. A revoked key counts: revoking the last one does not open the
         gateway."""
-        await self._refresh()
+        await self.refresh()
         return self._local is not None and not self._secret_keys()
 
     async def identify(self, authorization: str | None) -> Key:
@@ -85,6 +85,11 @@ class Keys:
         """Return a key, also after it was revoked. None if the database has no such key."""
         return next((stored.key for stored in self._stored if stored.key.id == key_id), None)
 
+    @property
+    def revoked(self) -> set[int]:
+        """The ids of the revoked keys."""
+        return {stored.key.id for stored in self._stored if stored.revoked_at is not None}
+
     def _find(self, hashed: str) -> Key | None:
         found = None
         for stored in self._secret_keys():  # all of them: the time must not tell which key is nearly right
@@ -102,7 +107,8 @@ class Keys:
             and (stored.key.name != ENVIRONMENT or stored.hash == self._environment_hash)
         ]
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Read the keys again, at most once a second."""
         async with self._reading:
             now = self._clock()
             if now - self._read_at < _SECONDS_FRESH:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from llama.gateway.problems import throttled
+from llama.gateway.problems import more_than_possible, throttled
 from llama.gateway.storage.keys import Key
 
 
@@ -19,15 +19,18 @@ class Throttle:
         self._buckets: dict[int, tuple[float, float]] = {}
         """By key id: how many requests were left at which time."""
 
-    def check(self, key: Key) -> None:
-        """Count one request. Raises Problem 429, without counting the request, if the key has none left."""
+    def check(self, key: Key, count: int = 1) -> None:
+        """Count some predictions. Raises Problem, without counting them: 429 if the key has too few left, 400
+        if it never has so many."""
         limit = key.requests_per_minute
         if limit is None:
             return
+        if count > limit:
+            raise more_than_possible(count, f"this key may create at most {limit} per minute")
         now = self._clock()
         left, then = self._buckets.get(key.id, (float(limit), now))
         left = min(float(limit), left + (now - then) * limit / 60)
-        if left < 1:
-            seconds = max(1, math.ceil((1 - left) * 60 / limit))
+        if left < count:
+            seconds = max(1, math.ceil((count - left) * 60 / limit))
             raise throttled(f"Request was throttled. Your rate limit resets in ~{seconds}s.", seconds)
-        self._buckets[key.id] = (left - 1, now)
+        self._buckets[key.id] = (left - count, now)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from llama.errors import BadSettings
 
@@ -42,6 +42,8 @@ def checked_url(text: str) -> str:
         parts = urlsplit(text.strip())
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         valid = valid and not (parts.query or parts.fragment or parts.username)
+        valid = valid and _can_be_host(parts.hostname or "") and ".." not in unquote(parts.path).split("/")
+        valid = valid and not any(character.isspace() for character in text.strip())  # urlsplit drops some
     except ValueError:
         valid = False
     if not valid:
@@ -49,6 +51,12 @@ def checked_url(text: str) -> str:
             f"{text!r} is not the address of a server; write it like http://127.0.0.1:5000"
         ) from None
     return text.strip().rstrip("/")
+
+
+def _can_be_host(name: str) -> bool:
+    name = name.removesuffix(".")
+    labels_fit = all(0 < len(label) <= 63 for label in name.split("."))
+    return labels_fit and len(name) <= 253
 
 
 def read_servers(path: Path) -> list[str]:

@@ -24,6 +24,16 @@ def dialogue_of(inputs: Mapping[str, Any]) -> int:
     return hash((repr(system), str(first).partition("[/INST]")[0].replace("[INST]", "").strip()))
 
 
+def continues(inputs: Mapping[str, Any]) -> bool:
+    """Whether the inputs contain an earlier answer, so that a server may have their prefix in its cache."""
+    messages = inputs.get("messages")
+    if isinstance(messages, list):
+        return any(
+            isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages
+        )
+    return "[/INST]" in str(inputs.get("prompt"))
+
+
 class Affinity:
     """The server of each recent dialogue."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any, Self
@@ -15,11 +16,16 @@ from typing import Any, Self
 import aiohttp
 
 _CONNECT_TIMEOUT = 5.0  # seconds; a prediction itself may take any time
+_HEAD_TIMEOUT = 60.0  # seconds; Cog's server begins its response at once
 _ASK_TIMEOUT = 5.0  # seconds, for the health and the schema
 _END_TIMEOUT = 1.0  # seconds between the last event and the end of a stream
+_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _MAX_EVENT = 64_000_000
 """Bytes of one event. The last one repeats the whole answer."""
 _READ_SIZE = 2**20
+_FAILURES = (aiohttp.ClientError, OSError, ValueError, RecursionError)
+"""TimeoutError is an OSError. JSON that cannot be parsed raises ValueError, and RecursionError if it is too
+deep."""
 
 Event = tuple[str, Any]
 """The name and the data of an event."""
@@ -33,6 +39,11 @@ class Unavailable(Exception):
     """The server does not respond, has ended, is loading, or does not speak the protocol."""
 
 
+class NotListening(Unavailable):
+    """The machine responds, but no server accepts connections: it has ended, or it ends when its running
+    predictions have ended."""
+
+
 class Refused(Exception):
     """The server refuses the inputs. The message is the body of its response."""
 
@@ -42,7 +53,7 @@ class CogClient:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket_with_keepalive),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT),
             read_bufsize=_READ_SIZE,
@@ -53,7 +64,7 @@ class CogClient:
         await self._session.close()
 
     async def ask(self, url: str, host: str) -> Any:
-        """Return the JSON body of a GET request. Raises Unavailable."""
+        """Return the JSON body of a GET request. Raises Unavailable, which can be NotListening."""
         try:
             async with (
                 asyncio.timeout(_ASK_TIMEOUT),
@@ -62,8 +73,10 @@ class CogClient:
                 if response.status != 200:
                     raise Unavailable(f"HTTP {response.status}")
                 return json.loads(await response.read())
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # TimeoutError is an OSError
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
+        except _FAILURES as error:
+            system_error = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
+            kind = NotListening if isinstance(system_error, ConnectionRefusedError) else Unavailable
+            raise kind(f"{type(error).__name__}: {error}") from error
 
     async def predict(self, url: str, host: str, body: str) -> AsyncGenerator[list[Event], None]:
         """Yield the events of a prediction, as many as arrive at a time, up to the last one, `completed`.
@@ -73,9 +86,11 @@ class CogClient:
         """
         headers = {"Host": host, "Content-Type": "application/json", "Accept": "text/event-stream"}
         try:
-            async with self._session.post(
-                f"{url}/predictions", data=body, headers=headers, allow_redirects=False
-            ) as response:
+            async with asyncio.timeout(_HEAD_TIMEOUT):
+                response = await self._session.post(
+                    f"{url}/predictions", data=body, headers=headers, allow_redirects=False
+                )
+            async with response:
                 await _check(response)
                 async for events in _events(response.content):
                     yield events
@@ -84,9 +99,20 @@ class CogClient:
                         with suppress(TimeoutError):
                             await asyncio.wait_for(response.content.read(), _END_TIMEOUT)
                         return
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except _FAILURES as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from error
         raise Unavailable("the stream ended without its last event")
+
+
+def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A machine that has vanished sends nothing, not even an end: let the system probe for it."""
+    family, kind, protocol, _, _ = address
+    connection = socket.socket(family, kind, protocol)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, seconds_or_count in _KEEPALIVE.items():
+        if hasattr(socket, name):  # macOS has not all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds_or_count)
+    return connection
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from llama.errors import GatewayRestarted, ServerLost
-from llama.gateway.dispatch.affinity import dialogue_of
 from llama.gateway.dispatch.cog_client import Busy, CogClient, Unavailable
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Server, Servers
@@ -95,7 +94,7 @@ class Dispatcher:
             prediction = self._queue.next(self._may_run)
             if prediction is None:
                 return
-            server = self._servers.choose(dialogue_of(prediction.request.inputs))
+            server = self._servers.choose(prediction.request.inputs)
             server.in_flight += 1
             self._running_by_key[prediction.request.key_id] += 1
             task = asyncio.create_task(self._run(prediction, server))
@@ -134,7 +133,7 @@ class Dispatcher:
             busy = True
         except Unavailable as error:
             run.server.suspect()
-            logger.warning("the server %s lost a prediction: %s", run.server.url, error)
+            logger.warning("the server %s lost a prediction (%s)", run.server.url, error)
         except asyncio.CancelledError:
             if run.outcome is None and not run.lost:  # the gateway ends
                 raise
@@ -173,12 +172,20 @@ class Dispatcher:
         """Start no more predictions."""
         self._stopping = True
 
-    async def end(self, grace: float) -> None:
-        """Start no more predictions, give the running ones `grace` seconds, and then fail them."""
+    async def idle(self, hurried: asyncio.Event) -> None:
+        """Wait until no prediction runs, or until `hurried` is set."""
+        hurry = asyncio.create_task(hurried.wait())
+        try:
+            while self._running and not hurry.done():
+                tasks = [run.task for run in self._running.values()]
+                await asyncio.wait([*tasks, hurry], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurry.cancel()
+
+    async def end(self) -> None:
+        """Start no more predictions, and fail those that run."""
         self.stop_starting()
         tasks = [run.task for run in self._running.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=grace)
         ending = GatewayRestarted("the gateway was stopped during the prediction; create it again")
         for prediction in self.running:
             await self.stop(prediction, _failed(ending))

@@ -28,18 +28,21 @@ class FairQueue:
         return sum(len(waiting) for waiting in self._by_key.values())
 
     @contextmanager
-    def room_for(self, key_id: int) -> Iterator[None]:
-        """Reserve a place in a key's queue. Raises Problem 429 if it is full."""
-        if len(self._by_key.get(key_id, ())) + self._reserved[key_id] >= self._limit:
+    def room_for(self, key_id: int, count: int = 1) -> Iterator[None]:
+        """Reserve places in a key's queue. Raises Problem 429 if it has too few. An empty queue has room for
+        every request, however many choices it asks for."""
+        taken = len(self._by_key.get(key_id, ())) + self._reserved[key_id]
+        if taken and taken + count > self._limit:
             raise throttled(
-                f"{self._limit} predictions of this key are already waiting; try again when some have ended",
+                f"the queue of this key has no room ({self._limit} predictions can wait); try again when "
+                "some have ended",
                 _RETRY_AFTER,
             )
-        self._reserved[key_id] += 1
+        self._reserved[key_id] += count
         try:
             yield
         finally:
-            self._reserved[key_id] -= 1
+            self._reserved[key_id] -= count
 
     def add(self, prediction: Prediction) -> None:
         """Append a prediction to the queue of its key."""

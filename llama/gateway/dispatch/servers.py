@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from llama.gateway.dispatch.addresses import Addresses, ServerAddress
-from llama.gateway.dispatch.affinity import Affinity
-from llama.gateway.dispatch.cog_client import CogClient, Unavailable
+from llama.gateway.dispatch.affinity import Affinity, continues, dialogue_of
+from llama.gateway.dispatch.cog_client import CogClient, NotListening, Unavailable
+from llama.gateway.model_card import check_schema
 from llama.gateway.repeat import repeat
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,15 @@ class Servers:
     def any_free(self) -> bool:
         return any(server.free > 0 for server in self.all)
 
-    def choose(self, dialogue: int) -> Server:
-        """Return the server for a dialogue's next turn: the one that has the dialogue's prefix if it has a
-        free place, otherwise the one with the most free places. At least one server must have one."""
+    def choose(self, inputs: Mapping[str, Any]) -> Server:
+        """Return the server for a prediction. At least one server must have a free place.
+
+        For the next turn of a dialogue, it is the server that has the dialogue's prefix, if it has a free
+        place. Otherwise it is the one with the most free places.
+        """
         free = [server for server in self.all if server.free > 0]
-        known = self._affinity.server_of(dialogue)
+        dialogue = dialogue_of(inputs)
+        known = self._affinity.server_of(dialogue) if continues(inputs) else None
         server = next((s for s in free if s.url == known), None) or max(free, key=lambda s: s.free)
         self._affinity.remember(dialogue, server.url)
         return server
@@ -138,7 +143,11 @@ class Servers:
             server.responded_at = time.monotonic()
         ready = status in _READY
         if ready != server.ready:
-            logger.info("the server %s is %s", server.url, "ready" if ready else f"not ready ({status})")
+            logger.info(
+                "the server %s is %s",
+                server.url,
+                "ready" if ready else f"not ready ({status or 'no response'})",
+            )
             if ready:  # it may be another version of the model than before
                 await self._fetch_schema(server)
             server.ready = ready
@@ -151,15 +160,18 @@ class Servers:
         """The status that a server reports; None if it does not respond."""
         try:
             return str((await self._client.ask(f"{server.url}/health-check", server.host))["status"])
+        except NotListening:  # the connections of its running predictions tell what becomes of them
+            server.responded_at = time.monotonic()
+            return None
         except (Unavailable, KeyError, TypeError):
             return None
 
     async def _fetch_schema(self, server: Server) -> None:
         try:
             schema = await self._client.ask(f"{server.url}/openapi.json", server.host)
-            schema["components"]["schemas"]["Input"]["properties"]["prompt"]
-        except (Unavailable, KeyError, TypeError) as error:
-            logger.warning("the server %s has no usable /openapi.json (%r)", server.url, error)
+            check_schema(schema)
+        except (Unavailable, ValueError) as error:
+            logger.warning("the server %s has no usable /openapi.json (%s)", server.url, error)
             return
         if schema != self.schema:
             self.schema = schema

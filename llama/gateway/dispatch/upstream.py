@@ -15,6 +15,7 @@ from llama.errors import InvalidInput
 from llama.gateway.dispatch.cog_client import CogClient, Refused, Unavailable
 from llama.gateway.prediction import Outcome, Prediction, Status
 
+_MAX_METRIC = 2**53
 _CODE = re.compile(r"E(\d)\d{3} \w+: .*", re.DOTALL)
 
 
@@ -38,8 +39,8 @@ async def run_on_server(client: CogClient, url: str, host: str, prediction: Pred
                         _apply(name, data, prediction)
     except Refused as refused:
         return Outcome(Status.FAILED, str(InvalidInput(_reasons(str(refused)))))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Unavailable(f"not an event of Cog's server: {error!r}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Unavailable(f"not an event of Cog's server: {type(error).__name__}") from error
     assert outcome is not None  # `completed` is the last event
     return outcome
 
@@ -55,25 +56,44 @@ def _reasons(body: str) -> str:
 
 def _apply(name: str, data: Mapping[str, Any], prediction: Prediction) -> None:
     if name == "output":
-        prediction.add_piece(data["chunk"])
+        prediction.add_piece(_text(data["chunk"]))
     elif name == "metric":
-        prediction.metrics[data["name"]] = data["value"]
+        prediction.metrics[_text(data["name"])] = _metric(data["value"])
     elif name == "log":
-        prediction.add_logs(data["data"])
+        prediction.add_logs(_text(data["data"]))
     elif name == "start":
         prediction.start()
 
 
 def _outcome(data: Mapping[str, Any], prediction: Prediction) -> Outcome:
-    prediction.metrics.update(data.get("metrics") or {})
-    logs, status, error = data.get("logs"), data["status"], data.get("error") or ""
+    for name, value in (data.get("metrics") or {}).items():
+        prediction.metrics[_text(name)] = _metric(value)
+    logs, status, error = _text(data.get("logs") or ""), data["status"], _text(data.get("error") or "")
     if status == Status.SUCCEEDED:
         return Outcome(Status.SUCCEEDED, logs=logs)
     found = _CODE.search(error)
     if status != Status.FAILED or found is None or found[1] == "2":
         # Not the fault of the caller: the worker was killed, the engine failed, or the server is ending.
         if not prediction.pieces:
-            raise Unavailable(error or f"the server ended the prediction as {status}")
+            # Its words stay out of the log: they may quote a prompt.
+            raise Unavailable(
+                f"the prediction ended as {status}, {found[0].split(':')[0] if found else 'no code'}"
+            )
         error = error or "the server ended the prediction before its end"
     # Without the words that Cog's server puts before an error.
     return Outcome(Status.FAILED, found[0] if found else error, logs)
+
+
+def _text(value: Any) -> str:
+    """Check that a value is a text that can be stored and sent. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError("not a text")
+    value.encode()  # lone surrogates
+    return value
+
+
+def _metric(value: Any) -> float | str:
+    """Check the value of a metric. Raises ValueError if it is not a text, or not a number from 0 to 2**53."""
+    if isinstance(value, int | float) and 0 <= value <= _MAX_METRIC:
+        return value
+    return _text(value)

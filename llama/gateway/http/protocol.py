@@ -15,6 +15,8 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from llama.gateway.http.parser import RequestParser
+
 _TOO_LARGE = b"The URL and the headers of the request are too large."
 _CHUNK_OVERHEAD = 8
 """How many bytes of a chunked body may come with each byte of its content: sizes and line breaks."""
@@ -42,6 +44,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: Limits, **members: Any) -> None:
         super().__init__(*args, **members)
+        self.parser = RequestParser(self)  # type: ignore[assignment]
         self._limits = limits
         self._arriving, self._unread = _Timer(self.loop), _Timer(self.loop)
         self._head = 0

@@ -40,16 +40,8 @@ class Choices:
     async def create(
         cls, predictions: Predictions, requests: Sequence[PredictionRequest], request: CompletionRequest
     ) -> Self:
-        """Create all predictions. Raises Problem if one of them is refused; the others are then cancelled."""
-        created = list[Prediction]()
-        choices = cls(predictions, created, request)
-        try:
-            for one in requests:
-                created.append(await predictions.create(one))
-        except BaseException:
-            await choices.cancel()
-            raise
-        return choices
+        """Create all predictions. Raises Problem if they are refused."""
+        return cls(predictions, await predictions.create(requests), request)
 
     async def cancel(self) -> None:
         """Cancel the predictions that have not ended."""

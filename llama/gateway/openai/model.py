@@ -20,11 +20,13 @@ class NamedModel:
 def find_model(name: str, settings: GatewaySettings, own: ModelVersion | None) -> NamedModel:
     """Return what a client means by a model's name.
 
-    These are `owner/name`, `name`, both with `:version`, and the names of deployments. `own` is the version
-    that the servers run, if it is known. Raises Problem 404.
+    These are `owner/name`, `name`, both with `:version`, aliases, and the names of deployments. `own` is the
+    version that the servers run, if it is known. Raises Problem 404.
     """
     if name in settings.deployments:
         return NamedModel(deployment=name)
+    if name in settings.aliases:
+        return NamedModel()
     bare, colon, version = name.partition(":")
     if bare in (settings.model, settings.model.partition("/")[2]):
         if not colon:

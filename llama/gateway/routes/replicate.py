@@ -132,18 +132,17 @@ async def _create(
     settings, base = gateway.settings, base_url(request)
     named = settings.model if named is None else named
     wait = wait_seconds(request.headers.getlist("prefer"))
-    prediction = await gateway.predictions.create(
-        PredictionRequest(
-            key_id=key.id,
-            inputs=creation.inputs,
-            model=settings.model,
-            version=version_id(named, settings, version_of(gateway.servers.schema)),
-            deployment=deployment,
-            webhook=creation.webhook,
-            base_url=base,
-            seconds=cancel_after_seconds(request.headers.get("cancel-after")),
-        )
+    asked = PredictionRequest(
+        key_id=key.id,
+        inputs=creation.inputs,
+        model=settings.model,
+        version=version_id(named, settings, version_of(gateway.servers.schema)),
+        deployment=deployment,
+        webhook=creation.webhook,
+        base_url=base,
+        seconds=cancel_after_seconds(request.headers.get("cancel-after")),
     )
+    (prediction,) = await gateway.predictions.create([asked])
     if wait is None:
         return _json(created_body(prediction, base), 201)
     # Clients give up soon after the time that they named, and some of them then create a second prediction.

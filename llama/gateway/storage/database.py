@@ -13,20 +13,21 @@ from filelock import FileLock
 from llama.errors import BadSettings
 from llama.gateway.storage.migrations import migrate
 
-_BUSY_TIMEOUT = 10  # seconds to wait for the command line's transaction
+_OPENING_TIMEOUT = 10  # seconds
 
 
 class Database:
     """An open file. Its methods raise sqlite3.Error if it cannot be read or written."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file, which only its owner can read.
+    def __init__(self, path: Path, busy_timeout: float) -> None:
+        """Open or create the file, which only its owner can read. A transaction waits up to `busy_timeout`
+        seconds for that of another process.
 
         Raises BadSettings if that is impossible, or if the file is not a database of a gateway.
         """
         # SQLite does not wait for another process that makes the first tables at the same time.
-        with usable(path), FileLock(f"{path}.opening", timeout=_BUSY_TIMEOUT, mode=0o600):
-            self._connection = _open(path)
+        with usable(path), FileLock(f"{path}.opening", timeout=_OPENING_TIMEOUT, mode=0o600):
+            self._connection = _open(path, busy_timeout)
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         """Run a statement that reads, or one inside a transaction."""
@@ -75,8 +76,8 @@ def usable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+def _open(path: Path, busy_timeout: float) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     # NORMAL: a killed process loses nothing. A power failure can lose the last transactions.
     for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):

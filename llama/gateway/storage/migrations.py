@@ -27,6 +27,7 @@ MIGRATIONS = (
         key_id INTEGER NOT NULL REFERENCES keys (id),
         created_at REAL NOT NULL,
         started_at REAL,
+        progress_at REAL,
         completed_at REAL,
         status TEXT NOT NULL,
         request TEXT NOT NULL,

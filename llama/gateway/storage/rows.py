@@ -46,7 +46,8 @@ def prediction_of(row: sqlite3.Row) -> Prediction:
         )
     )
     prediction.id, prediction.stream_token = row["id"], row["stream_token"]
-    prediction.created_at, prediction.started_at = row["created_at"], row["started_at"]
+    prediction.set_created_at(row["created_at"])
+    prediction.started_at = row["started_at"]
     prediction.completed_at, prediction.status = row["completed_at"], Status(row["status"])
     prediction.pieces, prediction.logs = json.loads(row["output"] or "[]"), row["logs"] or ""
     prediction.error, prediction.metrics = row["error"], json.loads(row["metrics"])

@@ -22,6 +22,8 @@ from llama.gateway.storage.store import Store
 
 T = TypeVar("T")
 
+_BUSY_TIMEOUT = 2.0  # seconds to wait for the command line; all other calls wait as well
+
 
 class Storage:
     """An open database. Calls are carried out in the order in which they were made."""
@@ -38,13 +40,26 @@ class Storage:
                     "another file"
                 ) from error
         try:
-            self._store = Store(path)  # after the lock: a newer gateway would change the tables
+            # After the lock, because a newer gateway would change the tables.
+            self._store = Store(path, _BUSY_TIMEOUT)
+            with usable(path):
+                self._store.check()
+                self._file = path, path.stat().st_ino
         except BaseException:
             self._lock.release()
             raise
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._calls = list[_Call]()
         self._working: asyncio.Future[list[_Result]] | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file is still there. What is written to a deleted file is lost."""
+        path, number = self._file
+        try:
+            return path.stat().st_ino == number
+        except OSError:
+            return False
 
     async def run(self, function: Callable[[Store], T]) -> T:
         """Call a function with the store in the store's thread. Cancelling the caller does not undo it.

@@ -42,9 +42,9 @@ class DailyUsage:
 class Store:
     """An open database. Raises sqlite3.Error if the file cannot be read or written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, busy_timeout: float = 10.0) -> None:
         """Open or create the file. Raises BadSettings if it cannot be the database of a gateway."""
-        self._db = Database(path)
+        self._db = Database(path, busy_timeout)
         self.keys = KeyTable(self._db)
         self._texts_in_log = True
         """Whether the write-ahead log may contain deleted texts."""
@@ -53,17 +53,23 @@ class Store:
         """All calls of the block are carried out, or none."""
         return self._db.transaction()
 
+    def check(self) -> None:
+        """Read what the start of a gateway needs. Raises sqlite3.Error if the file is damaged."""
+        self.keys.all()
+        self.count()
+        self.unfinished()
+
     def close(self) -> None:
         self._db.close()
 
-    def insert(self, prediction: Prediction) -> None:
-        """Add a prediction that has not started."""
-        values = insert_values(prediction)
-        marks = ", ".join("?" * len(values))
+    def insert(self, predictions: Sequence[Prediction]) -> None:
+        """Add predictions that have not started, all or none."""
         with self._db.transaction():
-            self._db.execute(
-                f"INSERT INTO predictions ({', '.join(values)}) VALUES ({marks})", [*values.values()]
-            )
+            for values in map(insert_values, predictions):
+                marks = ", ".join("?" * len(values))
+                self._db.execute(
+                    f"INSERT INTO predictions ({', '.join(values)}) VALUES ({marks})", [*values.values()]
+                )
 
     def set_status(self, prediction_id: str, status: Status) -> None:
         """Note whether a prediction waits, in which case it is queued again after a restart, or runs."""
@@ -77,8 +83,9 @@ class Store:
         """Save the counts of running predictions, so that they are not lost if the gateway is killed."""
         with self._db.transaction():
             self._db.executemany(
-                "UPDATE predictions SET started_at = ?, metrics = ? WHERE id = ? AND completed_at IS NULL",
-                [(p.started_at, metrics_values(p), p.id) for p in predictions],
+                "UPDATE predictions SET started_at = ?, progress_at = ?, metrics = ? "
+                "WHERE id = ? AND completed_at IS NULL",
+                [(p.started_at, time.time(), metrics_values(p), p.id) for p in predictions],
             )
 
     def finish(self, prediction: Prediction, outcome: Outcome) -> None:
@@ -168,10 +175,11 @@ class Store:
         (count,) = self._db.execute("SELECT COALESCE(SUM(predictions), 0) FROM usage").fetchone()
         return int(count)
 
-    def unfinished(self) -> list[Prediction]:
-        """Return the predictions that had not ended when the gateway ended, the oldest first."""
+    def unfinished(self) -> list[tuple[Prediction, float | None]]:
+        """Return the predictions that had not ended when the gateway ended, the oldest first, and when the
+        progress of each was last saved."""
         rows = self._db.execute("SELECT * FROM predictions WHERE completed_at IS NULL ORDER BY sequence")
-        return [prediction_of(row) for row in rows.fetchall()]
+        return [(prediction_of(row), row["progress_at"]) for row in rows.fetchall()]
 
     def undelivered(self) -> list[Prediction]:
         """Return the ended predictions whose `completed` webhook has not been delivered, the oldest first."""
