@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
+from gateways import MODEL
 from server_clients import PATIENCE, until
 
-from benchmarks.fake_cog import FakeCog
+from benchmarks.fake_cog import FakeCog, Script
 from llama import ROOT
 from llama.gateway.storage.storage import Storage
+from llama.gateway.storage.store import Store
 from llama.serving.server import free_port
 
 COMMAND = [sys.executable, "-m", "llama"]
@@ -47,6 +50,9 @@ class Process:
 
     def end(self, number: signal.Signals) -> int:
         self._process.send_signal(number)
+        return self._process.wait(timeout=PATIENCE)
+
+    def wait(self) -> int:
         return self._process.wait(timeout=PATIENCE)
 
     def signal(self, number: signal.Signals) -> None:
@@ -209,6 +215,40 @@ def test_a_second_gateway_on_the_same_database_is_refused_before_it_starts_a_ser
             assert line.startswith("E3000 BadSettings: another gateway uses the database ")
     finally:
         storage.close()
+
+
+def test_a_second_ctrl_c_ends_the_gateway_at_once_and_its_predictions_fail(database: Path) -> None:
+    with FakeCog(Script(hold_after=1)) as cog:
+        arguments = ["gateway", "--server", cog.url, "--port", "0"]
+        with running(database, *arguments) as process:
+            url = process.wait_for(r"listens on (http:[^\s;]+)")
+            created = httpx2.post(
+                f"{url}/v1/models/{MODEL}/predictions", json={"input": {"prompt": "Hi"}}
+            ).json()
+            until(lambda: httpx2.get(created["urls"]["get"]).json()["output"])
+            process.signal(signal.SIGINT)
+            process.wait_for(r"stopping; running predictions \((1)\)")
+            assert process.end(signal.SIGINT) == 128 + signal.SIGINT
+            assert "Traceback" not in process.text
+        store = Store(database)
+        stored = store.prediction(created["id"])
+        store.close()
+    assert stored is not None
+    assert str(stored.error).startswith("E4002 GatewayRestarted: ")
+
+
+def test_up_ends_with_an_error_when_its_server_is_killed(database: Path, embedded_folder: Path) -> None:
+    with running(database, "up", "--port", "0", LLAMA_WEIGHTS=str(embedded_folder)) as process:
+        process.wait_for(r"ready on (\S+);")
+        port = int(process.wait_for(r"the server http://127.0.0.1:(\d+) is ready"))
+        (server,) = [p for p in psutil.Process(process.pid).children() if listens(p, port)]
+        server.kill()
+        assert process.wait() == 1
+        assert "the server has ended" in process.text
+
+
+def listens(process: psutil.Process, port: int) -> bool:
+    return any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN)
 
 
 def test_up_runs_a_server_and_a_gateway_and_ctrl_c_ends_both(database: Path, embedded_folder: Path) -> None:

@@ -494,3 +494,14 @@ def test_an_endpoint_that_is_not_offered_says_what_to_use(gateway: Gateway, path
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_a_get_of_a_completion_is_not_allowed(gateway: Gateway, path: str) -> None:
     error_of(gateway.client.get(path), 405)
+
+
+def test_an_alias_is_a_name_of_the_model_and_any_other_name_is_not(cog: FakeCog, gateways: Gateways) -> None:
+    gateway = gateways(cog.url, aliases="gpt-4o, gpt-3.5-turbo")
+    answer = chat(gateway, model="gpt-4o")
+    assert (answer.status_code, answer.json()["model"]) == (200, "gpt-4o")
+    assert gateway.client.get("/v1/models/gpt-3.5-turbo").json()["id"] == "gpt-3.5-turbo"
+    names = [card["id"] for card in gateway.client.get("/v1/models").json()["data"]]
+    assert names == [gateway.settings.model, "gpt-4o", "gpt-3.5-turbo"]
+    assert chat(gateway, model="gpt-4").status_code == 404
+    assert gateway.client.get("/v1/models/gpt-4").status_code == 404

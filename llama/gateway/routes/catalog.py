@@ -62,7 +62,7 @@ def _check_model(gateway: Gateway, owner: str, name: str) -> None:
 @router.get("/models")
 async def list_models(gateway: CurrentGateway, base: BaseUrl) -> dict[str, Any]:
     """One body for both APIs: OpenAI's clients read `data`, Replicate's read `results`."""
-    cards = [openai_card(gateway.settings.model)]
+    cards = [openai_card(name) for name in (gateway.settings.model, *gateway.settings.aliases)]
     return {"object": "list", "data": cards, **_page([_model(gateway, base)])}
 
 
@@ -88,7 +88,9 @@ def _matching(text: str, model: dict[str, Any]) -> list[dict[str, Any]]:
 
 @router.get("/models/{name}")
 async def get_model_by_short_name(name: str, gateway: CurrentGateway, base: BaseUrl) -> dict[str, Any]:
-    """OpenAI's clients may leave out the owner."""
+    """OpenAI's clients may leave out the owner, or use an alias."""
+    if name in gateway.settings.aliases:
+        return {**_model(gateway, base), "id": name}
     owner = gateway.settings.model.partition("/")[0]
     return await get_model(owner, name, gateway, base)
 
