@@ -17,6 +17,7 @@ from llama.gateway.dispatch.cog_client import CogClient
 from llama.gateway.dispatch.dispatcher import Dispatcher
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Servers
+from llama.gateway.model_card import check_schema
 from llama.gateway.predictions import Predictions
 from llama.gateway.repeat import repeat
 from llama.gateway.replicate.view import prediction_body
@@ -147,7 +148,11 @@ class Gateway:
     async def _remember_schema(self) -> None:
         """Load the schema of an earlier run, so that the catalog works before a server is ready."""
         known = await self.storage.run(lambda store: store.fact(_SCHEMA))
-        self.servers.schema = json.loads(known) if known else None
+        if known:
+            with suppress(ValueError):  # stored by a version that accepted it
+                schema = json.loads(known)
+                check_schema(schema)
+                self.servers.schema = schema
         self.servers.on_schema = self._store_schema
 
     async def _store_schema(self, schema: dict[str, Any]) -> None:
