@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from small_models import SHARED
 
 import llama
@@ -259,3 +262,45 @@ def test_the_limits_of_the_server_are_the_same_in_all_files() -> None:
     for name in IMAGES:
         kept = f"COG_STREAM_HISTORY_CAPACITY={baked['COG_STREAM_HISTORY_CAPACITY']}"
         assert kept in cog_yaml(name)["environment"]
+
+
+def required(name: str) -> set[str]:
+    """The distributions that a requirements file installs, with everything that they require."""
+    found = set[str]()
+    waiting = [line.split("==")[0] for line in read_pins(name)]
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        distribution = canonicalize_name(requirement.name)
+        if distribution in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(distribution)
+        waiting += metadata.requires(distribution) or []
+    return found
+
+
+def read_pins(name: str) -> list[str]:
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_gateway_runs_with_its_own_requirements_alone() -> None:
+    installed = required("requirements-gateway.txt")
+    refused = sorted(
+        module
+        for module, distributions in metadata.packages_distributions().items()
+        if module != "llama" and not installed & {canonicalize_name(d) for d in distributions}
+    )
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused!r}:
+            raise ModuleNotFoundError(f"{{name}} is not in requirements-gateway.txt", name=name)
+sys.meta_path.insert(0, Refuse())
+import llama.gateway.start, llama.cli.main, llama.cli.gateway, llama.cli.keys
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "torch" in refused
+    assert result.returncode == 0, result.stderr
