@@ -6,7 +6,6 @@ Both APIs, the queue and the store use this object. Knows nothing about HTTP, se
 from __future__ import annotations
 
 import asyncio
-import base64
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -73,7 +72,7 @@ class Prediction:
 
     def __init__(self, request: PredictionRequest) -> None:
         self.request = request
-        self.id = base64.b32encode(secrets.token_bytes(17)).decode().lower()[:26]
+        self.id = secrets.token_hex(13)
         self.stream_token = secrets.token_urlsafe(32)
         """The unguessable last part of the stream's URL, which needs no key."""
         # Rounded to what responses show, because clients pass it back as `created_before`.

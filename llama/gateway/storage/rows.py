@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import asdict
 from typing import Any
 
 from llama.gateway.prediction import Prediction, PredictionRequest, Status, Webhook
@@ -12,11 +11,9 @@ from llama.gateway.prediction import Prediction, PredictionRequest, Status, Webh
 
 def insert_values(prediction: Prediction) -> dict[str, Any]:
     """The columns of a new prediction."""
-    request = asdict(prediction.request)
-    inputs, key_id = request.pop("inputs"), request.pop("key_id")
-    webhook = prediction.request.webhook
-    if webhook is not None:
-        request["webhook"]["events"] = sorted(webhook.events)
+    request = dict(vars(prediction.request))  # `asdict` would copy the inputs
+    inputs, key_id, webhook = (request.pop(name) for name in ("inputs", "key_id", "webhook"))
+    request["webhook"] = webhook and {"url": webhook.url, "events": sorted(webhook.events)}
     return {
         "id": prediction.id,
         "stream_token": prediction.stream_token,
