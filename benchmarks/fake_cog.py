@@ -21,7 +21,7 @@ __all__ = ["Body", "Counts", "FakeCog", "Received", "Rules", "Script", "Served",
 class FakeCog:
     """A context manager that runs the fake server in a thread.
 
-    `script` and the other arguments are fields of `Rules`, which is `rules` here.
+    `script` and the other arguments are fields of `Rules`; the attribute `rules` has them.
     """
 
     def __init__(self, script: Script | Callable[[Body], Script] | None = None, **rules: Any) -> None:

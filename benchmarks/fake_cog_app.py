@@ -1,6 +1,6 @@
 """A fake of Cog's server as an ASGI application, with answers from a script instead of a model.
 
-It sends what coglet 0.23 sends, as far as the gateway uses it: `/health-check`, `/openapi.json`, and
+It implements the part of coglet 0.23 that the gateway uses: `/health-check`, `/openapi.json`, and
 `POST /predictions` as a stream of events. `fake_cog.py` runs it.
 """
 
@@ -31,7 +31,7 @@ def real_schema() -> Body:
 
 
 class CogApp:
-    """The server as an ASGI application. All methods but `on_death` run in one event loop."""
+    """The server as an ASGI application. All methods run in one event loop."""
 
     def __init__(self, rules: Rules | None = None, on_death: Callable[[], None] = lambda: None) -> None:
         self.rules, self._on_death = rules or Rules(), on_death

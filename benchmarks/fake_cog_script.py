@@ -18,15 +18,15 @@ class Script:
     gap: float = 0
     """Seconds before every piece."""
     hold_after: int | None = None
-    """After so many pieces, wait until `FakeCog.release()` is called."""
+    """After this many pieces, wait until `FakeCog.release()` is called."""
     die_after: int | None = None
-    """After so many pieces, the server dies: see `FakeCog.die`."""
+    """After this many pieces, the server dies: see `FakeCog.die`."""
     hang: bool = False
     """Accept the request and never respond."""
     error: str | None = None
     """Fail after the pieces with this error, such as "E1001 PromptRequired: prompt is blank"."""
     raw: bytes = b""
-    """Bytes to send in the place of the pieces, such as an event that the real server never sends."""
+    """Bytes to send before the pieces, such as an event that the real server never sends."""
     logs: str = ""
     finish_reason: str = "stop"
 
@@ -80,15 +80,15 @@ class Rules:
     """The same for all predictions, or a function of a prediction's inputs."""
     places: int = 32
     health: str | None = None
-    """A status to report. None: READY, or BUSY if no place is free. Predictions are answered by 503 in the
-    states in which Cog's server does so."""
+    """A status to report. None: READY, or BUSY if no place is free. Predictions are refused with 503 in
+    the states in which Cog's server does so."""
     false_conflicts: int = 0
-    """So many of the next predictions are answered by 409 although places are free."""
+    """This many of the next predictions are refused with 409 although places are free."""
     refusal: int = 0
-    """A status with which all predictions are answered."""
+    """An HTTP status with which all predictions are refused; 0 refuses none."""
     title: str = "Cog"
     """The title in the schema. Another one makes it the schema of another version."""
     schema: str | None = None
     """What `/openapi.json` responds instead of the schema."""
     frozen: bool = False
-    """Accept all requests, that for the health too, and never respond."""
+    """Accept all requests, health checks included, and never respond."""

@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__)
     parser.add_argument("--litellm", metavar="PYTHON", help="a Python interpreter with litellm[proxy]")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of every comparison")
-    parser.add_argument("--requests", type=int, default=2000, help="requests to servers that are killed")
+    parser.add_argument("--requests", type=int, default=2000, help="requests while a server is killed")
     parser.add_argument(
         "--results",
         type=Path,
@@ -192,7 +192,7 @@ async def _waiting(folder: Path) -> Row:
 
 
 async def _leaving(folder: Path, total: int) -> Row:
-    """Let clients and a server leave in the middle."""
+    """Kill a server and let clients leave while requests run."""
     database = folder / "leaving.sqlite3"
     many.add_keys(database, ["first", "second"])
     began = time.perf_counter()

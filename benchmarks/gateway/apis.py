@@ -119,7 +119,7 @@ async def ask_openai(server: httpx2.AsyncClient, question: Question) -> Reading:
 
 
 Ask = Callable[[httpx2.AsyncClient, Question], Any]
-"""One of the functions above."""
+"""`ask_cog`, `ask_replicate` or `ask_openai`."""
 
 
 async def _read(

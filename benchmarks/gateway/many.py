@@ -1,7 +1,7 @@
 """More requests than places, and servers and clients that leave: what must hold for all of them.
 
 The benchmark runs these scenarios with many requests, the tests with fewer. The servers are fakes in this
-process, so that their memory of what they served can be compared with the gateway's.
+process, so that their record of what they served can be compared with the gateway's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PIECES = tuple(f" word{number}" for number in range(12))
 
 
 def add_keys(database: Path, names: Sequence[str]) -> None:
-    """Add keys to a new database. Each key is its name with `-key` behind it."""
+    """Add keys to a new database. Each key is its name followed by `-key`."""
     with closing(Store(database)) as store:
         for name in names:
             store.keys.add(name, hash_of(f"{name}-key"))
@@ -38,9 +38,9 @@ def add_keys(database: Path, names: Sequence[str]) -> None:
 
 
 async def wait_for_places(url: str, cog: FakeCog, per_key: Mapping[str, int]) -> list[str]:
-    """Fill all places and queue the other requests, key by key, so that the keys wait unequally long lines.
-    Then let all of them be answered. Returns the names of the keys in the order in which their requests
-    started on the server after the places were full."""
+    """Fill all places and queue the other requests, key by key, so that the keys have queues of different
+    lengths. Then let all requests complete. Returns the names of the keys in the order in which their
+    requests started on the server after the places were full."""
     cog.rules.script = Script(PIECES, hold_after=0)
     async with AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(client(url, f"{name}-key")) for name in per_key}
@@ -59,7 +59,7 @@ async def wait_for_places(url: str, cog: FakeCog, per_key: Mapping[str, int]) ->
 
 
 def largest_lead(order: Sequence[str], waiting: Mapping[str, int]) -> int:
-    """How many requests of one key had started more than of another one while both still had some waiting.
+    """The largest difference between the started requests of two keys while both still had waiting ones.
 
     `waiting`: how many requests of each key were waiting at the beginning.
     """
@@ -98,7 +98,7 @@ async def leave_and_kill(url: str, cogs: Sequence[FakeCog], names: Sequence[str]
     """Send `total` requests from several keys. A tenth is cancelled, a tenth is dropped, and the last server
     is killed when half of the requests have started. Returns what ran on that server when it was killed."""
     for cog in cogs:
-        # Those that will be left take long, so that they do not end before.
+        # Requests whose clients will leave take long, so that they do not end first.
         cog.rules.script = lambda inputs: Script(PIECES, gap=0.3 if _leaves(number_of(inputs)) else 0.01)
     at_once, lost = asyncio.Semaphore(200), list[Served]()
 
@@ -201,10 +201,10 @@ def number_of(inputs: str | Mapping[str, Any]) -> int:
 
 
 def faults(books: Books, lost: Sequence[Served], total: int) -> list[str]:
-    """What is wrong with the books; nothing, if every request ended once and was counted once.
+    """What is wrong with the books; empty if every request ended once and was counted once.
 
-    `lost`: what ran on the killed server. Only a request of it that had sent pieces may have failed. If they
-    were still on their way, it may have been answered by the other server.
+    `lost`: what ran on the killed server. Only a request whose pieces it had sent may have failed. If the
+    pieces had not arrived yet, the other server may have completed the request.
     """
     rows = books.predictions.values()
     with_pieces = {number_of(served.inputs) for served in lost if served.pieces}
@@ -218,7 +218,7 @@ def faults(books: Books, lost: Sequence[Served], total: int) -> list[str]:
         "a request has two predictions": books.rows != len(books.predictions),
         "a prediction has not ended": any(row["completed_at"] is None for row in rows),
         f"without pieces on the killed server, these failed: {failed - with_pieces}": failed - with_pieces,
-        f"these were cancelled by nobody: {books.numbers('canceled') - leaving}": (
+        f"these were cancelled although no client asked for it: {books.numbers('canceled') - leaving}": (
             books.numbers("canceled") - leaving
         ),
         "an answer is not whole": any(

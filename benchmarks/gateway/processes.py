@@ -19,8 +19,8 @@ KEY = f"sk-{secrets.token_hex(32)}"
 
 
 class Process(ChildServer):
-    """A server on a free port, for which `{port}` stands in the command. It is ready when `path` is answered
-    by 200."""
+    """A server on a free port; `{port}` in the command stands for it. The server is ready when `path`
+    responds with 200."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Process(ChildServer):
 
 
 def fake_cog(pieces: int, gap: float) -> Process:
-    """A fake of Cog's server that sends so many pieces, one every `gap` seconds."""
+    """A fake of Cog's server that sends `pieces` pieces, one every `gap` seconds."""
     return _fake("benchmarks.fake_cog", "/health-check", pieces, gap)
 
 
@@ -108,7 +108,7 @@ def litellm(python: str, upstream: str, folder: Path) -> Process:
         f"      {{model: openai/llama, api_base: {upstream}/v1, api_key: none}}\n"
     )
     command = [str(Path(python).with_name("litellm")), "--config", str(config), "--port", "{port}"]
-    # Without them, it asks for a price list and sends statistics.
+    # Without these and `--telemetry`, LiteLLM downloads a price list and sends statistics.
     environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": KEY}
     return Process(
         [*command, "--host", "127.0.0.1", "--telemetry", "False"],
@@ -125,7 +125,7 @@ def version_of_litellm(python: str) -> str:
 
 @contextmanager
 def peak_memory(process: Process) -> Iterator[list[int]]:
-    """Measure a process's resident memory ten times a second. The list has its maximum at the end."""
+    """Measure a process's resident memory ten times a second. After the block, the list has the maximum."""
     import threading
 
     peak, stop = [process.memory], threading.Event()

@@ -57,7 +57,7 @@ def _streams(results: Results) -> Iterator[str]:
     yield "## Streams of our server"
     yield (
         f"Cog's server with the embedded model generates {results['tokens']} tokens per request. It uses "
-        "all cores, so that the gateway's CPU time is taken from it."
+        "all cores, so the gateway's CPU time is taken from the server."
     )
     for name, streams in (("one", 1), ("many", results["streams"])):
         yield f"{counted(streams, 'stream')}:"
@@ -94,11 +94,11 @@ def _many(results: Results) -> Iterator[str]:
     yield "## More requests than places"
     yield (
         f"{waiting['requests']} requests of {waiting['keys']} keys wait for {waiting['places']} places, "
-        "queued one key after the other; every client reads a stream meanwhile. All were answered. While "
+        "queued one key after the other; meanwhile, every client reads a stream. All were answered. While "
         f"several keys had waiting requests, no key started more than {waiting['lead']} requests before "
         f"another one. The gateway used at most {waiting['memory'] / 1e6:.0f} MB of memory."
     )
-    yield "## Clients and a server that leave"
+    yield "## Clients that leave and a server that is killed"
     yield (
         f"{leaving['requests']:,} requests run on two servers. A tenth is cancelled, a tenth is dropped by "
         "its client, and one server is killed when half of the requests have started."
@@ -115,7 +115,7 @@ def _many(results: Results) -> Iterator[str]:
         ),
     )
     yield (
-        f"The stored predictions have {leaving['tokens']:,} tokens, and the keys were charged for "
+        f"The stored predictions have {leaving['tokens']:,} tokens, and the counts of the keys have "
         f"{leaving['counted_tokens']:,}. Broken rules: {'; '.join(leaving['faults']) or 'none'}."
     )
 

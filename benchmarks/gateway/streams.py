@@ -53,9 +53,9 @@ async def compare(
     apart: float = 0,
     title: str,
 ) -> dict[str, Row]:
-    """Measure all ways in every round, in reverse order in every other one. Returns medians by way.
+    """Measure all ways in every round, in reverse order in every other round. Returns medians by way.
 
-    `pieces` counts what an answer has of pieces, or of tokens. The streams begin `apart` seconds apart.
+    `pieces` counts the pieces, or the tokens, of an answer. The streams begin `apart` seconds apart.
     """
     rows: dict[str, list[Row]] = {way.name: [] for way in ways}
     for number in range(rounds + 1):

@@ -48,7 +48,9 @@ def gateway(
     from llama.gateway.dispatch.addresses import Addresses
 
     if bool(server) == bool(servers):
-        raise BadSettings("the gateway needs its servers; give either --server URL or --servers FILE")
+        raise BadSettings(
+            "the gateway got both lists of servers, or none; give either --server URL or --servers FILE"
+        )
     prepared = _prepare(Addresses(server or (), servers), host, port)
     others = " and all other addresses of this machine" if prepared.address in ("0.0.0.0", "::") else ""
     message = f"the gateway listens on {prepared.url}{others}; Ctrl-C stops it. {prepared.key_note}"
@@ -84,7 +86,7 @@ def up(host: HostOption = "127.0.0.1", port: PortOption = 8000) -> int | None:
 
 
 def _end_with(server: subprocess.Popen[bytes], ending: Event, died: Event) -> None:
-    """End this process, as SIGTERM does, if the server ends before `ending` is set. Sets `died` then."""
+    """If the server ends before `ending` is set, set `died` and send SIGTERM to this process."""
     server.wait()
     if not ending.is_set():
         died.set()
@@ -119,7 +121,7 @@ class _Prepared:
         if self.needs_key:
             return "Clients need a key."
         return (
-            "There is no key, so it serves this machine only, and clients can send any key. "
+            "There is no key, so the gateway serves this machine only, and clients can send any key. "
             "`python -m llama keys add NAME` adds one."
         )
 

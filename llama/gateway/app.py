@@ -49,7 +49,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
 
 def _routes(app: FastAPI) -> list[Route]:
-    """All routes of the gateway. The app itself hides those of its routers."""
+    """All routes of the gateway. `app.routes` does not list those of the routers."""
     routes = [*app.routes, *(route for router in _ROUTERS for route in router.routes)]
     return [route for route in routes if isinstance(route, Route)]
 

@@ -38,7 +38,7 @@ _SCHEMA = "openapi_schema"
 
 
 class Gateway:
-    """All parts of one gateway. `running` starts and ends what works in the background."""
+    """All parts of one gateway. `running` starts and ends the background work."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Gateway:
     ) -> None:
         """`loopback`: the gateway can be reached from this machine only. `grace`: how many seconds running
         predictions have to end when the gateway ends. `ping_interval`: seconds between two comments on a
-        silent stream. `lost_after`: a server that has not responded for so many seconds is lost.
+        silent stream. `lost_after`: a server that has not responded for this many seconds is lost.
 
         Raises BadSettings if the database cannot be opened.
         """
@@ -85,7 +85,7 @@ class Gateway:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Resume what the previous gateway with this database left, and serve until the block ends."""
+        """Resume what an earlier run left in the database, and serve until the block ends."""
         await self.keys.load()
         await self._remember_schema()
         await self.predictions.recover()
@@ -131,7 +131,7 @@ class Gateway:
         await self._dispatcher.end()
 
     async def _wait_for_a_server(self) -> None:
-        """Give the first health checks a moment, so that a gateway that listens is usually ready, too."""
+        """Wait briefly for the first health checks, so that a gateway is usually ready when it listens."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_CHECKS):
                 while not self.servers.any_ready:
@@ -142,7 +142,7 @@ class Gateway:
             await self.storage.run(lambda store: store.webhook_delivered(prediction_id))
         except sqlite3.Error as error:
             logger.error(
-                "a webhook is sent again after a restart, because its state was not stored: %s", error
+                "a webhook will be sent again after a restart, because its state was not stored: %s", error
             )
 
     async def _remember_schema(self) -> None:

@@ -51,9 +51,9 @@ class PredictionRequest:
     base_url: str = ""
     """The gateway's address as this client sees it, without a slash at the end."""
     seconds: float | None = None
-    """The prediction is cancelled so many seconds after its creation."""
+    """The prediction is cancelled this many seconds after its creation."""
     needs_client: bool = False
-    """Whether the answer is of use only to the connection that asked for it, as in OpenAI's API."""
+    """Whether the answer is useful only to the connection that asked for it, as in OpenAI's API."""
 
 
 @dataclass(frozen=True)

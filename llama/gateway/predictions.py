@@ -98,7 +98,7 @@ class Predictions:
                 self._begin(prediction)
             else:
                 self._active[prediction.id] = prediction
-                # The time since then is not a time of work.
+                # The time since then must not count as working time.
                 ended_at = progress_at or prediction.started_at or prediction.created_at
                 await self._finish(prediction, Outcome(Status.FAILED, str(lost), ended_at=ended_at))
 
@@ -113,7 +113,7 @@ class Predictions:
         await prediction.wait_until_ended(_CANCEL_TIMEOUT)
 
     async def _finish(self, prediction: Prediction, outcome: Outcome) -> None:
-        """Store how a prediction ended, and then tell its readers."""
+        """Store how a prediction ended, and then show it to its readers."""
         try:
             await self._store_end(prediction, outcome)
         except Exception as error:  # whatever it is, the readers must not wait for ever
@@ -160,7 +160,7 @@ class Predictions:
                 await self._dispatcher.stop(prediction, too_late)
 
     async def end_waiting_connections(self) -> None:
-        """Fail the waiting predictions whose clients are connected: the gateway ends, and so do they."""
+        """Fail the waiting predictions that need their client's connection, which ends with the gateway."""
         running = {prediction.id for prediction in self._dispatcher.running}
         error = str(GatewayRestarted("the gateway is being stopped; try again"))
         for prediction in list(self._active.values()):
@@ -207,7 +207,7 @@ class Predictions:
         """Return at most 100 of a key's predictions. Raises ValueError if the cursor is invalid."""
         direction, _, number = (cursor or "").partition("-")
         if cursor and direction not in ("before", "after"):
-            raise ValueError("the cursor is not one of this gateway")
+            raise ValueError("the cursor does not come from this gateway")
         position = {direction: int(number)} if cursor else {}
         found, more = await self._storage.run(
             lambda store: store.page(

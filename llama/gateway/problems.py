@@ -1,6 +1,6 @@
-"""An error that a client is told, in the shapes of Replicate's and OpenAI's APIs.
+"""An error that a client gets, in the shapes of Replicate's and OpenAI's APIs.
 
-Knows statuses and bodies. Which of the shapes a client gets is decided by the path, in `app.py`.
+Knows statuses and bodies. `http/problem_response.py` chooses the shape by the request's path.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def internal_error() -> Problem:
 
 
 def more_than_possible(count: int, limit: str) -> Problem:
-    """A request for several choices that can never be granted, so that trying again is of no use."""
+    """A request for more choices than a limit ever allows, so a retry cannot succeed."""
     detail = f"The request counts as {count} predictions, but {limit}. Ask for fewer choices at a time."
     return Problem(400, "Bad request", detail, code="invalid_value", param="n")
 

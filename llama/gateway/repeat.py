@@ -1,4 +1,4 @@
-"""Background work of the gateway that is done again and again."""
+"""Repeats background work of the gateway."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ logger = logging.getLogger(__name__)
 
 
 async def repeat(work: Callable[[], Awaitable[None]], pause: float) -> None:
-    """Do something every `pause` seconds until cancelled. An error is logged, and does not end it."""
+    """Do the work, pause, and repeat until cancelled. An error is logged and does not end the loop."""
     while True:
         try:
             await work()
         except Exception as error:
-            logger.exception("background work of the gateway failed and is tried again: %s", error)
+            logger.exception("background work of the gateway failed and will be tried again: %s", error)
         await asyncio.sleep(pause)

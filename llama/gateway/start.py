@@ -28,9 +28,9 @@ from llama.settings import expanded
 
 logger = logging.getLogger(__name__)
 
-_GRACE = 25  # seconds that running answers have to end; last webhooks have 5 more
+_GRACE = 25  # seconds that running predictions have to end; webhooks have 5 more
 _MAX_FILES = 65536  # if the system has no limit
-_IDLE = 75  # seconds; clients keep connections open, and a short limit closes them while they are used again
+_IDLE = 75  # seconds; a short limit could close a connection just when its client uses it again
 
 
 def prepare(settings: GatewaySettings, addresses: Addresses, address: str) -> Gateway:
@@ -76,7 +76,7 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):  # some systems have a lower limit that they do not tell
+        with suppress(ValueError, OSError):  # some systems have a lower limit that they do not report
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -138,7 +138,7 @@ class GatewayServer(uvicorn.Server):
         if self.should_exit and self.started and not self._hurried:
             self._hurried = True
             self._loop.call_soon_threadsafe(self._gateway.stop_now)
-        else:  # the first one, and a third one, which ends the process without storing anything
+        else:  # the first signal, and a third, which ends the process without storing anything
             super().handle_exit(sig, frame)
 
     @contextmanager

@@ -128,5 +128,5 @@ def test_the_old_list_stays_if_the_new_file_is_invalid(
     file.write_text("")
     with caplog.at_level(logging.ERROR):
         addresses.reload()
-    assert "the old list of servers stays" in caplog.text
+    assert "the old list of servers is kept" in caplog.text
     assert [address.url for address in current(addresses)] == ["http://10.0.0.2:5000"]

@@ -77,7 +77,8 @@ def test_the_guide_has_the_defaults_of_both_apis() -> None:
             "512 tokens",
         ],
     ]
-    assert f"`stop` may have {MAX_STOPS} sequences of {MAX_STOP_CHARACTERS} characters." in GUIDE
+    stops = f"`stop` may have up to {MAX_STOPS} sequences of up to {MAX_STOP_CHARACTERS} characters each."
+    assert stops in GUIDE
     assert f"`LLAMA_GATEWAY_PLACES` ({GatewaySettings().places})" in GUIDE
 
 

@@ -35,7 +35,7 @@ class Storage(Protocol):
 
 class Keys:
     """All keys. If there has never been one and the gateway listens on loopback only, it is open: requests
-    need no key, and all are made by the key "local"."""
+    need no key, and all of them belong to the key "local"."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Keys:
 
     def _find(self, hashed: str) -> Key | None:
         found = None
-        for stored in self._secret_keys():  # all of them: the time must not tell which key is nearly right
+        for stored in self._secret_keys():  # to the end, so that the time does not reveal which key matched
             if same(stored.hash or "", hashed) and stored.revoked_at is None:
                 found = stored.key
         return found

@@ -37,7 +37,7 @@ async def resolve(name: str) -> list[str]:
 
 
 def checked_url(text: str) -> str:
-    """Return a server's URL without a slash at its end. Raises BadSettings if it cannot be one."""
+    """Return a server's URL without a slash at its end. Raises BadSettings if the text is not one."""
     try:
         parts = urlsplit(text.strip())
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -86,14 +86,14 @@ class Addresses:
         self._known = dict[str, list[ServerAddress]]()
 
     def reload(self) -> None:
-        """Read the file again. If it is invalid, the old list stays."""
+        """Read the file again. If it is invalid, the old list is kept."""
         if self._file is None:
             return
         try:
             self._urls = read_servers(self._file)
             logger.info("read %s again: %d addresses", self._file, len(self._urls))
         except BadSettings as error:
-            logger.error("%s; the old list of servers stays", error)
+            logger.error("%s; the old list of servers is kept", error)
 
     async def current(self) -> list[ServerAddress]:
         """Resolve the names. A name that cannot be resolved keeps its last addresses."""
@@ -108,7 +108,7 @@ class Addresses:
             return [ServerAddress(url, parts.netloc)]
         try:
             found = await self._resolver(name)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
             if url not in self._known:
                 logger.warning("the server's name %s cannot be resolved (%s)", name, error)
                 self._known[url] = []

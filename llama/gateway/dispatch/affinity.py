@@ -20,7 +20,7 @@ def dialogue_of(inputs: Mapping[str, Any]) -> int:
             if isinstance(message, Mapping)
         ]
         contents = contents[: 2 if contents and contents[0][0] == "system" else 1]
-        return hash(repr((system, contents)))  # what a client sent may have no hash
+        return hash(repr((system, contents)))  # a client's values may not be hashable
     return hash((repr(system), str(first).partition("[/INST]")[0].replace("[INST]", "").strip()))
 
 

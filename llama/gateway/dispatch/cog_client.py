@@ -40,8 +40,8 @@ class Unavailable(Exception):
 
 
 class NotListening(Unavailable):
-    """The machine responds, but no server accepts connections: it has ended, or it ends when its running
-    predictions have ended."""
+    """The machine responds, but nothing accepts connections: the server has ended, or it will end after its
+    running predictions."""
 
 
 class Refused(Exception):
@@ -95,7 +95,7 @@ class CogClient:
                 async for events in _events(response.content):
                     yield events
                     if events and events[-1][0] == "completed":
-                        # At its end, the connection can be used again.
+                        # A connection can be reused only if its response was read to the end.
                         with suppress(TimeoutError):
                             await asyncio.wait_for(response.content.read(), _END_TIMEOUT)
                         return
@@ -105,12 +105,12 @@ class CogClient:
 
 
 def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A machine that has vanished sends nothing, not even an end: let the system probe for it."""
+    """Let the system probe the connection: a machine that has vanished sends nothing, not even its end."""
     family, kind, protocol, _, _ = address
     connection = socket.socket(family, kind, protocol)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, seconds_or_count in _KEEPALIVE.items():
-        if hasattr(socket, name):  # macOS has not all of them
+        if hasattr(socket, name):  # macOS lacks some of them
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds_or_count)
     return connection
 

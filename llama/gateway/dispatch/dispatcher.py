@@ -22,11 +22,11 @@ from llama.gateway.prediction import Outcome, Prediction, Status
 logger = logging.getLogger(__name__)
 
 _LOST_SERVERS = 3
-"""After so many lost servers a prediction fails, because it may be what makes them fail."""
+"""A prediction that has lost this many servers fails, because it may be the cause."""
 _BUSY_DELAYS = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Seconds between tries. Cog's server can refuse a prediction for a moment although it has a free place."""
 _FULL_FOR = 1.0
-"""Seconds without predictions for a server that is full although it should not be."""
+"""Seconds without new predictions for a server that reports no free place although it should have one."""
 
 Finish = Callable[[Prediction, Outcome], Awaitable[None]]
 
@@ -40,7 +40,7 @@ class _Run:
     task: asyncio.Task[None]
     begun: bool = False
     outcome: Outcome | None = None
-    """How the prediction has to end at once."""
+    """If set, the prediction has to end at once, with this outcome."""
     lost: bool = False
     """Whether the server no longer responds."""
 
@@ -85,7 +85,7 @@ class Dispatcher:
             await self.finish(prediction, outcome)
         elif (run := self._running.get(prediction.id)) and run.outcome is None:
             run.outcome = outcome
-            if not run.lost:  # otherwise the task ends already
+            if not run.lost:  # otherwise the task is already ending
                 run.interrupt()
 
     def dispatch(self) -> None:
@@ -162,7 +162,7 @@ class Dispatcher:
         return None
 
     def _lose(self, server: Server) -> None:
-        """A server does not respond any more: end what runs on it."""
+        """Interrupt the predictions of a server that no longer responds."""
         for run in self._running.values():
             if run.server is server and not run.lost and run.outcome is None:
                 run.lost = True

@@ -16,7 +16,7 @@ _RETRY_AFTER = 2  # seconds; OpenAI's client waits as long as it is told to
 
 
 class FairQueue:
-    """One queue per key. The keys take turns, however many predictions each of them has."""
+    """One queue per key. The keys are served in rotation, however many predictions each has."""
 
     def __init__(self, limit: int) -> None:
         """At most `limit` predictions of one key wait at the same time."""
@@ -55,8 +55,8 @@ class FairQueue:
         self._by_key.move_to_end(key_id, last=False)
 
     def next(self, may_run: Callable[[int], bool]) -> Prediction | None:
-        """Remove and return the first prediction of the key whose turn it is. `may_run` tells whether a key
-        may run one more."""
+        """Remove and return the first prediction of the next key in the rotation. `may_run` tells whether a
+        key may run one more."""
         for key_id, waiting in self._by_key.items():
             if may_run(key_id):
                 prediction = waiting.popleft()
@@ -66,7 +66,7 @@ class FairQueue:
         return None
 
     def remove(self, prediction: Prediction) -> bool:
-        """Remove a prediction. Returns False if it does not wait."""
+        """Remove a prediction. Returns False if it is not waiting."""
         waiting = self._by_key.get(prediction.request.key_id, deque())
         if prediction not in waiting:
             return False

@@ -34,7 +34,7 @@ class Server:
         self.listed = True
         """False when it is no longer on the list. Its running predictions go on."""
         self.full_until = 0.0
-        """Until this time of the monotonic clock it is considered full, because it has said so."""
+        """Until this time of the monotonic clock it counts as full, because it refused a prediction."""
         self.responded_at = time.monotonic()
         """When it last responded to a health check."""
         self.check_now = asyncio.Event()
@@ -134,7 +134,7 @@ class Servers:
                 await asyncio.wait_for(server.check_now.wait(), self._interval)
                 server.check_now.clear()
 
-        # The pause gives a server that has just failed a moment.
+        # The pause keeps a server that has just failed from being checked again at once.
         await repeat(check_and_wait, min(0.1, self._interval))
 
     async def _check(self, server: Server) -> None:
@@ -160,7 +160,7 @@ class Servers:
         """The status that a server reports; None if it does not respond."""
         try:
             return str((await self._client.ask(f"{server.url}/health-check", server.host))["status"])
-        except NotListening:  # the connections of its running predictions tell what becomes of them
+        except NotListening:  # its running predictions detect its end by their own connections
             server.responded_at = time.monotonic()
             return None
         except (Unavailable, KeyError, TypeError):

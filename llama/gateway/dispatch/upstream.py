@@ -75,12 +75,12 @@ def _outcome(data: Mapping[str, Any], prediction: Prediction) -> Outcome:
     if status != Status.FAILED or found is None or found[1] == "2":
         # Not the fault of the caller: the worker was killed, the engine failed, or the server is ending.
         if not prediction.pieces:
-            # Its words stay out of the log: they may quote a prompt.
+            # The error itself is not logged, because it may quote a prompt.
             raise Unavailable(
                 f"the prediction ended as {status}, {found[0].split(':')[0] if found else 'no code'}"
             )
-        error = error or "the server ended the prediction before its end"
-    # Without the words that Cog's server puts before an error.
+        error = error or "the server stopped the prediction early"
+    # Leave out what Cog's server puts before an error.
     return Outcome(Status.FAILED, found[0] if found else error, logs)
 
 

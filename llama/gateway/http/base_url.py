@@ -1,4 +1,4 @@
-"""Finds out under which address a client sees the gateway. The URLs in responses begin with it."""
+"""Finds the address under which a client sees the gateway. The URLs in responses begin with it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _is_trusted(scope: Scope, settings: GatewaySettings) -> bool:
 
 
 def _last(headers: Headers, name: str) -> str:
-    """The last value of a header: the proxy that was trusted added it, and a client may have sent others."""
+    """The last value of a header. The trusted proxy added it; earlier values may come from the client."""
     values = headers.getlist(name)
     return values[-1].rpartition(",")[2].strip() if values else ""
 

@@ -16,9 +16,9 @@ class ClientLeft(Exception):
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`. If the client leaves before, cancel the work and raise ClientLeft.
+    """Return the result of `work`. If the client leaves first, cancel the work and raise ClientLeft.
 
-    The request's body has to be read before.
+    The request's body must have been read already.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
@@ -29,7 +29,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     finally:
         for task in (working, leaving):
             task.cancel()
-        # The work is over when this function returns, also if it has to clean up.
+        # Wait until cancelled work has cleaned up.
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 

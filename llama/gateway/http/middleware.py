@@ -69,8 +69,8 @@ class RequestIds:
 
 
 class Paths:
-    """Gives each resource one path. Clients disagree about whether a base URL ends with `/v1`, so `/v1` is
-    removed from the start where it stands once or twice. Doubled and trailing slashes are removed too."""
+    """Gives each resource one path. Clients disagree about whether a base URL ends with `/v1`, so up to
+    two `/v1` are removed from the start of a path. Doubled and trailing slashes are removed, too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -93,7 +93,7 @@ def plain_path(path: str) -> str:
 
 class Cors:
     """Lets web pages of the allowed origins use the API, and every web page read a stream, whose URL is a
-    secret. Preflight requests are answered here, because they never have a key."""
+    secret. Preflight requests are handled here, because they never have a key."""
 
     def __init__(self, app: ASGIApp, allowed_origins: tuple[str, ...]) -> None:
         self._streams = _cors(app, ("*",))
@@ -161,7 +161,7 @@ class LoopbackGuard:
         host = headers.get("host", "")
         if not _LOOPBACK_HOST.fullmatch(host):
             raise _forbidden(
-                "The gateway has no keys, so it answers only requests for localhost, 127.0.0.1 or [::1]. "
+                "The gateway has no keys, so it accepts only requests for localhost, 127.0.0.1 or [::1]. "
                 "Use one of these names, or add a key."
             )
         origin, allowed = headers.get("origin"), self._gateway.settings.allowed_origins
@@ -196,7 +196,7 @@ def _needs_no_key(path: str) -> bool:
 
 
 class BodyLimit:
-    """Refuses a request whose body is too large, as soon as that is known. Nothing after it is read."""
+    """Refuses a request whose body is too large, as soon as that is known. The rest is not read."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app, self._limit = app, limit

@@ -30,7 +30,7 @@ WITHOUT_EFFECT = frozenset(
 """Members that are accepted with any value and have no effect."""
 
 ACCEPTED_VALUES: Mapping[str, tuple[Any, ...]] = {
-    # Before what refers to them, so that they are the ones that an error names.
+    # These two come before the members that refer to them, so that errors name these.
     "tools": ([],),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -53,7 +53,7 @@ CHAT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-# In text completions, a number of log probabilities is asked for, so 0 is not "off".
+# In text completions, `logprobs` is the number of log probabilities, so 0 does not mean "off".
 TEXT_VALUES: Mapping[str, tuple[Any, ...]] = {
     **ACCEPTED_VALUES,
     "echo": (False,),

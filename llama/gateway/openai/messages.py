@@ -1,6 +1,6 @@
 """Turns the messages of a chat completion into a dialogue of the predictor.
 
-The predictor wants one system message, then user and assistant messages in turn; OpenAI allows any order.
+The predictor takes one system message, then alternating user and assistant messages; OpenAI allows any order.
 Knows roles and contents; knows nothing about the other members of a body.
 """
 
@@ -13,7 +13,7 @@ from llama.gateway.openai.members import invalid, unknown, unsupported
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _WITHOUT_EFFECT = frozenset({"name"})
-# Clients send these back in the assistant's messages, empty. They have to mean nothing then.
+# Clients send these back in the assistant's messages. Empty ones have no effect.
 _EMPTY = frozenset({"annotations", "audio", "function_call", "refusal", "tool_call_id", "tool_calls"})
 _PART_WITHOUT_EFFECT = frozenset({"prompt_cache_breakpoint"})
 
@@ -24,10 +24,10 @@ BETWEEN_PARTS = "\n"
 
 
 def read_messages(messages: list[Any]) -> list[dict[str, str]]:
-    """Return the dialogue: the system message, if there is one, then user and assistant messages in turn.
+    """Return the dialogue: the system message, if there is one, then alternating user and assistant ones.
 
-    All system messages are joined and moved to the front, and neighbours of the same role are joined. Raises
-    Problem 400 if a message cannot be used, or if a Llama 2 dialogue cannot begin or end like this.
+    All system messages are joined and moved to the front, and consecutive ones of the same role are joined.
+    Raises Problem 400 if a message cannot be used, or if a Llama 2 dialogue cannot begin or end like this.
     """
     system, turns = list[str](), list[tuple[str, list[str]]]()
     for index, message in enumerate(messages):

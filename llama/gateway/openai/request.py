@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's chat and text completions, and the predictor's inputs that they mean.
+"""The bodies of OpenAI's chat and text completions, and how they become the predictor's inputs.
 
 Knows OpenAI's members, defaults and bounds. `openai/members.py` knows the members that are not implemented,
 and `openai/messages.py` the messages. Knows nothing about HTTP or responses.
@@ -87,7 +87,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Number = Annotated[Whole, Field(ge=1, le=UP_TO_THE_CONTEXT)]
 Setting = Annotated[Whole, Field(ge=-1, le=UP_TO_THE_CONTEXT)]
-Texts = Annotated[list[str], Field(fail_fast=True)]  # its first error is the one that is told
+Texts = Annotated[list[str], Field(fail_fast=True)]  # only the first error is reported
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -110,7 +110,7 @@ def _known_options(value: object) -> object:
 
 
 def _check_names(members: Iterable[str], model: type[BaseModel], prefix: str = "") -> None:
-    """Refuse the first member that the model does not have. pydantic would first describe all of them."""
+    """Refuse the first member that the model does not have. pydantic would describe all of them first."""
     for name in members:
         if name not in model.model_fields:
             raise unknown(f"{prefix}{name}")

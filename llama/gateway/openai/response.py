@@ -1,7 +1,7 @@
 """The bodies of OpenAI's responses: whole completions, and the chunks of a stream.
 
-A chunk is put together from parts that are serialized once per choice, because one is written for every piece
-of every answer. Knows bodies; knows nothing about HTTP or predictions.
+The fixed parts of a chunk are serialized once per choice, because a chunk is written for every piece of every
+answer. Knows bodies; knows nothing about HTTP or predictions.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Completion:
 class Chunks:
     """Writes the events of one stream. Every method returns whole events.
 
-    OpenAI's events have no ids: with one, OpenAI's Python client does not accept comments.
+    The events have no ids: after an event with an id, OpenAI's Python client does not accept comments.
     """
 
     def __init__(self, completion: Completion, choices: int, *, include_usage: bool) -> None:

@@ -1,6 +1,6 @@
 """Reads what a client of Replicate's API sends: the body and the headers of a create.
 
-Returns typed objects, or raises Problem in Replicate's words. Knows nothing about queues and servers.
+Returns typed objects, or raises Problem in Replicate's words. Knows nothing about queues or servers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Creation:
 
 
 def read_creation(body: object, version: ModelVersion | None, networks: Sequence[Network]) -> Creation:
-    """Read a body. Without a version, a server checks the inputs. Raises Problem 422."""
+    """Read a body. If `version` is None, only the server checks the inputs. Raises Problem 422."""
     try:
         parsed = _Body.model_validate(body)
     except ValidationError as error:

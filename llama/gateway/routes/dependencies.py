@@ -18,8 +18,8 @@ _LARGE_NUMBER = re.compile(rb"[0-9][eE]|[0-9]{300}")
 """What every number has that is too large for a float."""
 
 
-# What routes depend on is a coroutine: FastAPI runs a plain function in a thread, which takes far longer than
-# the function itself.
+# Every dependency is a coroutine function: FastAPI would run a plain function in a thread, which takes far
+# longer than the function itself.
 async def gateway(request: Request) -> Gateway:
     return cast("Gateway", request.app.state.gateway)
 

@@ -93,7 +93,7 @@ async def _whole(request: Request, choices: Choices, asked: CompletionRequest, _
 async def _streamed(
     request: Request, choices: Choices, asked: CompletionRequest, ping_interval: float
 ) -> Response:
-    """Wait for the first piece, because a failure before it can still be told by the status."""
+    """Wait for the first piece, because a failure before it can still become an HTTP status."""
     updates = choices.updates(ping_interval)
     first = await while_connected(request.receive, _first(updates))
     completion = Completion(asked.model, asked.is_chat)
@@ -105,7 +105,7 @@ async def _first(updates: AsyncGenerator[Update, None]) -> Update:
     async for update in updates:
         if update.text or update.ended:
             return update
-    raise AssertionError("the updates of a choice end with one that says so")
+    raise AssertionError("the last update of a choice has `ended` set")
 
 
 async def _events(
@@ -130,7 +130,7 @@ async def _events(
 class CompletionStream(Response):
     """Sends the events of a stream. When the client leaves, its predictions are cancelled.
 
-    Starlette's own response for streams starts several tasks, and writes the same.
+    Starlette's StreamingResponse writes the same, but starts several tasks per stream.
     """
 
     def __init__(self, choices: Choices, events: AsyncGenerator[bytes, None]) -> None:

@@ -23,9 +23,9 @@ class Database:
         """Open or create the file, which only its owner can read. A transaction waits up to `busy_timeout`
         seconds for that of another process.
 
-        Raises BadSettings if that is impossible, or if the file is not a database of a gateway.
+        Raises BadSettings if the file cannot be opened, or if it is not a gateway's database.
         """
-        # SQLite does not wait for another process that makes the first tables at the same time.
+        # SQLite does not wait for another process that creates the tables at the same time.
         with usable(path), FileLock(f"{path}.opening", timeout=_OPENING_TIMEOUT, mode=0o600):
             self._connection = _open(path, busy_timeout)
 
@@ -38,8 +38,8 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All statements of the block are carried out, or none. Inside another transaction, it is a part of
-        that one."""
+        """All statements of the block are carried out, or none. Inside another transaction, they
+        become a part of it."""
         if self._connection.in_transaction:
             yield
             return
@@ -64,7 +64,7 @@ class Database:
 
 @contextmanager
 def usable(path: Path) -> Iterator[None]:
-    """Create a missing file and its folder. Raises BadSettings for what goes wrong then or in the block."""
+    """Create a missing file and its folder. Raises BadSettings if that or the block fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)

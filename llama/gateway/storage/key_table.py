@@ -12,7 +12,7 @@ from llama.gateway.storage.keys import Key, new_webhook_secret
 
 @dataclass(frozen=True)
 class StoredKey:
-    """A key with what only the check of a key and the command line need."""
+    """A key with the fields that only authentication and the command line need."""
 
     key: Key
     hash: str | None
@@ -63,7 +63,7 @@ class KeyTable:
             )
 
     def ensure(self, name: str, key_hash: str | None) -> Key:
-        """Return the key with this name, with this hash. Adds it if there is none."""
+        """Return the key with this name, and set its hash. Adds the key if there is none."""
         for stored in self.all():
             if stored.key.name == name and stored.revoked_at is None:
                 if stored.hash != key_hash:

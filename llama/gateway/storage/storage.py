@@ -62,7 +62,7 @@ class Storage:
             return False
 
     async def run(self, function: Callable[[Store], T]) -> T:
-        """Call a function with the store in the store's thread. Cancelling the caller does not undo it.
+        """Call a function with the store in the store's thread. Cancelling the caller does not cancel it.
 
         Calls that are made while the thread is busy are then carried out together, in one transaction. If one
         of them fails, the transaction is rolled back, and each function is called again on its own.
@@ -99,7 +99,7 @@ class Storage:
                 call.future.set_exception(result.error)
 
     def close(self) -> None:
-        """Finish the calls that were made, and close the file. Call it when no call is waited for."""
+        """Finish the calls that were made, and close the file. Call it when nothing waits for a call."""
         self._thread.shutdown()
         self._store.close()
         self._lock.release()

@@ -1,4 +1,4 @@
-"""Makes one attempt to deliver a webhook: signs it as Standard Webhooks says, and judges the response.
+"""Makes one attempt to deliver a webhook: signs it as Standard Webhooks says, and checks the response.
 
 Bounds how many attempts run at once. Knows nothing about when and how often a webhook is sent.
 """
@@ -31,7 +31,7 @@ class Sender(Protocol):
 
 class Delivery:
     """Sends webhooks through a sender, such as `Outgoing`. A slow receiver gets at most `at_once_per_host`
-    slots of its key, so that it does not delay other receivers; and a key, whose host names may be endless,
+    slots of its key, so that it does not delay other receivers. A key can name any number of hosts, so it
     gets at most `at_once_per_key` slots."""
 
     def __init__(
@@ -76,7 +76,8 @@ class Delivery:
 
     def _failed(self, prediction: Prediction, reason: str, *, again: bool) -> bool:
         # A URL's path and query may be secrets, so only the host is logged.
-        logger.info("webhook of prediction %s to %s: %s", prediction.id, _host_of(prediction), reason)
+        host = _host_of(prediction)
+        logger.info("the webhook of prediction %s to %s failed: %s", prediction.id, host, reason)
         return not again
 
 

@@ -1,5 +1,5 @@
-"""Sends a prediction's webhooks. `start`, `output` and `logs` are attempted once each; `completed` is retried
-up to six times.
+"""Sends a prediction's webhooks. Those for `start`, `output` and `logs` are sent once each; `completed` is
+retried up to six times.
 
 Knows when to send what. Knows nothing about signatures, addresses or what a body contains.
 """
