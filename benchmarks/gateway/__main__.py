@@ -23,7 +23,7 @@ from typing import Any
 import httpx2
 
 from benchmarks.fake_cog import FakeCog
-from benchmarks.gateway import many, processes
+from benchmarks.gateway import load_scenarios, processes
 from benchmarks.gateway.apis import Reading, ask_cog, ask_openai, ask_replicate, client
 from benchmarks.gateway.processes import KEY, Process
 from benchmarks.gateway.report import markdown
@@ -172,18 +172,18 @@ async def _real(folder: Path, rounds: int) -> Row:
 async def _waiting(folder: Path) -> Row:
     """Let 500 requests wait for 32 places."""
     database = folder / "waiting.sqlite3"
-    many.add_keys(database, list(KEYS))
+    load_scenarios.add_keys(database, list(KEYS))
     with FakeCog() as cog, processes.gateway([cog.url], database) as gateway:
         await asyncio.to_thread(gateway.wait_until_ready)
         began = time.perf_counter()
         with processes.peak_memory(gateway) as peak:
-            order = await many.wait_for_places(gateway.url, cog, KEYS)
+            order = await load_scenarios.wait_for_places(gateway.url, cog, KEYS)
         waiting = {**KEYS, "first": KEYS["first"] - STREAMS}
         row = {
             "requests": len(order),
             "places": cog.counts.most_running,
             "keys": len(KEYS),
-            "lead": many.largest_lead(order, waiting),
+            "lead": load_scenarios.largest_lead(order, waiting),
             "memory": peak[0],
             "seconds": time.perf_counter() - began,
         }
@@ -194,15 +194,17 @@ async def _waiting(folder: Path) -> Row:
 async def _leaving(folder: Path, total: int) -> Row:
     """Kill a server and let clients leave while requests run."""
     database = folder / "leaving.sqlite3"
-    many.add_keys(database, ["first", "second"])
+    load_scenarios.add_keys(database, ["first", "second"])
     began = time.perf_counter()
     with FakeCog() as cog, FakeCog() as killed:
         servers = [cog.url, killed.url]
         with processes.gateway(servers, database) as gateway:
             await asyncio.to_thread(gateway.wait_until_ready)
             with processes.peak_memory(gateway) as peak:
-                lost = await many.leave_and_kill(gateway.url, [cog, killed], ["first", "second"], total)
-    books = many.read_books(database)
+                lost = await load_scenarios.leave_and_kill(
+                    gateway.url, [cog, killed], ["first", "second"], total
+                )
+    books = load_scenarios.read_books(database)
     row = {
         "requests": total,
         "predictions": books.rows,
@@ -213,7 +215,7 @@ async def _leaving(folder: Path, total: int) -> Row:
         "counted": books.counted,
         "tokens": books.tokens,
         "counted_tokens": books.counted_tokens,
-        "faults": many.faults(books, lost, total),
+        "faults": load_scenarios.faults(books, lost, total),
         "memory": peak[0],
         "seconds": time.perf_counter() - began,
     }

@@ -76,7 +76,7 @@ class Gateway:
             on_begin=self.webhooks.follow,
         )
         self._dispatcher = dispatcher
-        self._hurried = asyncio.Event()
+        self._stop_requested = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
 
     def _at_once(self, key_id: int) -> int | None:
@@ -93,7 +93,7 @@ class Gateway:
             self.webhooks.deliver_completed(prediction)
         background = (
             self.servers.watch(),
-            repeat(self.predictions.end_what_must_not_go_on, _OFTEN),
+            repeat(self.predictions.end_overdue_and_revoked, _OFTEN),
             repeat(self._save, _OFTEN),
             repeat(self._delete_old_texts, min(60.0, self.settings.retention / 2)),
         )
@@ -105,7 +105,7 @@ class Gateway:
             finally:
                 self.stop_starting()
                 await cast("asyncio.Task[None]", self._ending)
-                await self.webhooks.close(0 if self._hurried.is_set() else _LAST_WEBHOOKS)
+                await self.webhooks.close(0 if self._stop_requested.is_set() else _LAST_WEBHOOKS)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -120,14 +120,14 @@ class Gateway:
 
     def stop_now(self) -> None:
         """End the grace period. Call it in the event loop, after `stop_starting`."""
-        self._hurried.set()
+        self._stop_requested.set()
 
     async def _end_predictions(self) -> None:
         self._dispatcher.stop_starting()
         await self.predictions.end_waiting_connections()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._grace):
-                await self._dispatcher.idle(self._hurried)
+                await self._dispatcher.idle(self._stop_requested)
         await self._dispatcher.end()
 
     async def _wait_for_a_server(self) -> None:

@@ -139,7 +139,7 @@ class Predictions:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def end_what_must_not_go_on(self) -> None:
+    async def end_overdue_and_revoked(self) -> None:
         """End the predictions that are past their deadline or have waited too long, and those of revoked
         keys. Call it several times a second."""
         await self._keys.refresh()

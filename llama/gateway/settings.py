@@ -76,7 +76,7 @@ class GatewaySettings(EnvironmentSettings):
     allowed_origins: Annotated[tuple[Origin, ...], NoDecode] = ()
     """Origins whose pages may use the API from a browser, separated by commas."""
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
-    """Addresses or networks of the proxies whose `X-Forwarded-*` headers count, separated by commas."""
+    """Addresses or networks of the proxies whose `X-Forwarded-*` headers are trusted, separated by commas."""
 
     _strip = field_validator("key")(_sendable)
     _split = field_validator(

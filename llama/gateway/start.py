@@ -115,7 +115,7 @@ class GatewayServer(uvicorn.Server):
         the gateway's own grace, at the same time."""
         super().__init__(_config(gateway, address, port, grace, limits))
         self._gateway, self._on_start, self._reloads = gateway, on_start, reloads
-        self._hurried = False
+        self._stop_requested = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -135,8 +135,8 @@ class GatewayServer(uvicorn.Server):
         logger.info("the gateway has stopped")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit and self.started and not self._hurried:
-            self._hurried = True
+        if self.should_exit and self.started and not self._stop_requested:
+            self._stop_requested = True
             self._loop.call_soon_threadsafe(self._gateway.stop_now)
         else:  # the first signal, and a third, which ends the process without storing anything
             super().handle_exit(sig, frame)

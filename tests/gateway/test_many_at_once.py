@@ -13,7 +13,7 @@ from gateways import MODEL, Gateway
 from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
-from benchmarks.gateway import many
+from benchmarks.gateway import load_scenarios
 from llama.gateway.prediction import PredictionRequest, Status
 
 KEYS = {"first": 60, "second": 40, "third": 20}
@@ -23,14 +23,14 @@ def test_waiting_requests_are_all_answered_and_the_keys_take_turns(
     gateways: Callable[..., Gateway], tmp_path: Path
 ) -> None:
     database, places = tmp_path / "keys.sqlite3", 8
-    many.add_keys(database, list(KEYS))
+    load_scenarios.add_keys(database, list(KEYS))
     with FakeCog(places=places) as cog:
         gateway = gateways(cog.url, database=database, places=places)
-        order = asyncio.run(many.wait_for_places(gateway.url, cog, KEYS))
+        order = asyncio.run(load_scenarios.wait_for_places(gateway.url, cog, KEYS))
         assert len(order) == sum(KEYS.values()) - places
         assert cog.counts.most_running == places
         # Requests that start at the same time may arrive in any order.
-        assert many.largest_lead(order, {**KEYS, "first": KEYS["first"] - places}) <= places
+        assert load_scenarios.largest_lead(order, {**KEYS, "first": KEYS["first"] - places}) <= places
         assert {request.path for request in cog.received} == {
             "/health-check",
             "/openapi.json",
@@ -42,12 +42,14 @@ def test_every_request_ends_once_and_is_counted_once_if_clients_and_a_server_lea
     gateways: Callable[..., Gateway], tmp_path: Path
 ) -> None:
     database, total = tmp_path / "keys.sqlite3", 300
-    many.add_keys(database, ["first", "second"])
+    load_scenarios.add_keys(database, ["first", "second"])
     with FakeCog() as cog, FakeCog() as killed:
         gateway = gateways(cog.url, killed.url, database=database)
-        lost = asyncio.run(many.leave_and_kill(gateway.url, [cog, killed], ["first", "second"], total))
-    books = many.read_books(database)
-    assert many.faults(books, lost, total) == []
+        lost = asyncio.run(
+            load_scenarios.leave_and_kill(gateway.url, [cog, killed], ["first", "second"], total)
+        )
+    books = load_scenarios.read_books(database)
+    assert load_scenarios.faults(books, lost, total) == []
     assert books.numbers("succeeded")
     assert books.numbers("canceled")
     assert books.numbers("failed")
@@ -76,5 +78,5 @@ def test_a_prediction_that_is_cancelled_at_any_moment_ends_and_frees_its_place(
 
 def test_the_lead_of_a_key_is_what_it_started_more_than_a_key_that_still_waits() -> None:
     waiting = {"a": 4, "b": 2, "c": 2}
-    assert many.largest_lead(["a", "b", "c", "a", "b", "c", "a", "a"], waiting) == 1
-    assert many.largest_lead(["a", "a", "a", "a", "b", "c", "b", "c"], waiting) == 3
+    assert load_scenarios.largest_lead(["a", "b", "c", "a", "b", "c", "a", "a"], waiting) == 1
+    assert load_scenarios.largest_lead(["a", "a", "a", "a", "b", "c", "b", "c"], waiting) == 3

@@ -127,7 +127,7 @@ class Dispatcher:
         run.begun, busy = True, False
         try:
             if run.outcome is None and not run.lost:
-                return await self._run_patiently(run)
+                return await self._run_with_retries(run)
         except Busy:
             run.server.full_until = time.monotonic() + _FULL_FOR
             busy = True
@@ -144,7 +144,7 @@ class Dispatcher:
             return run.outcome
         return None if busy else self._after_loss(run.prediction)
 
-    async def _run_patiently(self, run: _Run) -> Outcome:
+    async def _run_with_retries(self, run: _Run) -> Outcome:
         for delay in _BUSY_DELAYS:
             try:
                 return await run_on_server(self._client, run.server.url, run.server.host, run.prediction)
@@ -172,15 +172,15 @@ class Dispatcher:
         """Start no more predictions."""
         self._stopping = True
 
-    async def idle(self, hurried: asyncio.Event) -> None:
-        """Wait until no prediction runs, or until `hurried` is set."""
-        hurry = asyncio.create_task(hurried.wait())
+    async def idle(self, stop_requested: asyncio.Event) -> None:
+        """Wait until no prediction runs, or until `stop_requested` is set."""
+        stop = asyncio.create_task(stop_requested.wait())
         try:
-            while self._running and not hurry.done():
+            while self._running and not stop.done():
                 tasks = [run.task for run in self._running.values()]
-                await asyncio.wait([*tasks, hurry], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            hurry.cancel()
+            stop.cancel()
 
     async def end(self) -> None:
         """Start no more predictions, and fail those that run."""
