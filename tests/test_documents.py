@@ -17,6 +17,7 @@ from gateways import Gateway
 from pydantic.fields import FieldInfo
 from small_models import needs_embedded
 
+from benchmarks.gateway.report import markdown as gateway_markdown
 from benchmarks.report import markdown, summary_table, targets_table
 from llama import ROOT, __version__
 from llama.errors import LlamaError
@@ -222,6 +223,14 @@ def test_the_speeds_in_the_readme_are_the_measured_ones_and_no_missed_target_is_
     assert targets_table({"targets": missed}) in readme
     assert f"{len(missed)} of the {len(results['targets'])} targets were missed" in readme
     assert read("benchmarks/results/cpu.md") == markdown(results, "cpu")
+
+
+def test_the_gateways_results_are_rendered_from_their_numbers() -> None:
+    results = json.loads(read("benchmarks/results/gateway.json"))
+    assert read("benchmarks/results/gateway.md") == gateway_markdown(results)
+    missed = sum(not target["met"] for target in results["targets"])
+    words = {3: "Three"}
+    assert f"{words[missed]} of {len(results['targets'])} targets were missed" in read("docs/gateway.md")
 
 
 def test_the_readme_names_the_cpu_that_was_measured() -> None:

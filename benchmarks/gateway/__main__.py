@@ -211,7 +211,7 @@ async def _leaving(folder: Path, total: int) -> Row:
         "succeeded": len(books.numbers("succeeded")),
         "cancelled": len(books.numbers("canceled")),
         "failed": len(books.numbers("failed")),
-        "with_pieces": sum(served.pieces > 0 for served in lost),
+        "with_pieces": sum(served.pieces > 0 and served.status in ("running", "lost") for served in lost),
         "counted": books.counted,
         "tokens": books.tokens,
         "counted_tokens": books.counted_tokens,

@@ -96,7 +96,7 @@ async def _text_of(gateway: httpx2.AsyncClient, prediction: Mapping[str, Any]) -
 
 async def leave_and_kill(url: str, cogs: Sequence[FakeCog], names: Sequence[str], total: int) -> list[Served]:
     """Send `total` requests from several keys. A tenth is cancelled, a tenth is dropped, and the last server
-    is killed when half of the requests have started. Returns what ran on that server when it was killed."""
+    is killed when half of the requests have started. Returns what that server had accepted."""
     for cog in cogs:
         # Requests whose clients will leave take long, so that they do not end first.
         cog.rules.script = lambda inputs: Script(PIECES, gap=0.3 if _leaves(number_of(inputs)) else 0.01)
@@ -106,7 +106,7 @@ async def leave_and_kill(url: str, cogs: Sequence[FakeCog], names: Sequence[str]
         while sum(len(cog.served) for cog in cogs) < total // 2:
             await asyncio.sleep(0.005)
         await asyncio.to_thread(cogs[-1].die)
-        lost.extend(served for served in cogs[-1].served if served.status in ("running", "lost"))
+        lost.extend(cogs[-1].served)
 
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(client(url, f"{name}-key")) for name in names]
@@ -203,8 +203,9 @@ def number_of(inputs: str | Mapping[str, Any]) -> int:
 def faults(books: Books, lost: Sequence[Served], total: int) -> list[str]:
     """What is wrong with the books; empty if every request ended once and was counted once.
 
-    `lost`: what ran on the killed server. Only a request whose pieces it had sent may have failed. If the
-    pieces had not arrived yet, the other server may have completed the request.
+    `lost`: what the killed server had accepted. Only a request whose pieces it had sent may have failed, also
+    if it had sent all of them, because the last ones may not have arrived. If none had arrived, the other
+    server may have completed the request.
     """
     rows = books.predictions.values()
     with_pieces = {number_of(served.inputs) for served in lost if served.pieces}
