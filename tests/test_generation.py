@@ -238,8 +238,8 @@ def test_a_failing_scope_and_log_do_not_hide_the_engines_error(
     with pytest.raises(GenerationFailed, match="^E2001 GenerationFailed: it broke"):
         next(pieces)
     assert caplog.messages == [
+        "the metric input_token_count could not be recorded; no more metrics are recorded for this prediction",
         "a prediction's log could not be written; no more lines are logged for this prediction",
-        "the metric output_token_count could not be recorded; no more metrics are recorded for this prediction",
     ]
 
 
@@ -257,12 +257,14 @@ def test_the_logged_metrics_equal_the_recorded_ones(tokenizer: Tokenizer) -> Non
     assert len(logged) == 2
 
 
-def test_the_token_count_is_recorded_before_each_piece(tokenizer: Tokenizer) -> None:
+def test_the_token_counts_are_recorded_before_each_piece(tokenizer: Tokenizer) -> None:
     ids = ids_of(tokenizer, "one two three")
     engine, recorder = ScriptedEngine(ids, ending=None), Recorder()
     pieces = start(tokenizer, engine, recorder)
     next(pieces)
-    assert recorder.metrics == {"output_token_count": len(ids)}
+    assert recorder.metrics.keys() == {"input_token_count", "output_token_count"}
+    assert recorder.metrics["output_token_count"] == len(ids)
+    assert recorder.metrics["input_token_count"] > 0
     pieces.close()
 
 
