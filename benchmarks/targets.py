@@ -5,7 +5,7 @@ Knows the figures of a run and the names of the engines; knows nothing about how
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.tables import counted
@@ -19,12 +19,20 @@ SERVED_ON_VLLM = "our server on vLLM, bfloat16"
 CHOSEN = "chosen by the engine"
 VLLM_SERVER = "vLLM server (CPU, eager), bfloat16"
 
+Row = tuple[str, float, float | None, bool]
+"""The target's name, the wanted value, the measured value, and whether the wanted value is an upper bound."""
+
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
     """Return one row per target: `target` (its name), `wanted`, `got` and `met`.
 
     `got` and `met` are None if the figure was not measured.
     """
+    return judged(_rows(results))
+
+
+def judged(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Compare measured values with wanted ones. Returns what `evaluate` returns."""
     return [
         {
             "target": text,
@@ -32,12 +40,8 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
             "got": None if got is None else round(got, 3),
             "met": None if got is None else bool(got <= wanted if upper else got >= wanted),
         }
-        for text, wanted, got, upper in _rows(results)
+        for text, wanted, got, upper in rows
     ]
-
-
-Row = tuple[str, float, float | None, bool]
-"""The target's name, the wanted value, the measured value, and whether the wanted value is an upper bound."""
 
 
 def _rows(results: Results) -> Iterator[Row]:

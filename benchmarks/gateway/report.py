@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.gateway.targets import Results
 from benchmarks.report import targets_table
 from benchmarks.tables import counted, table
+from benchmarks.targets import Results
 
 
 def markdown(results: Results) -> str:

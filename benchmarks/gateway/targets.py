@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-Results = dict[str, Any]
-Target = tuple[str, float, float | None, bool]
-"""The target's name, the wanted value, the measured value, and whether the wanted value is an upper bound."""
+from benchmarks.targets import Results, Row, judged
 
 REPLICATE = "gateway, Replicate's stream"
 OPENAI = "gateway, OpenAI's stream"
@@ -17,18 +15,10 @@ REAL = "our server"
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
     """Return all targets with what was wanted, what was measured, and whether that is enough."""
-    return [
-        {
-            "target": text,
-            "wanted": f"{'at most' if upper else 'at least'} {wanted:g}",
-            "got": None if got is None else round(got, 3),
-            "met": None if got is None else bool(got <= wanted if upper else got >= wanted),
-        }
-        for text, wanted, got, upper in _targets(results)
-    ]
+    return judged(_targets(results))
 
 
-def _targets(results: Results) -> Iterator[Target]:
+def _targets(results: Results) -> Iterator[Row]:
     streams, paced, real = results["streams"], results["paced"]["many"], results["real"]
     for way in (REPLICATE, OPENAI):
         speed = paced[way]["per_second"] / paced[FAKE]["per_second"]
@@ -54,7 +44,7 @@ def _targets(results: Results) -> Iterator[Target]:
     yield "resident memory of the gateway when it is ready, in MB", 150, _mb(results["start"]), True
 
 
-def _of_many(results: Results) -> Iterator[Target]:
+def _of_many(results: Results) -> Iterator[Row]:
     waiting, leaving = results["waiting"], results["leaving"]
     requests = f"{waiting['requests']} waiting requests"
     yield f"{requests}: the most that one key started before another waiting key", 8, waiting["lead"], True

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama.cli.serve import prepare_server, without_prefix
+from llama.cli.serve import listening_address, prepare_server, without_prefix
 from llama.cli.terminal import command, fail
 from llama.errors import BadSettings
 
@@ -110,7 +111,7 @@ class _Prepared:
         print_message = functools.partial(print, message, file=sys.stderr)
         run(self.gateway, self.address, self.port, print_message, reloads=reloads)
 
-    @property
+    @cached_property  # it opens the database
     def needs_key(self) -> bool:
         from llama.gateway.start import needs_key
 
@@ -133,17 +134,13 @@ def _prepare(addresses: Addresses, host: str, port: int) -> _Prepared:
     """
     from llama.gateway.settings import GatewaySettings
     from llama.gateway.start import prepare
-    from llama.serving.server import check_listening, free_port, numeric_address, url_of
+    from llama.serving.server import free_port, url_of
 
     settings = GatewaySettings.from_environment()
     try:
-        address = numeric_address(host)
-        check_listening(address, port)
+        address = listening_address(host, port, "up")
     except ValueError as error:
-        raise BadSettings(
-            f"cannot listen on {host}:{port} ({error}); choose another address or port with --host and "
-            "--port (make up PORT=...)"
-        ) from error
+        raise BadSettings(str(error)) from error
     port = port or free_port()
     url = url_of(address, port).replace("127.0.0.1", "localhost")
     return _Prepared(prepare(settings, addresses, address), address, port, url)

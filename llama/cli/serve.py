@@ -89,20 +89,14 @@ def serve(
     from llama.serving.server import (
         CogServer,
         ServerFailed,
-        check_listening,
         free_port,
-        numeric_address,
         url_of,
     )
 
     try:
-        address = numeric_address(host)
-        check_listening(address, port)
+        address = listening_address(host, port, "serve")
     except ValueError as error:
-        return fail(
-            f"cannot listen on {host}:{port} ({error}); choose another address or port with --host and "
-            "--port (make serve PORT=...)"
-        )
+        return fail(str(error))
     port = port or free_port()
     environment = prepare_server()
     with CogServer(environment, output=None, address=address, port=port, grace=None) as server:
@@ -122,6 +116,22 @@ def serve(
                     file=sys.stderr,
                 )
             raise
+
+
+def listening_address(host: str, port: int, target: str) -> str:
+    """Resolve a host to the IP address to listen on. Raises ValueError, with a message that names the make
+    target, if it is not possible to listen there."""
+    from llama.serving.server import check_listening, numeric_address
+
+    try:
+        address = numeric_address(host)
+        check_listening(address, port)
+    except ValueError as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error}); choose another address or port with --host and "
+            f"--port (make {target} PORT=...)"
+        ) from error
+    return address
 
 
 def without_prefix(error: str) -> str:

@@ -1,4 +1,4 @@
-"""The fake of Cog's server behaves as the real one does, as far as the gateway can see."""
+"""The fake of Cog's server behaves as the real one does towards the gateway."""
 
 from __future__ import annotations
 

@@ -64,4 +64,3 @@ def _invalid_json(detail: str) -> Problem:
 CurrentGateway = Annotated[Gateway, Depends(gateway)]
 CurrentKey = Annotated[Key, Depends(current_key)]
 BaseUrl = Annotated[str, Depends(_base_url)]
-JsonBody = Annotated[Any, Depends(json_body)]
