@@ -1,4 +1,4 @@
-"""The ASGI application: the routes of both APIs and of the probes, behind the middleware."""
+"""The ASGI application: the routes of both APIs, the page and the probes, behind the middleware."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llama.gateway.http.disconnect import ClientLeft
 from llama.gateway.http.middleware import wrap
 from llama.gateway.http.problem_response import problem_response
 from llama.gateway.problems import Problem, internal_error, not_found
-from llama.gateway.routes import catalog, openai, replicate, stream
+from llama.gateway.routes import catalog, openai, page, replicate, stream
 
-_ROUTERS = (replicate.router, stream.router, openai.router, catalog.router)
+_ROUTERS = (replicate.router, stream.router, openai.router, catalog.router, page.router)
 
 
 def create_app(gateway: Gateway) -> ASGIApp:

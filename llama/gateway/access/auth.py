@@ -75,11 +75,11 @@ class Keys:
             return self._local
         scheme, _, secret = (authorization or "").strip().partition(" ")
         if not secret.strip():
-            raise _unauthenticated("an authentication token")
-        key = self._find(hash_of(secret.strip())) if scheme.lower() in ("bearer", "token") else None
-        if key is None:
-            raise _unauthenticated("a valid authentication token")
-        return key
+            raise unauthenticated("You did not pass an authentication token")
+        stored = self.find(secret.strip()) if scheme.lower() in ("bearer", "token") else None
+        if stored is None:
+            raise unauthenticated("You did not pass a valid authentication token")
+        return stored.key
 
     def by_id(self, key_id: int) -> Key | None:
         """Return a key, also after it was revoked. None if the database has no such key."""
@@ -90,12 +90,17 @@ class Keys:
         """The ids of the revoked keys."""
         return {stored.key.id for stored in self._stored if stored.revoked_at is not None}
 
-    def _find(self, hashed: str) -> Key | None:
-        found = None
-        for stored in self._secret_keys():  # to the end, so that the time does not reveal which key matched
-            if same(stored.hash or "", hashed) and stored.revoked_at is None:
-                found = stored.key
+    def find(self, secret: str) -> StoredKey | None:
+        """Return the key with this secret. None if no key that is in use has it."""
+        hashed, found = hash_of(secret), None
+        for stored in self.in_use():  # to the end, so that the time does not reveal which key matched
+            if same(stored.hash or "", hashed):
+                found = stored
         return found
+
+    def in_use(self) -> list[StoredKey]:
+        """Return the keys that clients can use, as they were at the last `refresh`."""
+        return [stored for stored in self._secret_keys() if stored.revoked_at is None]
 
     def _secret_keys(self) -> list[StoredKey]:
         """The keys that clients can use, including revoked ones. Excludes the environment's key if that
@@ -127,11 +132,11 @@ class Keys:
         return await self._storage.run(lambda store: store.keys.all())
 
 
-def _unauthenticated(what: str) -> Problem:
+def unauthenticated(detail: str) -> Problem:
     return Problem(
         401,
         "Unauthenticated",
-        f"You did not pass {what}",
+        detail,
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )

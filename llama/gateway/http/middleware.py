@@ -1,37 +1,26 @@
-"""What happens to every request before a route is found: paths, request ids, CORS, keys and limits.
+"""What happens to every request before a route is found: paths, request ids, CORS and limits.
 
-Each class is one ASGI layer, and `wrap` puts them together. Knows nothing about the routes, except which
-paths need no key.
+Each class is one ASGI layer, and `wrap` puts them together with those of the modules beside this one.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from typing import Protocol
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.gateway.access.auth import Keys
+from llama.gateway.http.authentication import STREAMS, Authentication, Gateway
+from llama.gateway.http.loopback_guard import LoopbackGuard
+from llama.gateway.http.page_headers import PageHeaders
 from llama.gateway.http.problem_response import problem_response
 from llama.gateway.problems import Problem, internal_error
-from llama.gateway.settings import GatewaySettings
 
-_WITHOUT_KEY = ("/healthz", "/readyz")
-_STREAMS = "/stream/"
 _EXPOSED_HEADERS = ("x-request-id", "retry-after")
-_LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-
-
-class Gateway(Protocol):
-    @property
-    def settings(self) -> GatewaySettings: ...
-    @property
-    def keys(self) -> Keys: ...
 
 
 def wrap(app: ASGIApp, gateway: Gateway) -> ASGIApp:
@@ -42,6 +31,7 @@ def wrap(app: ASGIApp, gateway: Gateway) -> ASGIApp:
     app = LoopbackGuard(app, gateway)
     app = ProblemResponses(app)
     app = Cors(app, settings.allowed_origins)  # outside, so that a page can read the problems
+    app = PageHeaders(app)
     app = Paths(app)
     return RequestIds(app)
 
@@ -86,7 +76,7 @@ def plain_path(path: str) -> str:
     """Return a decoded path as the routes have it: `/v1/models/` becomes `/models`."""
     parts = [part for part in path.split("/") if part]
     for _ in range(2):
-        if parts[:1] == ["v1"]:
+        if parts[:1] == ["v1"] and len(parts) > 1:  # `/v1` alone is not the page
             del parts[0]
     return "/" + "/".join(parts)
 
@@ -100,7 +90,7 @@ class Cors:
         self._others = _cors(app, allowed_origins) if allowed_origins else app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        of_stream = scope["type"] == "http" and scope["path"].startswith(_STREAMS)
+        of_stream = scope["type"] == "http" and scope["path"].startswith(STREAMS)
         await (self._streams if of_stream else self._others)(scope, receive, send)
 
 
@@ -141,58 +131,6 @@ class ProblemResponses:
             if not started:
                 await problem_response(internal_error(), scope["path"])(scope, receive, send)
             raise  # the server logs it
-
-
-class LoopbackGuard:
-    """While no key is needed, refuses requests that a web page may have made through a local browser: those
-    for another host name (DNS rebinding), and those from pages of other sites."""
-
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app, self._gateway = app, gateway
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Health checks must not wait for the database, and have nothing to protect.
-        checked = scope["type"] == "http" and scope["path"] not in _WITHOUT_KEY
-        if checked and await self._gateway.keys.is_open():
-            self._check(scope["path"], Headers(scope=scope))
-        await self._app(scope, receive, send)
-
-    def _check(self, path: str, headers: Headers) -> None:
-        host = headers.get("host", "")
-        if not _LOOPBACK_HOST.fullmatch(host):
-            raise _forbidden(
-                "The gateway has no keys, so it accepts only requests for localhost, 127.0.0.1 or [::1]. "
-                "Use one of these names, or add a key."
-            )
-        origin, allowed = headers.get("origin"), self._gateway.settings.allowed_origins
-        if origin is None or path.startswith(_STREAMS) or origin in allowed or "*" in allowed:
-            return
-        if origin.partition("://")[2].lower() != host.lower():
-            raise _forbidden(
-                "The gateway has no keys, so it refuses requests from pages of other sites. List the page's "
-                "origin in LLAMA_GATEWAY_ALLOWED_ORIGINS, or add a key."
-            )
-
-
-def _forbidden(detail: str) -> Problem:
-    return Problem(403, "Forbidden", detail, code="forbidden")
-
-
-class Authentication:
-    """Puts the request's key into its state, or refuses it. Streams and health checks need no key."""
-
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app, self._gateway = app, gateway
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _needs_no_key(scope["path"]):
-            authorization = Headers(scope=scope).get("authorization")
-            scope.setdefault("state", {})["key"] = await self._gateway.keys.identify(authorization)
-        await self._app(scope, receive, send)
-
-
-def _needs_no_key(path: str) -> bool:
-    return path in _WITHOUT_KEY or path.startswith(_STREAMS)
 
 
 class BodyLimit:

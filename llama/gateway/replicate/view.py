@@ -65,7 +65,7 @@ def _output(prediction: Prediction) -> list[str] | None:
 def _urls(prediction: Prediction, base: str) -> dict[str, str]:
     # No value may be null: Replicate's Python client accepts only strings.
     get = f"{base}/v1/predictions/{prediction.id}"
-    urls = {"get": get, "cancel": f"{get}/cancel", "web": get}
+    urls = {"get": get, "cancel": f"{get}/cancel", "web": f"{base}/#/predictions/{prediction.id}"}
     if not prediction.data_removed:
         urls["stream"] = f"{base}/v1/stream/{prediction.stream_token}"
     return urls

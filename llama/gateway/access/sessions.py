@@ -1,0 +1,94 @@
+"""Sessions of the page: what a browser has in a cookie instead of the key.
+
+A session is a signed token that names a key. It ends with the key, because the token depends on the key's
+hash, or after 30 days. Nothing is stored for a session, so a copied token stays valid after the browser has
+deleted its own. Knows tokens; knows nothing about cookies' attributes or requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+
+from itsdangerous import BadData, URLSafeTimedSerializer
+
+from llama.gateway.access.auth import Keys, Storage, unauthenticated
+from llama.gateway.storage.key_table import StoredKey
+from llama.gateway.storage.keys import Key, same
+from llama.gateway.storage.store import Store
+
+SECONDS = 30 * 24 * 3600
+"""How long a session lasts."""
+
+_SECRET = "session_secret"
+_SALT = "session-1"
+"""Change it if tokens get another form, so that the old ones are refused."""
+
+
+class Sessions:
+    """Makes and checks tokens. All of them are signed with a secret that is stored in the database."""
+
+    def __init__(self, storage: Storage, keys: Keys) -> None:
+        self._storage, self._keys = storage, keys
+        self._secret = ""
+
+    async def load(self) -> None:
+        """Read the secret, which the first start creates. Call it once before requests are served."""
+        self._secret = await self._storage.run(_secret)
+
+    @property
+    def cookie(self) -> str:
+        """The name of the cookie. It differs between gateways, because browsers send a cookie to all ports of
+        a host: with one name, two gateways on a host would end each other's sessions."""
+        return f"llama_session_{hashlib.sha256(self._secret.encode()).hexdigest()[:8]}"
+
+    async def log_in(self, secret: str) -> str | None:
+        """Return the token of a new session, or None if the gateway needs no key.
+
+        Raises Problem 401 if this is no key that is in use. Wrong attempts are not limited: a key of
+        `keys add` has 256 random bits, and the API answers as many attempts.
+        """
+        if await self._keys.is_open():
+            return None
+        stored = self._keys.find(secret)
+        if stored is None:
+            raise unauthenticated("This key is wrong, or it was revoked.")
+        return self._serializer().dumps([stored.key.id, self._fingerprint(stored)])
+
+    async def identify(self, cookies: Mapping[str, str]) -> Key | None:
+        """Return the key of a request's session, or None if its cookies contain none.
+
+        Raises Problem 401 if the session has ended or is not one of this gateway.
+        """
+        token = cookies.get(self.cookie)
+        if token is None:
+            return None
+        await self._keys.refresh()
+        try:
+            key_id, fingerprint = self._serializer().loads(token, max_age=SECONDS)
+        except BadData:
+            key_id, fingerprint = None, ""
+        for stored in self._keys.in_use():
+            if stored.key.id == key_id and same(self._fingerprint(stored), fingerprint):
+                return stored.key
+        raise unauthenticated("The session has ended. Log in again.")
+
+    def _serializer(self) -> URLSafeTimedSerializer:
+        return URLSafeTimedSerializer(
+            self._secret, _SALT, signer_kwargs={"digest_method": hashlib.sha256, "key_derivation": "hmac"}
+        )
+
+    def _fingerprint(self, stored: StoredKey) -> str:
+        """What changes with the key's hash. The hash itself would help to guess a key that a person chose."""
+        value = hmac.digest(self._secret.encode(), (stored.hash or "").encode(), "sha256")
+        return value.hex()[:16]
+
+
+def _secret(store: Store) -> str:
+    secret = store.fact(_SECRET)
+    if secret is None:
+        secret = secrets.token_urlsafe(32)
+        store.set_fact(_SECRET, secret)
+    return secret

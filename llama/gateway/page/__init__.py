@@ -1,0 +1,1 @@
+"""What the page needs from Python: its files, and Markdown as HTML. Knows nothing about requests."""

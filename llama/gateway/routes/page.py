@@ -1,0 +1,174 @@
+"""The page at `/`, and what only the page asks for: its files, its session, the key's usage and Markdown.
+
+Everything else that the page does uses Replicate's API. The page's address may have a path prefix that a
+proxy removes, so it contains relative URLs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, date, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Request, Response
+
+from llama.gateway.access.budgets import has_budget
+from llama.gateway.access.sessions import SECONDS
+from llama.gateway.gateway import Gateway
+from llama.gateway.http.authentication import key_of
+from llama.gateway.http.own_page import check_own_page
+from llama.gateway.page.files import INDEX, PageFile, page_files
+from llama.gateway.page.markdown import MAX_CHARACTERS, html_of
+from llama.gateway.prices import Prices
+from llama.gateway.problems import Problem, not_found
+from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
+from llama.gateway.storage.keys import Key
+from llama.gateway.storage.usage_table import Usage
+
+router = APIRouter()
+
+
+@router.get("/")
+async def get_page(request: Request) -> Response:
+    return _file(request, page_files().get(INDEX))
+
+
+@router.get("/page/static/{name:path}")
+async def get_page_file(name: str, request: Request) -> Response:
+    # The page's relative URLs do not work at this address.
+    return _file(request, None if name == INDEX else page_files().get(name))
+
+
+def _file(request: Request, file: PageFile | None) -> Response:
+    if file is None:
+        raise not_found()
+    # Browsers ask at every use whether there is a new version.
+    headers = {"ETag": file.etag, "Cache-Control": "no-cache"}
+    known = request.headers.get("if-none-match", "").split(",")
+    if file.etag in (tag.strip().removeprefix("W/") for tag in known):
+        return Response(status_code=304, headers=headers)
+    return Response(file.content, headers={**headers, "Content-Type": file.media_type})
+
+
+@router.get("/favicon.ico")
+async def get_favicon() -> Response:
+    """Browsers ask for it at every address that is not the page, whose icon is among its files."""
+    return Response(status_code=204, headers={"Cache-Control": "max-age=86400"})
+
+
+@router.get("/page/session")
+async def get_session(request: Request, gateway: CurrentGateway) -> dict[str, Any]:
+    prices = gateway.settings.prices
+    return {
+        "key": await _key_name(request, gateway),
+        "needs_key": not await gateway.keys.is_open(),
+        "model": gateway.settings.model,
+        "prices": {"input": float(prices.input), "output": float(prices.output)},
+    }
+
+
+async def _key_name(request: Request, gateway: Gateway) -> str | None:
+    try:
+        return (await key_of(request.scope, gateway)).name
+    except Problem as problem:
+        if problem.status in (401, 403):
+            return None
+        raise
+
+
+@router.post("/page/login")
+async def log_in(request: Request, gateway: CurrentGateway) -> Response:
+    # Another site must not log a browser in either: it could then read what its user asks the model.
+    check_own_page(request.scope, gateway.settings)
+    token = await gateway.sessions.log_in((await _text(request, "key")).strip())
+    response = Response(status_code=204)
+    if token is not None:
+        response.set_cookie(gateway.sessions.cookie, token, max_age=SECONDS, **_cookie_attributes(request))
+    return response
+
+
+@router.post("/page/logout")
+async def log_out(request: Request, gateway: CurrentGateway) -> Response:
+    check_own_page(request.scope, gateway.settings)
+    response = Response(status_code=204)
+    response.delete_cookie(gateway.sessions.cookie, **_cookie_attributes(request))
+    return response
+
+
+def _cookie_attributes(request: Request) -> dict[str, Any]:
+    """The attributes of a cookie for the address at which the browser shows the page."""
+    address, origin = urlsplit(base_url(request)), urlsplit(request.headers.get("origin", ""))
+    if origin.netloc and origin.netloc.lower() != address.netloc.lower():
+        address = origin  # the page was opened at another address than LLAMA_GATEWAY_PUBLIC_URL
+    secure, path = address.scheme == "https", address.path or "/"
+    return {"secure": secure, "path": path, "httponly": True, "samesite": "strict"}
+
+
+@router.post("/page/markdown")
+async def render_markdown(request: Request, _: CurrentKey) -> dict[str, str]:
+    text = await _text(request, "text")
+    if len(text) > MAX_CHARACTERS:
+        raise _invalid(f"`text` has {len(text)} characters, and at most {MAX_CHARACTERS} are rendered.")
+    return {"html": await html_of(text)}
+
+
+async def _text(request: Request, name: str) -> str:
+    """Return a member of the body. Raises Problem 422 if it is not a text."""
+    body = await json_body(request)
+    text = body.get(name) if isinstance(body, dict) else None
+    if not isinstance(text, str):
+        raise _invalid(f"The body must be a JSON object whose member `{name}` is a string.", name)
+    return text
+
+
+def _invalid(detail: str, param: str = "text") -> Problem:
+    return Problem(422, "Input validation failed", detail, code="invalid_value", param=param)
+
+
+@router.get("/page/usage")
+async def get_usage(gateway: CurrentGateway, key: CurrentKey, since: str | None = None) -> dict[str, Any]:
+    first = _day(since)
+    rows = await gateway.storage.run(lambda store: store.usage.rows(key_id=key.id, since=first))
+    prices = gateway.settings.prices
+    return {
+        "since": first.isoformat(),
+        "rows": [{"day": row.day.isoformat(), "model": row.model, **_sums([row], prices)} for row in rows],
+        "total": _sums(rows, prices),
+        "budget": await _budget(gateway, key),
+    }
+
+
+def _day(text: str | None) -> date:
+    """Read the day from which usage is wanted. The default is the first day of this month in UTC."""
+    if text is None:
+        return datetime.now(UTC).date().replace(day=1)
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        detail = "`since` must be a day such as 2025-01-31."
+        raise Problem(400, "Bad request", detail, code="invalid_value", param="since") from error
+
+
+def _sums(rows: Iterable[Usage], prices: Prices) -> dict[str, float]:
+    rows = list(rows)
+    inputs, outputs = sum(row.input_tokens for row in rows), sum(row.output_tokens for row in rows)
+    return {
+        "predictions": sum(row.predictions for row in rows),
+        "input_tokens": inputs,
+        "output_tokens": outputs,
+        "seconds": sum(row.seconds for row in rows),
+        "price": float(prices.of(inputs, outputs)),
+    }
+
+
+async def _budget(gateway: Gateway, key: Key) -> dict[str, float | None] | None:
+    if not has_budget(key):
+        return None
+    spent, limits = await gateway.budgets.spent(key, gateway.predictions.unfinished), key.limits
+    return {
+        "tokens": limits.monthly_tokens,
+        "dollars": None if limits.monthly_dollars is None else float(limits.monthly_dollars),
+        "tokens_used": spent.tokens,
+        "dollars_used": float(spent.dollars),
+    }
