@@ -22,11 +22,23 @@ from llama.errors import BadSettings
 if TYPE_CHECKING:
     from llama.gateway.dispatch.addresses import Addresses
     from llama.gateway.gateway import Gateway
+    from llama.gateway.http.tls import Certificate
 
 HostOption = Annotated[
     str, typer.Option(help="The address to listen on. A key is needed unless it is a loopback address.")
 ]
 PortOption = Annotated[int, typer.Option(help="The port to listen on. Use 0 to choose a free one.")]
+CertificateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-certificate",
+        help="A file with a certificate and its chain in PEM format, to serve HTTPS. A renewed file is used "
+        "without a restart.",
+    ),
+]
+KeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", help="The file with the certificate's private key, in PEM format.")
+]
 
 
 @command
@@ -44,28 +56,36 @@ def gateway(
     ] = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
 ) -> None:
-    """Serve Replicate's and OpenAI's APIs in front of one or several servers."""
+    """Serve a page and Replicate's and OpenAI's APIs in front of one or several servers."""
     from llama.gateway.dispatch.addresses import Addresses
 
     if bool(server) == bool(servers):
         raise BadSettings(
             "the gateway got both lists of servers, or none; give either --server URL or --servers FILE"
         )
-    prepared = _prepare(Addresses(server or (), servers), host, port)
-    others = " and all other addresses of this machine" if prepared.address in ("0.0.0.0", "::") else ""
-    message = f"the gateway listens on {prepared.url}{others}; Ctrl-C stops it. {prepared.key_note}"
+    tls = _certificate(certificate, key)
+    prepared = _prepare(Addresses(server or (), servers), host, port, tls)
+    message = f"{prepared.invitation} Ctrl-C stops the gateway.\n{prepared.key_note}"
     prepared.run(message, reloads=servers is not None)
 
 
 @command
-def up(host: HostOption = "127.0.0.1", port: PortOption = 8000) -> int | None:
+def up(
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
+) -> int | None:
     """Start a server and a gateway in front of it. Ctrl-C ends both."""
     from llama.gateway.dispatch.addresses import Addresses
     from llama.serving.server import CogServer, ServerFailed, free_port, print_setup, url_of
 
     server_port = free_port()
-    prepared = _prepare(Addresses([url_of("127.0.0.1", server_port)]), host, port)
+    addresses = Addresses([url_of("127.0.0.1", server_port)])
+    prepared = _prepare(addresses, host, port, _certificate(certificate, key))
     environment, ready = prepare_server(), Event()
     with CogServer(environment, output=subprocess.PIPE, port=server_port) as server:
         Thread(target=print_setup, args=(server.process.stdout, ready), daemon=True).start()
@@ -102,6 +122,7 @@ class _Prepared:
     address: str
     port: int
     url: str
+    certificate: Certificate | None
 
     def run(self, message: str, *, reloads: bool = False) -> None:
         """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead. The
@@ -109,7 +130,25 @@ class _Prepared:
         from llama.gateway.start import run
 
         print_message = functools.partial(print, message, file=sys.stderr)
-        run(self.gateway, self.address, self.port, print_message, reloads=reloads)
+        run(
+            self.gateway,
+            self.address,
+            self.port,
+            print_message,
+            reloads=reloads,
+            certificate=self.certificate,
+        )
+
+    @property
+    def invitation(self) -> str:
+        """Where the page is, for a person who has just started the gateway."""
+        page = self.gateway.settings.public_url or self.url
+        others = " The gateway listens on all addresses of this machine." if self._listens_on_all else ""
+        return f"Open {page} in a browser.{others}"
+
+    @property
+    def _listens_on_all(self) -> bool:
+        return self.address in ("0.0.0.0", "::")
 
     @cached_property  # it opens the database
     def needs_key(self) -> bool:
@@ -120,14 +159,28 @@ class _Prepared:
     @property
     def key_note(self) -> str:
         if self.needs_key:
-            return "Clients need a key."
+            return "Clients need a key; `python -m llama keys add NAME` prints a new one."
         return (
             "There is no key, so the gateway serves this machine only, and clients can send any key. "
             "`python -m llama keys add NAME` adds one."
         )
 
 
-def _prepare(addresses: Addresses, host: str, port: int) -> _Prepared:
+def _certificate(certificate: Path | None, key: Path | None) -> Certificate | None:
+    """Read the files of the options. Raises BadSettings if only one is given, or one cannot be used."""
+    from llama.gateway.http.tls import Certificate
+
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        given, missing = ("--tls-key", "--tls-certificate") if key else ("--tls-certificate", "--tls-key")
+        raise BadSettings(
+            f"HTTPS needs a certificate and its key, but only {given} is set; set {missing}, too"
+        )
+    return Certificate(certificate, key)
+
+
+def _prepare(addresses: Addresses, host: str, port: int, certificate: Certificate | None) -> _Prepared:
     """Check the settings and the address, and open the database.
 
     Raises BadSettings if one of them cannot be used.
@@ -143,14 +196,17 @@ def _prepare(addresses: Addresses, host: str, port: int) -> _Prepared:
         raise BadSettings(str(error)) from error
     port = port or free_port()
     url = url_of(address, port).replace("127.0.0.1", "localhost")
-    return _Prepared(prepare(settings, addresses, address), address, port, url)
+    if certificate is not None:
+        url = url.replace("http:", "https:", 1)
+    return _Prepared(prepare(settings, addresses, address), address, port, url, certificate)
 
 
 def _snippets(prepared: _Prepared) -> str:
     url, model = prepared.url, prepared.gateway.settings.model
     key = "YOUR_KEY" if prepared.needs_key else "any"
     return f"""\
-ready on {url}; Ctrl-C stops the server and the gateway. {prepared.key_note}
+{prepared.invitation} Ctrl-C stops the server and the gateway.
+{prepared.key_note}
 
 With OpenAI's client (pip install openai):
 

@@ -21,6 +21,7 @@ from llama.gateway.app import create_app
 from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.gateway import Gateway
 from llama.gateway.http.protocol import Limits, limited
+from llama.gateway.http.tls import Certificate
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.store import Store
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _GRACE = 25  # seconds that running predictions have to end; webhooks have 5 more
 _MAX_FILES = 65536  # if the system has no limit
+_TICKS = 10  # of uvicorn's main loop: about one second
 _IDLE = 75  # seconds; a short limit could close a connection just when its client uses it again
 
 
@@ -63,12 +65,18 @@ def _keys(settings: GatewaySettings) -> list[StoredKey]:
 
 
 def run(
-    gateway: Gateway, address: str, port: int, on_start: Callable[[], None], *, reloads: bool = False
+    gateway: Gateway,
+    address: str,
+    port: int,
+    on_start: Callable[[], None],
+    *,
+    reloads: bool = False,
+    certificate: Certificate | None = None,
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP. If `reloads`, SIGHUP reads the list of servers again instead.
-    `on_start` is called when the gateway listens."""
+    `on_start` is called when the gateway listens. With a certificate, the gateway speaks HTTPS."""
     _allow_many_files()
-    GatewayServer(gateway, address, port, on_start, reloads=reloads).run()
+    GatewayServer(gateway, address, port, on_start, reloads=reloads, certificate=certificate).run()
 
 
 def _allow_many_files() -> None:
@@ -80,7 +88,9 @@ def _allow_many_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _config(gateway: Gateway, address: str, port: int, grace: int, limits: Limits) -> uvicorn.Config:
+def _config(
+    gateway: Gateway, address: str, port: int, grace: int, limits: Limits, certificate: Certificate | None
+) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(gateway),
         http=limited(limits),
@@ -94,6 +104,7 @@ def _config(gateway: Gateway, address: str, port: int, grace: int, limits: Limit
         proxy_headers=False,  # base_url.py reads them
         timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=grace,
+        ssl_context_factory=None if certificate is None else lambda _, __: certificate.context,
     )
 
 
@@ -110,11 +121,13 @@ class GatewayServer(uvicorn.Server):
         reloads: bool = False,
         grace: int = _GRACE,
         limits: Limits = Limits(),  # noqa: B008  (it is immutable)
+        certificate: Certificate | None = None,
     ) -> None:
         """`grace`: how many seconds open connections have when the gateway ends. The running predictions have
         the gateway's own grace, at the same time."""
-        super().__init__(_config(gateway, address, port, grace, limits))
+        super().__init__(_config(gateway, address, port, grace, limits, certificate))
         self._gateway, self._on_start, self._reloads = gateway, on_start, reloads
+        self._certificate = certificate
         self._stop_requested = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -122,6 +135,11 @@ class GatewayServer(uvicorn.Server):
         if self.started:
             self._loop = asyncio.get_running_loop()
             self._on_start()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._certificate is not None and counter % _TICKS == 0:
+            self._certificate.reload_if_changed()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gateway.stop_starting()

@@ -106,7 +106,7 @@ def database(tmp_path: Path) -> Path:
 
 def test_a_gateway_serves_until_a_signal_ends_it(database: Path) -> None:
     with FakeCog() as cog, running(database, "gateway", "--server", cog.url, "--port", "0") as process:
-        url = process.wait_for(r"listens on (http:[^\s;]+)")
+        url = process.wait_for(r"Open (http:\S+) in a browser")
         assert "There is no key" in process.text
         assert httpx2.get(f"{url}/healthz").json() == {"status": "alive"}
         assert httpx2.get(f"{url}/readyz").json() == {"status": "ready", "servers": 1, "ready": 1}
@@ -119,7 +119,7 @@ def test_a_signal_such_as_the_end_of_the_terminal_ends_a_gateway(
     database: Path, number: signal.Signals
 ) -> None:
     with FakeCog() as cog, running(database, "gateway", "--server", cog.url, "--port", "0") as process:
-        process.wait_for(r"listens on (http:[^\s;]+)")
+        process.wait_for(r"Open (http:\S+) in a browser")
         assert process.end(number) == 128 + number
         assert "Traceback" not in process.text
 
@@ -129,7 +129,7 @@ def test_a_gateway_may_open_as_many_files_as_the_system_allows(database: Path) -
         arguments = ["gateway", "--server", cog.url, "--port", "0"]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with running(database, *arguments, limit_of_files=min(hard, 512)) as process:
-            process.wait_for(r"listens on (http:[^\s;]+)")
+            process.wait_for(r"Open (http:\S+) in a browser")
             soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
             assert soft == hard
 
@@ -138,7 +138,7 @@ def test_a_gateway_without_a_ready_server_lives_and_is_not_ready(database: Path)
     with running(
         database, "gateway", "--server", f"http://127.0.0.1:{free_port()}", "--port", "0"
     ) as process:
-        url = process.wait_for(r"listens on (http:[^\s;]+)")
+        url = process.wait_for(r"Open (http:\S+) in a browser")
         assert httpx2.get(f"{url}/healthz").status_code == 200
         response = httpx2.get(f"{url}/readyz")
         assert (response.status_code, response.json()["ready"]) == (503, 0)
@@ -149,7 +149,7 @@ def test_sighup_makes_the_gateway_read_its_list_of_servers_again(database: Path,
     with FakeCog() as one, FakeCog() as other:
         servers.write_text(one.url + "\n")
         with running(database, "gateway", "--servers", str(servers), "--port", "0") as process:
-            url = process.wait_for(r"listens on (http:[^\s;]+)")
+            url = process.wait_for(r"Open (http:\S+) in a browser")
             servers.write_text(f"# both\n{one.url}\n{other.url}\n")
             process.signal(signal.SIGHUP)
             until(lambda: httpx2.get(f"{url}/readyz").json()["ready"] == 2)
@@ -199,8 +199,8 @@ def test_a_gateway_that_others_can_reach_needs_a_key(database: Path) -> None:
     with FakeCog() as cog:
         arguments = ["gateway", "--server", cog.url, "--host", "0.0.0.0", "--port", "0"]
         with running(database, *arguments, LLAMA_GATEWAY_KEY="secret") as process:
-            url = process.wait_for(r"listens on (http:[^\s;]+)")
-            assert "Clients need a key." in process.text
+            url = process.wait_for(r"Open (http:\S+) in a browser")
+            assert "Clients need a key;" in process.text
             assert httpx2.get(f"{url}/v1/models").status_code == 401
             with_key = httpx2.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret"})
             assert with_key.status_code == 200
@@ -221,7 +221,7 @@ def test_a_second_ctrl_c_ends_the_gateway_at_once_and_its_predictions_fail(datab
     with FakeCog(Script(hold_after=1)) as cog:
         arguments = ["gateway", "--server", cog.url, "--port", "0"]
         with running(database, *arguments) as process:
-            url = process.wait_for(r"listens on (http:[^\s;]+)")
+            url = process.wait_for(r"Open (http:\S+) in a browser")
             created = httpx2.post(
                 f"{url}/v1/models/{MODEL}/predictions", json={"input": {"prompt": "Hi"}}
             ).json()
@@ -239,7 +239,7 @@ def test_a_second_ctrl_c_ends_the_gateway_at_once_and_its_predictions_fail(datab
 
 def test_up_ends_with_an_error_when_its_server_is_killed(database: Path, embedded_folder: Path) -> None:
     with running(database, "up", "--port", "0", LLAMA_WEIGHTS=str(embedded_folder)) as process:
-        process.wait_for(r"ready on (\S+);")
+        process.wait_for(r"Open (\S+) in")
         port = int(process.wait_for(r"the server http://127.0.0.1:(\d+) is ready"))
         (server,) = [p for p in psutil.Process(process.pid).children() if listens(p, port)]
         server.kill()
@@ -253,7 +253,7 @@ def listens(process: psutil.Process, port: int) -> bool:
 
 def test_up_runs_a_server_and_a_gateway_and_ctrl_c_ends_both(database: Path, embedded_folder: Path) -> None:
     with running(database, "up", "--port", "0", LLAMA_WEIGHTS=str(embedded_folder)) as process:
-        url = process.wait_for(r"(?s)ready on (\S+);.*OpenAI.*Replicate's client.*flush=True\)")
+        url = process.wait_for(r"(?s)Open (\S+) in a browser\..*OpenAI.*Replicate's client.*flush=True\)")
         assert httpx2.get(f"{url}/readyz").status_code == 200
         server = process.wait_for(r"the server (\S+) is ready")
         question = [{"role": "user", "content": "What is the capital of France?"}]
