@@ -28,7 +28,8 @@
     └── GatewayError             the gateway could not get an answer from a server, E4xxx
         ├── ServerLost           E4001
         ├── GatewayRestarted     E4002
-        └── NotStarted           E4003
+        ├── NotStarted           E4003
+        └── BudgetUsedUp         E4004
 
 A message states what happened and what to do, on one line. It never quotes the caller's text, because Cog
 reports a prediction as cancelled if its error message contains the word "cancelled".
@@ -223,3 +224,9 @@ class NotStarted(GatewayError):
     """No server took the request in time."""
 
     code = "E4003"
+
+
+class BudgetUsedUp(GatewayError):
+    """The monthly budget of the key was used up while the request waited."""
+
+    code = "E4004"

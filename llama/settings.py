@@ -32,6 +32,7 @@ _EXPECTED = {
     "bool_parsing": "should be 0 or 1",
     "int_parsing": "should be an integer",
     "float_parsing": "should be a number",
+    "decimal_parsing": "should be a number",
     "string_pattern_mismatch": "does not have the form that docs/reference.md describes",
     "ip_v4_network": "should list networks such as 10.0.0.0/8",
 }

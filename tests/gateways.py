@@ -18,6 +18,8 @@ from llama.gateway import gateway
 from llama.gateway.app import create_app
 from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.settings import GatewaySettings
+from llama.gateway.storage.keys import KeyLimits, hash_of, new_key
+from llama.gateway.storage.store import Store
 
 KEY = "test"
 MODEL = "meta/llama-2-70b-chat"
@@ -75,6 +77,18 @@ class Gateway:
         """Return a client that sends this key, or none."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+
+    def add_key(self, name: str, **limits: Any) -> str:
+        """Add a key as the command line does, wait until the gateway knows it, and return it. `limits`: fields
+        of KeyLimits."""
+        key, store = new_key(), Store(self.settings.database)
+        try:
+            store.keys.add(name, hash_of(key), KeyLimits(**limits))
+        finally:
+            store.close()
+        with self.client_of(key) as client:
+            until(lambda: client.get("/v1/account").status_code == 200)
+        return key
 
     def wait_until_ready(self) -> None:
         until(lambda: self.client.get("/readyz").status_code == 200)

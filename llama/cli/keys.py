@@ -1,4 +1,4 @@
-"""The commands `keys add`, `list` and `revoke`, which manage the keys of the gateway's clients.
+"""The commands `keys add`, `limit`, `list` and `revoke`, which manage the keys of the gateway's clients.
 
 They write to the gateway's database, and a running gateway notices within a second.
 """
@@ -6,23 +6,21 @@ They write to the gateway's database, and a running gateway notices within a sec
 from __future__ import annotations
 
 import re
-import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
+from dataclasses import fields, replace
 from datetime import UTC, datetime
-from typing import Annotated
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any
 
 import typer
 
-from llama.cli.terminal import command
+from llama.cli.gateway_database import open_store
+from llama.cli.terminal import command, print_table
 from llama.errors import BadSettings
 from llama.gateway.access.auth import RESERVED_NAMES
-from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.key_table import StoredKey
-from llama.gateway.storage.keys import hash_of, new_key
-from llama.gateway.storage.store import Store
-from llama.settings import expanded
+from llama.gateway.storage.keys import KeyLimits, hash_of, new_key
 
 keys = typer.Typer(
     help="Manage the keys of the gateway's clients. LLAMA_GATEWAY_DATABASE names the file that stores them.",
@@ -30,7 +28,17 @@ keys = typer.Typer(
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-_COLUMNS = ("NAME", "PER MINUTE", "AT ONCE", "CREATED (UTC)", "REVOKED (UTC)")
+_NO_LIMIT = "none"
+_MAX_LIMIT = 2**53
+_COLUMNS = (
+    "NAME",
+    "PER MINUTE",
+    "AT ONCE",
+    "TOKENS/MONTH",
+    "DOLLARS/MONTH",
+    "CREATED (UTC)",
+    "REVOKED (UTC)",
+)
 
 NameArgument = Annotated[
     str,
@@ -40,48 +48,90 @@ NameArgument = Annotated[
 ]
 
 
+def _limit_of(kind: type[int] | type[Decimal], text: str) -> Any:
+    """An option whose value is a positive number or the word `none`."""
+
+    def parse(value: str) -> int | Decimal | str:
+        if value == _NO_LIMIT:
+            return value
+        with suppress(ValueError, InvalidOperation):  # the second one is also for NaN, which has no order
+            number = kind(value)
+            if 0 < number < _MAX_LIMIT:
+                return number
+        raise typer.BadParameter(f"{value!r} is neither a positive number nor {_NO_LIMIT!r}.")
+
+    return typer.Option(
+        parser=parse, metavar=f"{'INTEGER' if kind is int else 'DOLLARS'}|{_NO_LIMIT}", help=text
+    )
+
+
+RequestsPerMinute = Annotated[Any, _limit_of(int, "How many predictions the key may create per minute.")]
+AtOnce = Annotated[
+    Any, _limit_of(int, "How many of the key's predictions run at the same time; others wait.")
+]
+MonthlyTokens = Annotated[
+    Any, _limit_of(int, "How many tokens, input and output together, the key may use in a month (UTC).")
+]
+MonthlyDollars = Annotated[
+    Any, _limit_of(Decimal, "What the tokens that the key uses in a month (UTC) may cost, in dollars.")
+]
+
+
 @keys.command()
 @command
 def add(
     name: NameArgument,
-    requests_per_minute: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many predictions the key may create per minute. No limit if omitted."),
-    ] = None,
-    at_once: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="How many of the key's predictions run at the same time; others wait. No limit if omitted.",
-        ),
-    ] = None,
+    requests_per_minute: RequestsPerMinute = None,
+    at_once: AtOnce = None,
+    monthly_tokens: MonthlyTokens = None,
+    monthly_dollars: MonthlyDollars = None,
 ) -> None:
-    """Add a key and print it. It cannot be shown again, because only a hash of it is stored."""
+    """Add a key and print it. It cannot be shown again, because only a hash of it is stored. A limit that is
+    omitted does not apply."""
     _check_name(name)
     key = new_key()
-    with _store() as store:
+    limits = _changed(KeyLimits(), requests_per_minute, at_once, monthly_tokens, monthly_dollars)
+    with open_store() as store:
         try:
-            store.keys.add(name, hash_of(key), requests_per_minute, at_once)
+            store.keys.add(name, hash_of(key), limits)
         except ValueError as error:
             raise BadSettings(f"a key named {name} exists; choose another name or revoke that key") from error
     print(key)
     print(f"This is the key {name}. Store it now: it cannot be shown again.", file=sys.stderr)
 
 
+@keys.command()
+@command
+def limit(
+    name: NameArgument,
+    requests_per_minute: RequestsPerMinute = None,
+    at_once: AtOnce = None,
+    monthly_tokens: MonthlyTokens = None,
+    monthly_dollars: MonthlyDollars = None,
+) -> None:
+    """Change limits of a key. Limits that are omitted stay; `none` removes one."""
+    _check_name(name)
+    given = (requests_per_minute, at_once, monthly_tokens, monthly_dollars)
+    if given == (None, None, None, None):
+        raise BadSettings("no limit is given; give at least one option, such as --monthly-dollars 20")
+    with open_store() as store, store.transaction():
+        key = store.keys.find(name)
+        if key is None:
+            raise BadSettings(f"no key named {name} is in use; `keys list` lists all keys")
+        store.keys.set_limits(key, _changed(key.limits, *given))
+
+
 @keys.command(name="list")
 @command
 def list_keys() -> None:
     """Print the names, limits and dates of all keys."""
-    with _store() as store:
+    with open_store() as store:
         everything = store.keys.all()
     found = [stored for stored in everything if stored.key.name not in RESERVED_NAMES]
     if not found:
         print("There are no keys; `keys add NAME` adds one.", file=sys.stderr)
         return
-    rows = [_COLUMNS, *(_row(stored) for stored in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table([_COLUMNS, *(_row(stored) for stored in found)])
 
 
 @keys.command()
@@ -89,7 +139,7 @@ def list_keys() -> None:
 def revoke(name: NameArgument) -> None:
     """Revoke a key. Within about a second, a running gateway refuses it and cancels its predictions."""
     _check_name(name)
-    with _store() as store:
+    with open_store() as store:
         if not store.keys.revoke(name):
             raise BadSettings(f"there is no key named {name}, or it is revoked; `keys list` lists all keys")
     print(f"The key {name} is revoked.", file=sys.stderr)
@@ -105,34 +155,27 @@ def _check_name(name: str) -> None:
         )
 
 
-@contextmanager
-def _store() -> Iterator[Store]:
-    settings = GatewaySettings.from_environment()
-    path = expanded(settings.database, "LLAMA_GATEWAY_DATABASE")
-    store = Store(path)
-    try:
-        yield store
-    except sqlite3.Error as error:
-        raise BadSettings(
-            f"the database {path} cannot be used ({error}); check the disk, and that "
-            "LLAMA_GATEWAY_DATABASE is a file that can be written"
-        ) from error
-    finally:
-        store.close()
+def _changed(limits: KeyLimits, *given: int | Decimal | str | None) -> KeyLimits:
+    """Return the limits with those replaced that are given, in the order of the fields."""
+    names = (field.name for field in fields(KeyLimits))
+    new: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    return replace(limits, **{name: None if value == _NO_LIMIT else value for name, value in new.items()})
 
 
 def _row(stored: StoredKey) -> tuple[str, ...]:
-    key = stored.key
+    limits = stored.key.limits
     return (
-        key.name,
-        _limit(key.requests_per_minute),
-        _limit(key.at_once),
+        stored.key.name,
+        _limit(limits.requests_per_minute),
+        _limit(limits.at_once),
+        _limit(limits.monthly_tokens),
+        _limit(limits.monthly_dollars),
         _date(stored.created_at),
         "" if stored.revoked_at is None else _date(stored.revoked_at),
     )
 
 
-def _limit(number: int | None) -> str:
+def _limit(number: int | Decimal | None) -> str:
     return "no limit" if number is None else str(number)
 
 

@@ -22,6 +22,7 @@ from llama.cli.plan import plan
 from llama.cli.serve import predict, schema, serve
 from llama.cli.terminal import end_by_exception_on_signals, exit_code, forgiving_streams, leave
 from llama.cli.tokenize import tokenize
+from llama.cli.usage import usage
 from llama.cli.weights import weights
 
 app = typer.Typer(
@@ -66,6 +67,7 @@ app.command()(serve)
 app.command()(gateway)
 app.command()(up)
 app.add_typer(keys, name="keys")
+app.command()(usage)
 app.command()(tokenize)
 app.command()(plan)
 app.add_typer(weights, name="weights")

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, ParamSpec
@@ -114,6 +114,17 @@ def decoded(text: str, what: str, encoding: str = sys.getfilesystemencoding()) -
     if undecodable(text):
         raise InvalidInput(f"{what} is not valid {encoding}; convert it and try again")
     return text
+
+
+def print_table(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> None:
+    """Print rows of equal length. Cells from column `numbers_from` on are aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if numbers_from is not None and index >= numbers_from else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
 
 
 def leave(code: int) -> NoReturn:

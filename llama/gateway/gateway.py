@@ -12,11 +12,14 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
 from llama.gateway.access.auth import Keys
+from llama.gateway.access.budgets import Budgets
+from llama.gateway.access.sessions import Sessions
 from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.dispatch.cog_client import CogClient
 from llama.gateway.dispatch.dispatcher import Dispatcher
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Servers
+from llama.gateway.early_ends import EarlyEnds
 from llama.gateway.model_card import check_schema
 from llama.gateway.predictions import Predictions
 from llama.gateway.repeat import repeat
@@ -61,19 +64,28 @@ class Gateway:
         self.storage = Storage(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
         key = settings.key.get_secret_value() if settings.key else None
         self.keys = Keys(self.storage, environment_key=key, loopback=loopback)
+        self.sessions = Sessions(self.storage, self.keys)
         self._client = CogClient()
         self.servers = Servers(self._client, addresses, settings.places, lost_after=lost_after)
         delivery = Delivery(Outgoing(settings.webhook_networks), self.keys.by_id)
         self.webhooks = Webhooks(delivery, prediction_body, self._webhook_delivered)
+        self.budgets = Budgets(self.storage, settings.prices)
         queue = FairQueue(settings.queue)
         dispatcher = Dispatcher(self._client, self.servers, queue, self._at_once)
         self.predictions = Predictions(
             self.storage,
             self.keys,
+            self.budgets,
             queue,
             dispatcher,
-            queue_timeout=settings.queue_timeout,
             on_begin=self.webhooks.follow,
+        )
+        self._early_ends = EarlyEnds(
+            self.predictions.unfinished,
+            dispatcher,
+            self.keys,
+            self.budgets,
+            queue_timeout=settings.queue_timeout,
         )
         self._dispatcher = dispatcher
         self._stop_requested = asyncio.Event()
@@ -81,19 +93,20 @@ class Gateway:
 
     def _at_once(self, key_id: int) -> int | None:
         key = self.keys.by_id(key_id)
-        return key.at_once if key else None
+        return key.limits.at_once if key else None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Resume what an earlier run left in the database, and serve until the block ends."""
         await self.keys.load()
+        await self.sessions.load()
         await self._remember_schema()
         await self.predictions.recover()
         for prediction in await self.storage.run(lambda store: store.undelivered()):
             self.webhooks.deliver_completed(prediction)
         background = (
             self.servers.watch(),
-            repeat(self.predictions.end_overdue_and_revoked, _OFTEN),
+            repeat(self._early_ends.end_overdue, _OFTEN),
             repeat(self._save, _OFTEN),
             repeat(self._delete_old_texts, min(60.0, self.settings.retention / 2)),
         )
@@ -124,7 +137,7 @@ class Gateway:
 
     async def _end_predictions(self) -> None:
         self._dispatcher.stop_starting()
-        await self.predictions.end_waiting_connections()
+        await self._early_ends.end_waiting_connections()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._grace):
                 await self._dispatcher.idle(self._stop_requested)

@@ -11,8 +11,9 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llama.errors import GatewayRestarted, NotStarted
+from llama.errors import GatewayRestarted
 from llama.gateway.access.auth import Keys
+from llama.gateway.access.budgets import Budgets
 from llama.gateway.access.throttle import Throttle
 from llama.gateway.dispatch.dispatcher import Dispatcher
 from llama.gateway.dispatch.queue import FairQueue
@@ -42,16 +43,15 @@ class Predictions:
         self,
         storage: Storage,
         keys: Keys,
+        budgets: Budgets,
         queue: FairQueue,
         dispatcher: Dispatcher,
-        *,
-        queue_timeout: float,
         on_begin: Callable[[Prediction], None],
     ) -> None:
         """`on_begin` is called with every prediction that is queued for the first time."""
-        self._storage, self._keys, self._throttle = storage, keys, Throttle()
+        self._storage, self._keys, self._throttle, self._budgets = storage, keys, Throttle(), budgets
         self._queue, self._dispatcher = queue, dispatcher
-        self._queue_timeout, self._on_begin = queue_timeout, on_begin
+        self._on_begin = on_begin
         dispatcher.finish = self._finish
         dispatcher.on_sent = lambda prediction: self._mark(prediction, Status.PROCESSING)
         dispatcher.on_requeued = lambda prediction: self._mark(prediction, Status.STARTING)
@@ -67,19 +67,24 @@ class Predictions:
     def running(self) -> list[Prediction]:
         return self._dispatcher.running
 
+    def unfinished(self) -> list[Prediction]:
+        """The predictions whose end is not stored yet."""
+        return list(self._active.values())
+
     async def create(self, requests: Sequence[PredictionRequest]) -> list[Prediction]:
         """Store predictions of one key and queue them, all or none.
 
         Raises Problem: 429 if the key has too many requests per minute or too many waiting predictions, 400
-        if it could never create so many, 503 if they cannot be stored.
+        if it could never create so many, 402 if its budget is used up, 503 if they cannot be stored.
         """
         key_id, count = requests[0].key_id, len(requests)
         key = self._keys.by_id(key_id)
         predictions = [Prediction(request) for request in requests]
         with self._queue.room_for(key_id, count):
-            if key is not None:
-                self._throttle.check(key, count)
             try:
+                if key is not None:
+                    await self._budgets.check(key, self.unfinished)
+                    self._throttle.check(key, count)
                 await self._storage.run(lambda store: store.insert(predictions))
             except sqlite3.Error as error:
                 logger.error("predictions cannot be stored: %s", error)
@@ -91,7 +96,7 @@ class Predictions:
 
     async def recover(self) -> None:
         """Queue the predictions that waited when the gateway ended, and fail those that ran."""
-        self.created = await self._storage.run(lambda store: store.count())
+        self.created = await self._storage.run(lambda store: store.usage.predictions())
         lost = GatewayRestarted("the gateway was restarted during the prediction; create it again")
         for prediction, progress_at in await self._storage.run(lambda store: store.unfinished()):
             if prediction.status is Status.STARTING and not prediction.request.needs_client:
@@ -138,34 +143,6 @@ class Predictions:
         task = asyncio.create_task(mark())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def end_overdue_and_revoked(self) -> None:
-        """End the predictions that are past their deadline or have waited too long, and those of revoked
-        keys. Call it several times a second."""
-        await self._keys.refresh()
-        revoked = self._keys.revoked
-        running = {prediction.id for prediction in self._dispatcher.running}
-        too_late = Outcome(
-            Status.FAILED,
-            str(NotStarted(f"no server was free within {self._queue_timeout:.0f} s; try again later")),
-        )
-        for prediction in list(self._active.values()):
-            if prediction.status.ended:
-                continue
-            seconds = prediction.request.seconds
-            late = seconds is not None and prediction.age >= seconds
-            if late or prediction.request.key_id in revoked:
-                await self._dispatcher.stop(prediction, Outcome(Status.CANCELED))
-            elif prediction.id not in running and prediction.age >= self._queue_timeout:
-                await self._dispatcher.stop(prediction, too_late)
-
-    async def end_waiting_connections(self) -> None:
-        """Fail the waiting predictions that need their client's connection, which ends with the gateway."""
-        running = {prediction.id for prediction in self._dispatcher.running}
-        error = str(GatewayRestarted("the gateway is being stopped; try again"))
-        for prediction in list(self._active.values()):
-            if prediction.request.needs_client and prediction.id not in running:
-                await self._dispatcher.stop(prediction, Outcome(Status.FAILED, error))
 
     async def save(self) -> None:
         """Store the counts of running predictions that have changed, and the ends that could not be stored.

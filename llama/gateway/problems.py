@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_NO_QUOTA = "insufficient_quota"  # OpenAI uses it as the code and as the type
 
 
 class Problem(Exception):
@@ -24,9 +25,12 @@ class Problem(Exception):
         param: str | None = None,
         members: dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
+        openai_status: int | None = None,
     ) -> None:
+        """`openai_status`: the status in OpenAI's API, if it differs."""
         super().__init__(detail)
         self.status, self.title, self.detail = status, title, detail
+        self.openai_status = openai_status or status
         self.code, self.param = code, param
         self.members, self.headers = members or {}, headers or {}
 
@@ -36,8 +40,10 @@ class Problem(Exception):
 
     def for_openai(self) -> dict[str, Any]:
         kind = _OPENAI_TYPES.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+            self.openai_status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
+        if self.code == _NO_QUOTA:
+            kind = _NO_QUOTA
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def for_both(self) -> dict[str, Any]:
@@ -69,4 +75,16 @@ def throttled(detail: str, seconds: int) -> Problem:
         code="rate_limit_exceeded",
         members={"retry_after": seconds},
         headers={"Retry-After": str(seconds)},
+    )
+
+
+def over_budget(detail: str) -> Problem:
+    """The key's budget is used up. A retry does not help before the next month or a larger budget."""
+    return Problem(
+        402,
+        "Insufficient credit",
+        detail,
+        code=_NO_QUOTA,
+        headers={"x-should-retry": "false"},  # OpenAI's clients would send a request with status 429 again
+        openai_status=429,
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from llama.gateway.prices import Prices
 from llama.settings import EnvironmentSettings
 
 Network = IPv4Network | IPv6Network
 OwnerAndName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
 Origin = Annotated[str, Field(pattern=r"^(https?://[^/\s]+|\*)$")]
+Price = Annotated[Decimal, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
 VersionId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 PUBLISHED_VERSIONS = (
@@ -78,7 +81,19 @@ class GatewaySettings(EnvironmentSettings):
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode] = ()
     """Addresses or networks of the proxies whose `X-Forwarded-*` headers are trusted, separated by commas."""
 
-    _strip = field_validator("key")(_sendable)
+    input_price: Price = Decimal("0.65")
+    """Dollars per million input tokens. The default is the price of Llama 2 70B Chat on Replicate."""
+    output_price: Price = Decimal("2.75")
+    """Dollars per million output tokens."""
+    metrics_key: SecretStr | None = None
+    """The key that `/metrics` needs if clients need a key."""
+    log_format: Literal["text", "json"] = "text"
+
+    @property
+    def prices(self) -> Prices:
+        return Prices(self.input_price, self.output_price)
+
+    _strip = field_validator("key", "metrics_key")(_sendable)
     _split = field_validator(
         "aliases",
         "versions",

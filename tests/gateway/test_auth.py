@@ -13,7 +13,7 @@ import pytest
 
 from llama.gateway.access.auth import Keys
 from llama.gateway.problems import Problem
-from llama.gateway.storage.keys import hash_of
+from llama.gateway.storage.keys import KeyLimits, hash_of
 from llama.gateway.storage.storage import Storage
 from llama.gateway.storage.store import Store
 
@@ -135,10 +135,10 @@ def test_the_problem_has_openais_code_and_never_the_key(play: Play) -> None:
 def test_a_key_added_while_the_gateway_runs_works_within_a_second_and_closes_it(play: Play) -> None:
     async def scene(s: Scene) -> None:
         assert await s.name(None) == "local"
-        s.command_line.keys.add("ann", hash_of("k1"), 7, 2)
+        s.command_line.keys.add("ann", hash_of("k1"), KeyLimits(7, 2))
         s.clock.now += 1.0
         key = await s.keys.identify("Bearer k1")
-        assert (key.name, key.requests_per_minute, key.at_once) == ("ann", 7, 2)
+        assert (key.name, key.limits.requests_per_minute, key.limits.at_once) == ("ann", 7, 2)
         assert not await s.keys.is_open()
         await s.refusal(None)
 

@@ -26,17 +26,9 @@ def held() -> FakeCog:
     return FakeCog(Script(hold_after=1))
 
 
-def add_key(gateway: Gateway, name: str, **limits: int) -> httpx2.Client:
-    """Add a key as the command line does, and return a client that has it."""
-    from llama.gateway.storage.keys import hash_of
-    from llama.gateway.storage.store import Store
-
-    store = Store(gateway.settings.database)
-    store.keys.add(name, hash_of(name), **limits)
-    store.close()
-    client = gateway.client_of(name)
-    until(lambda: client.get("/v1/account").status_code == 200)
-    return client
+def client_with_key(gateway: Gateway, name: str, **limits: int) -> httpx2.Client:
+    """Return a client that has a key of its own."""
+    return gateway.client_of(gateway.add_key(name, **limits))
 
 
 def test_requests_wait_in_the_queue_instead_of_meeting_a_conflict(gateways: StartGateway) -> None:
@@ -144,7 +136,7 @@ def test_a_dialogue_does_not_wait_for_its_server_while_another_one_is_free(gatew
 def test_a_key_runs_no_more_predictions_at_once_than_it_may(gateways: StartGateway) -> None:
     with held() as cog:
         gateway = gateways(cog.url, places=8)
-        limited = add_key(gateway, "limited", at_once=2)
+        limited = client_with_key(gateway, "limited", at_once=2)
         for number in range(5):
             gateway.create(client=limited, prompt=f"limited {number}")
         other = gateway.create(prompt="other")
@@ -158,7 +150,7 @@ def test_a_key_with_many_waiting_predictions_does_not_delay_another_key(gateways
         lambda inputs: Script(hold_after=1 if inputs["prompt"] == "first" else None), places=1
     ) as cog:
         gateway = gateways(cog.url, places=1)
-        second = add_key(gateway, "second")
+        second = client_with_key(gateway, "second")
         gateway.wait_for(gateway.create(prompt="first"), "processing")
         many = [gateway.create(prompt=f"many {number}") for number in range(5)]
         gateway.create(client=second, prompt="one of the second key")
@@ -344,7 +336,7 @@ def test_revoking_a_key_ends_its_waiting_and_running_predictions(gateways: Start
 
     with held() as cog:
         gateway = gateways(cog.url, places=1)
-        revoked = add_key(gateway, "revoked")
+        revoked = client_with_key(gateway, "revoked")
         gateway.create(client=revoked, prompt="running")
         gateway.create(client=revoked, prompt="waiting")
         until(lambda: cog.counts.running == 1)
@@ -360,7 +352,7 @@ def test_revoking_a_key_ends_its_waiting_and_running_predictions(gateways: Start
 def test_choices_beyond_a_limit_are_refused_together_and_cost_nothing(gateways: StartGateway) -> None:
     with FakeCog() as cog:
         gateway = gateways(cog.url)
-        client = add_key(gateway, "limited", requests_per_minute=4)
+        client = client_with_key(gateway, "limited", requests_per_minute=4)
 
         def chat(n: int) -> httpx2.Response:
             messages = [{"role": "user", "content": "Hi"}]

@@ -296,7 +296,7 @@ def test_deleted_data_is_null_and_the_prediction_stays(cog: FakeCog, gateways: G
 def test_two_keys_cannot_see_each_others_predictions(gateway: Gateway, cog: FakeCog) -> None:
     cog.rules.script = Script(PIECES, hold_after=3)
     created = gateway.create()
-    other = add_key(gateway, "other")
+    other = gateway.add_key("other")
     with gateway.client_of(other) as client:
         assert client.get("/v1/predictions").json()["results"] == []
         assert client.get(f"/v1/predictions/{created['id']}").status_code == 404
@@ -315,22 +315,6 @@ def test_the_urls_of_a_response_have_the_host_that_the_client_used(gateway: Gate
     ).json()
     assert created["urls"]["get"] == f"http://gateway.example:8443/v1/predictions/{created['id']}"
     assert gateway.get(created)["urls"]["get"].startswith(gateway.url)
-
-
-def add_key(gateway: Gateway, name: str) -> str:
-    """Add a key as the command line does, while the gateway runs."""
-    from llama.gateway.storage.keys import hash_of, new_key
-    from llama.gateway.storage.store import Store
-
-    key = new_key()
-    store = Store(gateway.settings.database)
-    try:
-        store.keys.add(name, hash_of(key))
-    finally:
-        store.close()
-    with gateway.client_of(key) as client:
-        until(lambda: client.get("/v1/account").status_code == 200)
-    return key
 
 
 def test_a_create_responds_at_once_while_all_places_are_taken(cog: FakeCog, gateways: Gateways) -> None:

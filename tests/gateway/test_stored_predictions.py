@@ -50,7 +50,7 @@ def test_a_full_disk_refuses_new_predictions_and_keeps_the_ends_of_others_until_
         stored = await storage.run(lambda store: store.prediction(waiting.id))
         assert stored is not None
         assert stored.status is Status.CANCELED
-        assert (await storage.run(lambda store: store.usage()))[0].predictions == 1
+        assert (await storage.run(lambda store: store.usage.rows()))[0].predictions == 1
         storage.close()
 
     asyncio.run(scenario())
@@ -119,7 +119,7 @@ def test_the_time_while_the_gateway_is_down_does_not_count_as_work(tmp_path: Pat
         second = without_servers(path)
         await second.keys.load()
         await second.predictions.recover()
-        (usage,) = await second.storage.run(lambda store: store.usage())
+        (usage,) = await second.storage.run(lambda store: store.usage.rows())
         assert usage.predictions == 1
         assert usage.seconds < 1.0
         second.storage.close()

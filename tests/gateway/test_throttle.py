@@ -6,7 +6,7 @@ import pytest
 
 from llama.gateway.access.throttle import Throttle
 from llama.gateway.problems import Problem
-from llama.gateway.storage.keys import Key
+from llama.gateway.storage.keys import Key, KeyLimits
 
 
 class Clock:
@@ -33,7 +33,7 @@ def test_a_key_without_a_limit_is_never_throttled() -> None:
 
 
 def test_a_key_can_use_its_whole_minute_at_once_and_gains_requests_steadily() -> None:
-    clock, key = Clock(), Key(1, "a", requests_per_minute=6)
+    clock, key = Clock(), Key(1, "a", KeyLimits(requests_per_minute=6))
     throttle = Throttle(clock)
     assert allowed(throttle, key, 10) == 6
     clock.now += 9.9
@@ -46,18 +46,18 @@ def test_a_key_can_use_its_whole_minute_at_once_and_gains_requests_steadily() ->
 
 def test_keys_do_not_share_their_limits() -> None:
     throttle = Throttle(Clock())
-    one, other = Key(1, "a", requests_per_minute=2), Key(2, "b", requests_per_minute=3)
+    one, other = Key(1, "a", KeyLimits(requests_per_minute=2)), Key(2, "b", KeyLimits(requests_per_minute=3))
     assert (allowed(throttle, one, 5), allowed(throttle, other, 5)) == (2, 3)
 
 
 def test_a_limit_that_was_lowered_counts_at_once() -> None:
     throttle = Throttle(Clock())
-    throttle.check(Key(1, "a", requests_per_minute=600))
-    assert allowed(throttle, Key(1, "a", requests_per_minute=2), 5) == 2
+    throttle.check(Key(1, "a", KeyLimits(requests_per_minute=600)))
+    assert allowed(throttle, Key(1, "a", KeyLimits(requests_per_minute=2)), 5) == 2
 
 
 def test_the_problem_is_replicates_and_says_when_to_come_back() -> None:
-    clock, key = Clock(), Key(1, "a", requests_per_minute=6)
+    clock, key = Clock(), Key(1, "a", KeyLimits(requests_per_minute=6))
     throttle = Throttle(clock)
     assert allowed(throttle, key, 6) == 6
     clock.now += 1.5
@@ -74,7 +74,7 @@ def test_the_problem_is_replicates_and_says_when_to_come_back() -> None:
 
 
 def test_retry_after_is_at_most_a_minute() -> None:
-    throttle, key = Throttle(Clock()), Key(1, "a", requests_per_minute=1)
+    throttle, key = Throttle(Clock()), Key(1, "a", KeyLimits(requests_per_minute=1))
     throttle.check(key)
     with pytest.raises(Problem) as raised:
         throttle.check(key)

@@ -22,7 +22,7 @@ class Throttle:
     def check(self, key: Key, count: int = 1) -> None:
         """Count some predictions. Raises Problem, without counting them: 429 if the key has too few left, 400
         if it never has so many."""
-        limit = key.requests_per_minute
+        limit = key.limits.requests_per_minute
         if limit is None:
             return
         if count > limit:

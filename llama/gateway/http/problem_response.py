@@ -29,9 +29,9 @@ def problem_response(problem: Problem, path: str) -> Response:
     the members of both."""
     parts = path.strip("/").split("/")
     below_a_model = parts[0] == "models" and len(parts) > 3  # such as /models/{owner}/{name}/predictions
-    body, media_type = problem.for_both(), "application/json"
+    body, status, media_type = problem.for_both(), problem.status, "application/json"
     if parts[0] in _OPENAI:
-        body = problem.for_openai()
+        body, status = problem.for_openai(), problem.openai_status
     elif parts[0] in _REPLICATE or below_a_model:
         body, media_type = problem.for_replicate(), "application/problem+json"
-    return JSONResponse(body, problem.status, problem.headers, media_type)
+    return JSONResponse(body, status, problem.headers, media_type)

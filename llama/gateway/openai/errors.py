@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 
+from llama.errors import BudgetUsedUp
 from llama.gateway.prediction import Prediction, Status
-from llama.gateway.problems import Problem
+from llama.gateway.problems import Problem, over_budget
 
 _LINE = re.compile(r"(E[0-9]{4}) [A-Za-z]+: .*")
 _INVALID = {
@@ -44,6 +45,8 @@ def failure(prediction: Prediction, *, is_chat: bool) -> Problem:
             code=_INVALID.get(code, "invalid_value"),
             param=_param(code, is_chat=is_chat),
         )
+    if code == BudgetUsedUp.code:
+        return over_budget(line)
     if code.startswith(_TEMPORARY):
         return Problem(503, "Service unavailable", line, code="service_unavailable")
     return Problem(500, "Internal server error", line, code="server_error")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sqlite3
 import time
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
 
 from llama.gateway.storage.database import Database
-from llama.gateway.storage.keys import Key, new_webhook_secret
+from llama.gateway.storage.keys import Key, KeyLimits, new_webhook_secret
 
 
 @dataclass(frozen=True)
@@ -30,26 +32,39 @@ class KeyTable:
         """Return all keys, revoked ones included, in the order in which they were added."""
         return [_stored_key(row) for row in self._db.execute("SELECT * FROM keys ORDER BY id")]
 
-    def add(
-        self,
-        name: str,
-        key_hash: str | None,
-        requests_per_minute: int | None = None,
-        at_once: int | None = None,
-    ) -> Key:
+    def add(self, name: str, key_hash: str | None, limits: KeyLimits = KeyLimits()) -> Key:  # noqa: B008
         """Add a key. Raises ValueError if a key with this name is in use."""
-        secret = new_webhook_secret()
+        values = {
+            "name": name,
+            "hash": key_hash,
+            "webhook_secret": new_webhook_secret(),
+            "created_at": time.time(),
+            **_columns(limits),
+        }
         try:
             with self._db.transaction():
                 cursor = self._db.execute(
-                    "INSERT INTO keys (name, hash, webhook_secret, requests_per_minute, at_once, created_at) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
-                    (name, key_hash, secret, requests_per_minute, at_once, time.time()),
+                    f"INSERT INTO keys ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
+                    [*values.values()],
                 )
         except sqlite3.IntegrityError as error:
             raise ValueError(f"a key named {name} exists") from error
         assert cursor.lastrowid is not None
-        return Key(cursor.lastrowid, name, requests_per_minute, at_once, secret)
+        return Key(cursor.lastrowid, name, limits, str(values["webhook_secret"]))
+
+    def find(self, name: str) -> Key | None:
+        """Return the key with this name that is in use."""
+        found = (stored.key for stored in self.all() if stored.key.name == name and not stored.revoked_at)
+        return next(found, None)
+
+    def set_limits(self, key: Key, limits: KeyLimits) -> None:
+        """Replace the limits of a key."""
+        values = _columns(limits)
+        with self._db.transaction():
+            self._db.execute(
+                f"UPDATE keys SET {', '.join(f'{name} = ?' for name in values)} WHERE id = ?",
+                [*values.values(), key.id],
+            )
 
     def revoke(self, name: str) -> bool:
         """Revoke a key. Returns False if no key with this name is in use."""
@@ -73,6 +88,19 @@ class KeyTable:
         return self.add(name, key_hash)
 
 
+def _columns(limits: KeyLimits) -> dict[str, Any]:
+    dollars = limits.monthly_dollars
+    # SQLite has no decimal type, and a float would round.
+    return {**vars(limits), "monthly_dollars": None if dollars is None else str(dollars)}
+
+
 def _stored_key(row: sqlite3.Row) -> StoredKey:
-    key = Key(row["id"], row["name"], row["requests_per_minute"], row["at_once"], row["webhook_secret"])
+    dollars = row["monthly_dollars"]
+    limits = KeyLimits(
+        row["requests_per_minute"],
+        row["at_once"],
+        row["monthly_tokens"],
+        None if dollars is None else Decimal(dollars),
+    )
+    key = Key(row["id"], row["name"], limits, row["webhook_secret"])
     return StoredKey(key, row["hash"], row["created_at"], row["revoked_at"])

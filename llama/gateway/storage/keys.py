@@ -11,6 +11,21 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
+from decimal import Decimal
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """What a key may use. None means no limit."""
+
+    requests_per_minute: int | None = None
+    """How many predictions the key may create."""
+    at_once: int | None = None
+    """How many of the key's predictions run at the same time; others wait."""
+    monthly_tokens: int | None = None
+    """How many tokens, input and output together, the key may use in a calendar month (UTC)."""
+    monthly_dollars: Decimal | None = None
+    """What the tokens of a calendar month may cost."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +34,7 @@ class Key:
 
     id: int
     name: str
-    requests_per_minute: int | None = None
-    at_once: int | None = None
-    """How many of the key's predictions run at the same time; others wait. None means no limit."""
+    limits: KeyLimits = KeyLimits()
     webhook_secret: str = ""
     """What signs the webhooks of this key's predictions: `whsec_` and base64."""
 

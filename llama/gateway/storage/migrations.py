@@ -57,6 +57,10 @@ MIGRATIONS = (
 
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
+    """
+    ALTER TABLE keys ADD COLUMN monthly_tokens INTEGER;
+    ALTER TABLE keys ADD COLUMN monthly_dollars TEXT;
+    """,
 )
 
 

@@ -1,4 +1,4 @@
-"""The gateway's database: keys, predictions, and token counts by key, day and model.
+"""The gateway's database: predictions, facts, and the tables of keys and usage.
 
 All methods are synchronous: the gateway calls them in one thread (`storage/storage.py`), the command
 line directly. Every method that writes is one transaction. Knows nothing about HTTP or servers.
@@ -10,8 +10,6 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,12 @@ from llama.gateway.prediction import Outcome, Prediction, Status
 from llama.gateway.storage.database import Database
 from llama.gateway.storage.key_table import KeyTable
 from llama.gateway.storage.rows import insert_values, metrics_values, prediction_of
+from llama.gateway.storage.usage_table import UsageTable
 
 _PAGE_SIZE = 4_000_000
 """A page of predictions ends after so many characters."""
 _ROWS_KEPT = 30 * 24 * 3600
 """Seconds after which the row of a finished prediction is deleted. Its counts stay."""
-
-
-@dataclass(frozen=True)
-class DailyUsage:
-    """The counts of one key, day (UTC) and model."""
-
-    key: str
-    day: str
-    model: str
-    predictions: int
-    input_tokens: int
-    output_tokens: int
-    seconds: float
 
 
 class Store:
@@ -46,6 +32,7 @@ class Store:
         """Open or create the file. Raises BadSettings if it cannot be the database of a gateway."""
         self._db = Database(path, busy_timeout)
         self.keys = KeyTable(self._db)
+        self.usage = UsageTable(self._db)
         self._texts_in_log = True
         """Whether the write-ahead log may contain deleted texts."""
 
@@ -56,7 +43,7 @@ class Store:
     def check(self) -> None:
         """Read what the start of a gateway needs. Raises sqlite3.Error if the file is damaged."""
         self.keys.all()
-        self.count()
+        self.usage.predictions()
         self.unfinished()
 
     def close(self) -> None:
@@ -107,22 +94,7 @@ class Store:
                 ),
             ).rowcount
             if ended:
-                self._count(prediction, outcome.ended_at)
-
-    def _count(self, prediction: Prediction, ended_at: float) -> None:
-        request, metrics = prediction.request, prediction.metrics
-        day = datetime.fromtimestamp(prediction.created_at, UTC).date().isoformat()
-        counts = (
-            int(metrics.get("input_token_count", 0)),
-            int(metrics.get("output_token_count", 0)),
-            max(0.0, ended_at - (prediction.started_at or ended_at)),
-        )
-        self._db.execute(
-            "INSERT INTO usage VALUES (?, ?, ?, 1, ?, ?, ?) ON CONFLICT (key_id, day, model) DO UPDATE SET "
-            "predictions = predictions + 1, input_tokens = input_tokens + excluded.input_tokens, "
-            "output_tokens = output_tokens + excluded.output_tokens, seconds = seconds + excluded.seconds",
-            (request.key_id, day, request.model, *counts),
-        )
+                self.usage.add(prediction, outcome.ended_at)
 
     def prediction(self, prediction_id: str) -> Prediction | None:
         return self._one("id", prediction_id)
@@ -170,11 +142,6 @@ class Store:
             size += len(row["inputs"] or "") + len(row["output"] or "") + len(row["logs"] or "")
         return sorted(found, key=_newest_first), False
 
-    def count(self) -> int:
-        """Return the number of predictions of all time."""
-        (count,) = self._db.execute("SELECT COALESCE(SUM(predictions), 0) FROM usage").fetchone()
-        return int(count)
-
     def unfinished(self) -> list[tuple[Prediction, float | None]]:
         """Return the predictions that had not ended when the gateway ended, the oldest first, and when the
         progress of each was last saved."""
@@ -207,14 +174,6 @@ class Store:
         if self._texts_in_log:
             self._texts_in_log = not self._db.truncate_log()
         return removed
-
-    def usage(self) -> list[DailyUsage]:
-        """Return all counts, the oldest first."""
-        rows = self._db.execute(
-            "SELECT name AS key, day, model, predictions, input_tokens, output_tokens, seconds "
-            "FROM usage JOIN keys ON keys.id = key_id ORDER BY day, key_id, model"
-        )
-        return [DailyUsage(**dict(row)) for row in rows]
 
     # Facts about the model, which outlive the servers
 

@@ -1,0 +1,68 @@
+"""The command `usage`: what the keys of the gateway have used, and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from llama.cli.gateway_database import open_store
+from llama.cli.terminal import command, print_table
+from llama.gateway.settings import GatewaySettings
+from llama.gateway.usage_report import Column, Line, report, total
+
+_COLUMNS = ("predictions", "input tokens", "output tokens", "seconds", "dollars")
+
+
+@command
+def usage(
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d"],
+            metavar="YYYY-MM-DD",
+            help="The first day (UTC). Without it, usage of all time is shown.",
+        ),
+    ] = None,
+    by: Annotated[
+        list[Column] | None,
+        typer.Option(help="What each line is for. Repeat it for combinations. The default is the key."),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, with exact prices and no total.")] = False,
+) -> None:
+    """Print predictions, tokens, seconds and prices by key, day or model. A gateway may be running.
+
+    The seconds are those that servers worked. LLAMA_GATEWAY_INPUT_PRICE and LLAMA_GATEWAY_OUTPUT_PRICE are the
+    prices, also of earlier tokens.
+    """
+    prices = GatewaySettings.from_environment().prices
+    columns = list(dict.fromkeys(by or [Column.KEY]))
+    with open_store() as store:
+        found = store.usage.rows(since=since and since.date())
+    lines = report(found, prices, columns)
+    if as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow([*columns, *(column.replace(" ", "_") for column in _COLUMNS)])
+        writer.writerows([*line.of, *_exact(line)] for line in lines)
+        return
+    if not lines:
+        print("nothing has been used" + (f" since {since.date()}" if since else ""), file=sys.stderr)
+        return
+    rows = [[*line.of, *_readable(line)] for line in lines]
+    if len(lines) > 1:
+        rows.append(["total", *[""] * (len(columns) - 1), *_readable(total(found, prices))])
+    header = [column.upper() for column in (*columns, *_COLUMNS)]
+    print_table([header, *rows], numbers_from=len(columns))
+
+
+def _exact(line: Line) -> list[str]:
+    counts = (line.predictions, line.input_tokens, line.output_tokens)
+    return [*map(str, counts), f"{line.seconds:.3f}", f"{line.price:f}"]
+
+
+def _readable(line: Line) -> list[str]:
+    counts = (line.predictions, line.input_tokens, line.output_tokens)
+    return [*(f"{count:,}" for count in counts), f"{line.seconds:,.1f}", f"{line.price:,.4f}"]

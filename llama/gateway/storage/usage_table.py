@@ -1,0 +1,102 @@
+"""The table of usage: predictions, tokens and seconds by key, day (UTC) and model.
+
+Its rows are kept when predictions and keys are deleted or revoked. Knows nothing about prices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+
+from llama.gateway.prediction import Prediction
+from llama.gateway.storage.database import Database
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The counts of one key, day and model."""
+
+    key: str
+    """The key's name. Only one key of this name is in use, but revoked ones may have had it, too."""
+    day: date
+    model: str
+    predictions: int
+    input_tokens: int
+    output_tokens: int
+    seconds: float
+    """How long servers worked on the predictions."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Numbers of tokens."""
+
+    input: int = 0
+    output: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.input + other.input, self.output + other.output)
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> Tokens:
+        """The tokens of a prediction, as its server has reported them so far."""
+        metrics = prediction.metrics
+        return cls(int(metrics.get("input_token_count", 0)), int(metrics.get("output_token_count", 0)))
+
+
+class UsageTable:
+    """All counts. A prediction is counted on the day on which it was created."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def add(self, prediction: Prediction, ended_at: float) -> None:
+        """Count a prediction that has ended."""
+        tokens = Tokens.of(prediction)
+        seconds = max(0.0, ended_at - (prediction.started_at or ended_at))
+        key_id, day, model = (
+            prediction.request.key_id,
+            day_of(prediction).isoformat(),
+            prediction.request.model,
+        )
+        with self._db.transaction():
+            self._db.execute(
+                "INSERT INTO usage VALUES (?, ?, ?, 1, ?, ?, ?) "
+                "ON CONFLICT (key_id, day, model) DO UPDATE SET predictions = predictions + 1, "
+                "input_tokens = input_tokens + excluded.input_tokens, "
+                "output_tokens = output_tokens + excluded.output_tokens, "
+                "seconds = seconds + excluded.seconds",
+                (key_id, day, model, tokens.input, tokens.output, seconds),
+            )
+
+    def rows(self, *, key_id: int | None = None, since: date | None = None) -> list[Usage]:
+        """Return the counts of one key or of all keys from a day on, the oldest first."""
+        conditions: dict[str, Any] = {"key_id = ?": key_id, "day >= ?": since and since.isoformat()}
+        used = {text: value for text, value in conditions.items() if value is not None}
+        where = f"WHERE {' AND '.join(used)}" if used else ""
+        found = self._db.execute(
+            "SELECT name AS key, day, model, predictions, input_tokens, output_tokens, seconds "
+            f"FROM usage JOIN keys ON keys.id = key_id {where} ORDER BY day, key_id, model",
+            [*used.values()],
+        )
+        return [Usage(**{**dict(row), "day": date.fromisoformat(row["day"])}) for row in found]
+
+    def tokens(self, key_id: int, since: date) -> Tokens:
+        """Return the tokens of a key from a day on."""
+        found = self._db.execute(
+            "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM usage "
+            "WHERE key_id = ? AND day >= ?",
+            (key_id, since.isoformat()),
+        )
+        return Tokens(*found.fetchone())
+
+    def predictions(self) -> int:
+        """Return the number of predictions of all time."""
+        (count,) = self._db.execute("SELECT COALESCE(SUM(predictions), 0) FROM usage").fetchone()
+        return int(count)
+
+
+def day_of(prediction: Prediction) -> date:
+    """The day in UTC on which a prediction is counted."""
+    return datetime.fromtimestamp(prediction.created_at, UTC).date()
