@@ -16,6 +16,7 @@ from llama.gateway.gateway import Gateway
 from llama.gateway.http.disconnect import ClientLeft
 from llama.gateway.http.middleware import wrap
 from llama.gateway.http.problem_response import problem_response
+from llama.gateway.page.renderer import MarkdownRenderer
 from llama.gateway.problems import Problem, internal_error, not_found
 from llama.gateway.routes import catalog, openai, page, replicate, stream
 
@@ -26,8 +27,8 @@ def create_app(gateway: Gateway) -> ASGIApp:
     """Build the application of a gateway, which starts and ends with it."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with gateway.running():
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.running(), MarkdownRenderer() as app.state.markdown:
             yield
 
     # The bodies are not declared, so a generated description would say nothing about them.

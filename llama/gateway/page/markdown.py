@@ -1,16 +1,78 @@
-"""Markdown as HTML that a page can show, whatever the model wrote."""
+"""Turns Markdown into HTML that a page can insert, whatever the model wrote.
+
+The parser leaves HTML in the text as text, and the sanitiser then keeps only the tags and attributes in the
+lists below. Knows nothing about processes or time; `renderer.py` limits them.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import re
+from collections.abc import Sequence
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
+from markdown_it.renderer import RendererHTML
+from markdown_it.rules_core import StateCore
+from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
 
-MAX_CHARACTERS = 100_000
+# fmt: off
+TAGS = frozenset((
+    "a", "blockquote", "br", "code", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre",
+    "s", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
+))
+# fmt: on
+# No id and no name: the page's scripts could take such an element for one of their own.
+ATTRIBUTES = {"a": {"href", "title"}, "code": {"class"}, "ol": {"start"}}
+ALIGNMENTS = frozenset(("left", "center", "right"))
+SCHEMES = frozenset(("http", "https", "mailto"))
+LINK_ATTRIBUTES = {"rel": "noopener noreferrer nofollow", "target": "_blank"}
+LANGUAGE_CLASS = re.compile(r"language-[A-Za-z0-9_.+#-]{1,40}")
 
-_PARSER = MarkdownIt("js-default", {"html": False, "linkify": False, "maxNesting": 20}).disable("image")
+_MAX_NESTING = 50  # the text inside of more lists or quotes is left out
 
 
-async def html_of(text: str) -> str:
-    return await asyncio.to_thread(lambda: nh3.clean(_PARSER.render(text)))
+def html_of(text: str) -> str:
+    """Return Markdown as HTML. Images are shown as their descriptions, and relative links as text."""
+    return _CLEANER.clean(_PARSER.render(text))
+
+
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("js-default", {"html": False, "linkify": False, "maxNesting": _MAX_NESTING})
+    parser.core.ruler.push("alignment", _align)
+    parser.add_render_rule("image", _image)
+    return parser
+
+
+def _align(state: StateCore) -> None:
+    """Align the cells of a table without a style, which the page's content security policy forbids."""
+    for token in state.tokens:
+        style = token.attrs.pop("style", None) if token.type in ("th_open", "td_open") else None
+        if style is not None:
+            token.attrs["align"] = str(style).removeprefix("text-align:")
+
+
+def _image(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    return escapeHtml(renderer.renderInlineAsText(tokens[index].children or [], options, env))
+
+
+def _attribute(_: str, name: str, value: str) -> str | None:
+    if name == "class" and not LANGUAGE_CLASS.fullmatch(value):
+        return None
+    return value
+
+
+_PARSER = _parser()
+_CLEANER = nh3.Cleaner(
+    tags=set(TAGS),
+    attributes=ATTRIBUTES,
+    attribute_filter=_attribute,
+    tag_attribute_values={tag: {"align": set(ALIGNMENTS)} for tag in ("td", "th")},
+    set_tag_attribute_values={"a": {"target": LINK_ATTRIBUTES["target"]}},
+    link_rel=LINK_ATTRIBUTES["rel"],
+    url_schemes=set(SCHEMES),
+    url_relative="deny",
+)

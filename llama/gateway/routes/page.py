@@ -6,7 +6,6 @@ proxy removes, so it contains relative URLs only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,12 +18,11 @@ from llama.gateway.gateway import Gateway
 from llama.gateway.http.authentication import key_of
 from llama.gateway.http.own_page import check_own_page
 from llama.gateway.page.files import INDEX, PageFile, page_files
-from llama.gateway.page.markdown import MAX_CHARACTERS, html_of
-from llama.gateway.prices import Prices
+from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex
 from llama.gateway.problems import Problem, not_found
 from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
 from llama.gateway.storage.keys import Key
-from llama.gateway.storage.usage_table import Usage
+from llama.gateway.usage_report import Column, Line, report, total
 
 router = APIRouter()
 
@@ -109,8 +107,14 @@ def _cookie_attributes(request: Request) -> dict[str, Any]:
 async def render_markdown(request: Request, _: CurrentKey) -> dict[str, str]:
     text = await _text(request, "text")
     if len(text) > MAX_CHARACTERS:
-        raise _invalid(f"`text` has {len(text)} characters, and at most {MAX_CHARACTERS} are rendered.")
-    return {"html": await html_of(text)}
+        detail = f"`text` has {len(text)} characters, but at most {MAX_CHARACTERS} can be rendered."
+        raise Problem(413, "Request entity too large", detail, code="text_too_long", param="text")
+    renderer: MarkdownRenderer = request.app.state.markdown
+    try:
+        return {"html": await renderer.html_of(text)}
+    except TooComplex as error:
+        detail = "The Markdown in `text` takes too long to render. Show it as plain text."
+        raise _invalid(detail, "text_too_complex", "text") from error
 
 
 async def _text(request: Request, name: str) -> str:
@@ -118,23 +122,24 @@ async def _text(request: Request, name: str) -> str:
     body = await json_body(request)
     text = body.get(name) if isinstance(body, dict) else None
     if not isinstance(text, str):
-        raise _invalid(f"The body must be a JSON object whose member `{name}` is a string.", name)
+        detail = f"The body must be a JSON object whose member `{name}` is a string."
+        raise _invalid(detail, "invalid_type", name)
     return text
 
 
-def _invalid(detail: str, param: str = "text") -> Problem:
-    return Problem(422, "Input validation failed", detail, code="invalid_value", param=param)
+def _invalid(detail: str, code: str, param: str) -> Problem:
+    return Problem(422, "Input validation failed", detail, code=code, param=param)
 
 
 @router.get("/page/usage")
 async def get_usage(gateway: CurrentGateway, key: CurrentKey, since: str | None = None) -> dict[str, Any]:
     first = _day(since)
     rows = await gateway.storage.run(lambda store: store.usage.rows(key_id=key.id, since=first))
-    prices = gateway.settings.prices
+    lines = report(rows, gateway.settings.prices, (Column.DAY, Column.MODEL))
     return {
         "since": first.isoformat(),
-        "rows": [{"day": row.day.isoformat(), "model": row.model, **_sums([row], prices)} for row in rows],
-        "total": _sums(rows, prices),
+        "rows": [{"day": line.of[0], "model": line.of[1], **_numbers(line)} for line in lines],
+        "total": _numbers(total(rows, gateway.settings.prices)),
         "budget": await _budget(gateway, key),
     }
 
@@ -150,15 +155,13 @@ def _day(text: str | None) -> date:
         raise Problem(400, "Bad request", detail, code="invalid_value", param="since") from error
 
 
-def _sums(rows: Iterable[Usage], prices: Prices) -> dict[str, float]:
-    rows = list(rows)
-    inputs, outputs = sum(row.input_tokens for row in rows), sum(row.output_tokens for row in rows)
+def _numbers(line: Line) -> dict[str, float]:
     return {
-        "predictions": sum(row.predictions for row in rows),
-        "input_tokens": inputs,
-        "output_tokens": outputs,
-        "seconds": sum(row.seconds for row in rows),
-        "price": float(prices.of(inputs, outputs)),
+        "predictions": line.predictions,
+        "input_tokens": line.input_tokens,
+        "output_tokens": line.output_tokens,
+        "seconds": line.seconds,
+        "price": float(line.price),
     }
 
 

@@ -1,0 +1,108 @@
+"""Renders Markdown in a process of its own, so that no text can slow down or stop the gateway.
+
+The time to parse some texts grows with the square of their length, and Python's threads would share the time
+of the event loop. The process is started by the first text. It ends itself when the gateway has ended, and
+the system ends it when a text takes too long.
+
+This file is also the program of that process: `python -m llama.gateway.page.renderer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from llama.gateway.page.markdown import html_of
+
+MAX_CHARACTERS = 100_000
+_SECONDS = 3.0
+"""The processor time for one text. An ordinary answer takes a few hundredths of a second."""
+_LENGTH = 4  # bytes, before each text in both directions
+_FOLDER_OF_THE_PACKAGE = Path(__file__).parents[3]
+
+
+class TooComplex(Exception):
+    """The text takes too long to render."""
+
+
+class MarkdownRenderer:
+    """A context manager that ends the process. Texts are rendered one after the other."""
+
+    def __init__(self, seconds: float = _SECONDS) -> None:
+        self._seconds = seconds
+        self._process: Process | None = None
+        self._rendering = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        async with self._rendering:
+            await self._stop()
+
+    async def html_of(self, text: str) -> str:
+        """Return a text of at most MAX_CHARACTERS as HTML. Raises TooComplex."""
+        async with self._rendering:
+            process = self._process = self._process or await self._start()
+            try:
+                return await _exchange(process, text)
+            except (asyncio.IncompleteReadError, ConnectionError) as error:
+                if await self._stop() == -signal.SIGPROF:
+                    raise TooComplex from error
+                raise RuntimeError("the process that renders Markdown has failed") from error
+            except BaseException:  # the rest of the answer would be taken for the next one
+                await self._stop()
+                raise
+
+    async def _start(self) -> Process:
+        command = (sys.executable, "-m", "llama.gateway.page.renderer", str(self._seconds))
+        return await asyncio.create_subprocess_exec(
+            *command,
+            cwd=_FOLDER_OF_THE_PACKAGE,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,  # an error could quote the text
+            start_new_session=True,  # Ctrl-C is for the gateway
+        )
+
+    async def _stop(self) -> int | None:
+        """End the process, if there is one, and return its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        with suppress(ProcessLookupError):
+            process.kill()
+        return await process.wait()
+
+
+async def _exchange(process: Process, text: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    content = text.encode()
+    process.stdin.write(len(content).to_bytes(_LENGTH) + content)
+    await process.stdin.drain()
+    length = int.from_bytes(await process.stdout.readexactly(_LENGTH))
+    return (await process.stdout.readexactly(length)).decode()
+
+
+def serve(texts: BinaryIO, answers: BinaryIO, seconds: float) -> None:
+    """Render texts until they end. A text that takes more processor time ends the process."""
+    while length := texts.read(_LENGTH):
+        text = texts.read(int.from_bytes(length)).decode()
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        content = html_of(text).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(len(content).to_bytes(_LENGTH) + content)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.stdin.buffer, sys.stdout.buffer, float(sys.argv[1]))
