@@ -1,0 +1,236 @@
+/** The chat: shows one conversation, keeps the others that are still being answered, and stores all of them. */
+
+import { Autoscroll } from "./autoscroll.js";
+import { ChatArchive } from "./chat_archive.js";
+import { ChatSettings } from "./chat_settings.js";
+import { Composer } from "./composer.js";
+import { Conversation } from "./conversation.js";
+import { newDialogue } from "./dialogue.js";
+import { DialogueList } from "./dialogue_list.js";
+import { announce, byId } from "./dom.js";
+import { ApiError, describe } from "./errors.js";
+import { dismiss, notify } from "./notices.js";
+import { Panel } from "./panel.js";
+import { errorsByField } from "./schema.js";
+import { TurnList } from "./turn_list.js";
+
+/**
+ * @typedef {import("./types.js").Dialogue} Dialogue
+ * @typedef {import("./schema.js").Field} Field
+ */
+
+export class ChatView {
+  #api;
+  #session;
+  #archive;
+  #settings;
+  #composer;
+  #list;
+  #turns;
+  #scroll;
+  #chatsPanel;
+  #settingsPanel;
+  /** @type {Field[]} */
+  #fields = [];
+  /** @type {Map<string, Conversation>} those that are shown or wait for an answer */
+  #conversations = new Map();
+  /** @type {Conversation} */
+  #current;
+
+  /**
+   * @param {import("./api.js").Api} api
+   * @param {import("./types.js").Session} session
+   * @param {import("./dialogues.js").Dialogues} store
+   */
+  constructor(api, session, store) {
+    this.#api = api;
+    this.#session = session;
+    this.#archive = new ChatArchive(store, () => this.#showList());
+    this.#settings = new ChatSettings(() => this.#settingsChanged());
+    this.#composer = new Composer({
+      onSend: (text, index) => this.#send(text, index),
+      onStop: () => this.#current.stop(),
+      onEdit: (index) => this.#turns.markEdited(index),
+    });
+    this.#list = new DialogueList({
+      onNew: () => this.#openNew(),
+      onRename: (title) => this.#rename(title),
+      onDelete: () => this.#delete(),
+    });
+    this.#turns = new TurnList(
+      { api, prices: session.prices },
+      {
+        onEdit: (index) => this.#composer.edit(index, this.#turns.text(index)),
+        onRetry: () => this.#retry(),
+      },
+    );
+    const latest = byId("to-latest", HTMLButtonElement);
+    this.#scroll = new Autoscroll(byId("conversation", HTMLElement), byId("turns", HTMLElement), latest);
+    this.#chatsPanel = connectPanel("chats", { wide: "(min-width: 56rem)", isOpen: true });
+    this.#settingsPanel = connectPanel("settings", { wide: "(min-width: 75rem)", isOpen: false });
+    this.#current = this.#conversation(newDialogue());
+    document.addEventListener("keydown", (event) => this.#keydown(event));
+    addEventListener("storage", (event) => this.#changedElsewhere(event.key));
+    addEventListener("pagehide", () => this.#conversations.forEach((conversation) => conversation.flush()));
+  }
+
+  /** The address of what is shown. */
+  get address() {
+    return this.#current.dialogue.turns.length ? `#/chat/${this.#current.dialogue.id}` : "#/chat";
+  }
+
+  /** @param {Field[]} fields the model's inputs */
+  setFields(fields) {
+    this.#fields = fields;
+    this.#settings.setFields(fields);
+  }
+
+  /** @param {string} id of a dialogue, or "" for a new one */
+  open(id) {
+    this.#chatsPanel.close();
+    if (this.#current.view && this.address === (id ? `#/chat/${id}` : "#/chat"))
+      return this.#composer.focus();
+    const stored = id ? this.#archive.get(id) : null;
+    if (id && !stored && !this.#conversations.has(id)) notify("chat", "This browser has no such chat.");
+    const dialogue = stored ?? newDialogue();
+    this.#show(this.#conversations.get(id) ?? this.#conversation(dialogue));
+    this.#composer.focus();
+  }
+
+  /** @param {Dialogue} dialogue */
+  #conversation(dialogue) {
+    return new Conversation(dialogue, {
+      api: this.#api,
+      model: this.#session.model,
+      defaultSystemPrompt: () => this.#settings.defaultSystemPrompt,
+      save: (changed) => this.#archive.save(changed),
+    });
+  }
+
+  /** @param {Conversation} conversation */
+  #show(conversation) {
+    const previous = this.#current;
+    previous.view = null;
+    if (!previous.isBusy) this.#conversations.delete(previous.dialogue.id);
+    this.#composer.cancelEdit();
+    this.#list.cancelEdit();
+    this.#current = conversation;
+    this.#conversations.set(conversation.dialogue.id, conversation);
+    conversation.view = this.#viewOf(conversation);
+    this.#settings.show(conversation.dialogue);
+    this.#turns.show(conversation.dialogue.turns, conversation.isBusy);
+    this.#composer.setBusy(conversation.isBusy);
+    this.#scroll.follow();
+    this.#showList();
+    void conversation.resume();
+  }
+
+  /**
+   * @param {Conversation} conversation
+   * @returns {import("./conversation.js").View}
+   */
+  #viewOf(conversation) {
+    return {
+      onTurns: () => {
+        this.#turns.show(conversation.dialogue.turns, conversation.isBusy);
+        history.replaceState(null, "", this.address);
+        this.#scroll.follow();
+      },
+      onBusy: () => {
+        this.#composer.setBusy(conversation.isBusy);
+        this.#turns.allow(conversation.isBusy);
+      },
+      onPiece: (piece) => this.#turns.lastAnswer?.append(piece),
+      onText: (text) => this.#turns.lastAnswer?.set(text),
+      onConnection: (connected) => this.#turns.lastAnswer?.connection(connected),
+      onEnd: (answer) => {
+        this.#turns.lastAnswer?.end();
+        const failed = answer.status === "failed" || answer.status === "interrupted";
+        if (failed) announce(`The answer failed. ${answer.error ?? ""}`);
+        else announce(answer.status === "canceled" ? "Answer stopped" : "Answer complete");
+      },
+      onProblem: (error) => this.#problem(error),
+    };
+  }
+
+  /**
+   * @param {string} text
+   * @param {number | null} index
+   */
+  async #send(text, index) {
+    dismiss("request");
+    if (!this.#settings.check()) {
+      notify("request", "A setting is not valid. Open Settings and correct it, then send again.");
+      return false;
+    }
+    return this.#current.send(text, index ?? undefined);
+  }
+
+  #retry() {
+    dismiss("request");
+    this.#composer.cancelEdit();
+    void this.#current.retry();
+  }
+
+  /** @param {unknown} error */
+  #problem(error) {
+    notify("request", describe(error));
+    if (error instanceof ApiError)
+      this.#settings.showErrors(errorsByField(this.#fields, error.invalidFields).byField);
+  }
+
+  #openNew() {
+    if (location.hash === "#/chat") this.open("");
+    location.hash = "#/chat";
+  }
+
+  /** @param {string} title */
+  #rename(title) {
+    this.#current.dialogue.title = title;
+    this.#archive.save(this.#current.dialogue);
+  }
+
+  #settingsChanged() {
+    if (this.#current.dialogue.turns.length) this.#archive.save(this.#current.dialogue);
+  }
+
+  #delete() {
+    const { dialogue } = this.#current;
+    this.#current.stop();
+    this.#archive.delete(dialogue);
+    this.#openNew();
+  }
+
+  #showList() {
+    this.#list.show(this.#archive.all(), this.#current.dialogue);
+    byId("views", HTMLElement).querySelector('[data-view="chat"]')?.setAttribute("href", this.address);
+  }
+
+  /**
+   * Another tab has changed a dialogue.
+   * @param {string | null} itemName null if everything was deleted
+   */
+  #changedElsewhere(itemName) {
+    const id = this.#archive.idOf(itemName);
+    if (id === null && itemName !== null) return;
+    const stored = id === this.#current.dialogue.id && !this.#current.isBusy ? this.#archive.get(id) : null;
+    if (stored) this.#show(this.#conversation(stored));
+    else this.#showList();
+  }
+
+  /** @param {KeyboardEvent} event */
+  #keydown(event) {
+    if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+    if (byId("chat-view", HTMLElement).hidden) return;
+    if (this.#composer.isEditing) this.#composer.cancelEdit();
+    else this.#current.stop();
+  }
+}
+
+/**
+ * @param {string} name
+ * @param {{wide: string, isOpen: boolean}} options
+ */
+function connectPanel(name, options) {
+  return new Panel(byId(`${name}-panel`, HTMLElement), byId(`${name}-toggle`, HTMLButtonElement), options);
+}

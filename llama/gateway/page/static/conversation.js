@@ -1,0 +1,199 @@
+/**
+ * A dialogue and the prediction that answers it. Knows nothing about the DOM: a view that shows the conversation
+ * sets `view` and is told what changes. It goes on without a view, so that another dialogue can be shown meanwhile.
+ */
+
+import { inputsFor, titleFrom, withoutLastAnswer } from "./dialogue.js";
+import { ApiError, describe } from "./errors.js";
+import { Run } from "./run.js";
+import { hasEnded, outputText } from "./stream.js";
+
+/**
+ * @typedef {import("./types.js").Dialogue} Dialogue
+ * @typedef {import("./types.js").AnswerTurn} AnswerTurn
+ * @typedef {import("./types.js").Prediction} Prediction
+ *
+ * @typedef {Object} View
+ * @property {() => void} onTurns the list of turns has changed
+ * @property {() => void} onBusy the conversation has begun or ended to wait for an answer
+ * @property {(piece: string) => void} onPiece the last answer has become longer
+ * @property {(text: string) => void} onText the last answer is this text
+ * @property {(answer: AnswerTurn) => void} onEnd the last answer has ended
+ * @property {(connected: boolean) => void} onConnection
+ * @property {(error: unknown) => void} onProblem a request was refused
+ *
+ * @typedef {Object} Surroundings
+ * @property {import("./api.js").Api} api
+ * @property {string} model
+ * @property {() => string} defaultSystemPrompt
+ * @property {(dialogue: Dialogue) => void} save must not throw
+ */
+
+const SECONDS_BETWEEN_SAVES = 1;
+
+export class Conversation {
+  /** @type {View | null} */
+  view = null;
+  dialogue;
+  #around;
+  /** @type {Run | null} */
+  #run = null;
+  #saveTimer = 0;
+
+  /**
+   * @param {Dialogue} dialogue
+   * @param {Surroundings} surroundings
+   */
+  constructor(dialogue, surroundings) {
+    this.dialogue = dialogue;
+    this.#around = surroundings;
+  }
+
+  get isBusy() {
+    return this.#run !== null;
+  }
+
+  /**
+   * Ask for an answer to a new message.
+   * @param {string} text
+   * @param {number} [from] the index of the turn that the message replaces, with all later ones
+   * @returns {Promise<boolean>} whether the gateway has accepted it; otherwise nothing has changed
+   */
+  send(text, from = this.dialogue.turns.length) {
+    return this.#ask([...this.dialogue.turns.slice(0, from), { role: "user", content: text }]);
+  }
+
+  /** Ask for another answer in place of the last one. */
+  retry() {
+    return this.#ask(withoutLastAnswer(this.dialogue.turns));
+  }
+
+  stop() {
+    this.#run?.stop();
+  }
+
+  /** Go on with the last answer if the page was closed or reloaded before its end. */
+  async resume() {
+    const answer = this.dialogue.turns.at(-1);
+    if (this.#run || answer?.role !== "assistant") return;
+    if (answer.status !== "starting" && answer.status !== "processing") return;
+    const run = this.#begin(answer);
+    try {
+      await this.#follow(run, await this.#around.api.prediction(answer.predictionId), answer);
+    } catch (error) {
+      const removed = error instanceof ApiError && error.status === 404;
+      this.#interrupt(answer, removed ? "The gateway no longer has this prediction." : describe(error));
+    }
+  }
+
+  /** Store the dialogue now, even if it was stored a moment ago. */
+  save() {
+    clearTimeout(this.#saveTimer);
+    this.#saveTimer = 0;
+    this.dialogue.updated = Date.now();
+    this.#around.save(this.dialogue);
+  }
+
+  /** Store what has not been stored yet, because the page is being closed. */
+  flush() {
+    if (this.#saveTimer) this.save();
+  }
+
+  #saveSoon() {
+    this.#saveTimer ||= setTimeout(() => this.save(), SECONDS_BETWEEN_SAVES * 1000);
+  }
+
+  /**
+   * @param {import("./types.js").Turn[]} turns
+   * @returns {Promise<boolean>}
+   */
+  async #ask(turns) {
+    if (this.#run) return false;
+    /** @type {AnswerTurn} */
+    const answer = { role: "assistant", content: "", status: "starting", predictionId: "" };
+    const run = this.#begin(answer);
+    let prediction;
+    try {
+      const { api, model, defaultSystemPrompt } = this.#around;
+      prediction = await run.create(model, inputsFor(this.dialogue, turns, defaultSystemPrompt()));
+    } catch (error) {
+      this.#end();
+      this.view?.onProblem(error);
+      return false;
+    }
+    answer.predictionId = prediction.id;
+    this.dialogue.turns = [...turns, answer];
+    this.dialogue.title ||= titleFrom(turns[0]?.content ?? "");
+    this.save();
+    this.view?.onTurns();
+    void this.#follow(run, prediction, answer);
+    return true;
+  }
+
+  /** @param {AnswerTurn} answer */
+  #begin(answer) {
+    let seen = 0;
+    this.#run = new Run(this.#around.api, {
+      onPiece: (piece) => {
+        // After a reload, the stream repeats what is already shown.
+        seen += piece.length;
+        const length = seen - answer.content.length;
+        if (length <= 0) return;
+        const added = piece.slice(-length);
+        answer.content += added;
+        answer.status = "processing";
+        this.view?.onPiece(added);
+        this.#saveSoon();
+      },
+      onText: (text) => {
+        if (text.length < answer.content.length) return;
+        answer.content = text;
+        this.view?.onText(text);
+      },
+      onConnection: (connected) => this.view?.onConnection(connected),
+      onStopFailed: (error) => this.view?.onProblem(error),
+    });
+    this.view?.onBusy();
+    return this.#run;
+  }
+
+  #end() {
+    this.#run = null;
+    this.view?.onBusy();
+  }
+
+  /**
+   * @param {Run} run
+   * @param {Prediction} prediction
+   * @param {AnswerTurn} answer
+   */
+  async #follow(run, prediction, answer) {
+    try {
+      const ended = hasEnded(prediction) ? prediction : await run.follow(prediction);
+      if (!ended.data_removed) answer.content = outputText(ended);
+      answer.status = ended.status;
+      answer.error = ended.error;
+      answer.metrics = ended.metrics ?? {};
+      this.#finish(answer);
+    } catch (error) {
+      this.#interrupt(answer, describe(error));
+    }
+  }
+
+  /**
+   * @param {AnswerTurn} answer
+   * @param {string} reason
+   */
+  #interrupt(answer, reason) {
+    answer.status = "interrupted";
+    answer.error = reason;
+    this.#finish(answer);
+  }
+
+  /** @param {AnswerTurn} answer */
+  #finish(answer) {
+    this.save();
+    this.#end();
+    this.view?.onEnd(answer);
+  }
+}

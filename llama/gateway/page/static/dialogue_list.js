@@ -1,0 +1,81 @@
+/** The list of the saved dialogues, and what can be done with the one that is shown: rename and delete. */
+
+import { byId, element } from "./dom.js";
+
+/** @typedef {import("./types.js").Dialogue} Dialogue */
+
+export class DialogueList {
+  #list = byId("chat-list", HTMLUListElement);
+  #heading = byId("chat-heading", HTMLElement);
+  #renameButton = byId("rename-chat", HTMLButtonElement);
+  #deleteButton = byId("delete-chat", HTMLButtonElement);
+  #form = byId("rename-form", HTMLFormElement);
+  #title = byId("rename-title", HTMLInputElement);
+
+  /**
+   * @param {Object} events
+   * @param {() => void} events.onNew
+   * @param {(title: string) => void} events.onRename
+   * @param {() => void} events.onDelete
+   */
+  constructor({ onNew, onRename, onDelete }) {
+    byId("new-chat", HTMLButtonElement).addEventListener("click", onNew);
+    this.#deleteButton.addEventListener("click", onDelete);
+    this.#renameButton.addEventListener("click", () => this.#edit());
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      const title = this.#title.value.trim();
+      if (title) onRename(title);
+      this.#endEdit();
+    });
+    this.#form.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // otherwise it would also stop an answer
+      this.#endEdit();
+    });
+  }
+
+  /**
+   * @param {Dialogue[]} dialogues
+   * @param {Dialogue} current
+   */
+  show(dialogues, current) {
+    const rows = dialogues.map(({ id, title }) =>
+      element(
+        "li",
+        {},
+        element(
+          "a",
+          { href: `#/chat/${id}`, "aria-current": id === current.id ? "page" : null },
+          title || "Untitled",
+        ),
+      ),
+    );
+    this.#list.replaceChildren(...rows);
+    this.#heading.textContent = current.title || "New chat";
+    if (!this.#form.hidden) return;
+    this.#renameButton.hidden = this.#deleteButton.hidden = current.turns.length === 0;
+  }
+
+  #edit() {
+    this.#title.value = this.#heading.textContent ?? "";
+    this.#setEditing(true);
+    this.#title.select();
+  }
+
+  #endEdit() {
+    this.#setEditing(false);
+    this.#renameButton.focus();
+  }
+
+  /** Leave the form without a change, because another dialogue is shown. */
+  cancelEdit() {
+    if (!this.#form.hidden) this.#setEditing(false);
+  }
+
+  /** @param {boolean} editing */
+  #setEditing(editing) {
+    this.#form.hidden = !editing;
+    this.#heading.hidden = this.#renameButton.hidden = this.#deleteButton.hidden = editing;
+  }
+}

@@ -1,0 +1,161 @@
+/**
+ * An answer as Markdown. New text is shown at once as plain text; the gateway renders the whole text from time to
+ * time, and the result replaces what was rendered before. If it cannot be rendered, the plain text stays.
+ *
+ * `fragmentOf` is the only place of the page where HTML becomes elements.
+ */
+
+import { copyButton } from "./clipboard.js";
+import { element } from "./dom.js";
+import { PlainText } from "./plain_text.js";
+
+/** @typedef {(text: string) => Promise<string>} Render */
+
+const MAX_LENGTH = 100_000; // a longer text stays plain
+const PAUSE = 300; // ms between two renderings
+const SHARE = 5; // the pause is at least this many times as long as the last rendering took
+
+export class MarkdownView {
+  element = element("div", { class: "answer-text" });
+  #rendered = element("div", { class: "markdown" });
+  #plain = new PlainText();
+  #render;
+  #text = "";
+  #renderedLength = 0;
+  #timer = 0;
+  #pause = PAUSE;
+  /** @type {Promise<void> | null} */
+  #rendering = null;
+  /** @type {string[]} the HTML of each block that is shown */
+  #blocks = [];
+
+  /** @param {Render} render */
+  constructor(render) {
+    this.#render = render;
+    this.element.append(this.#rendered, this.#plain.element);
+  }
+
+  /** @param {string} piece */
+  append(piece) {
+    this.#text += piece;
+    this.#plain.append(piece);
+    this.#renderSoon();
+  }
+
+  /** @param {string} text the whole text */
+  set(text) {
+    if (text === this.#text) return;
+    if (text.startsWith(this.#text)) return this.append(text.slice(this.#text.length));
+    this.#text = text;
+    this.#showPlain();
+    this.#renderSoon();
+  }
+
+  /** Render the whole text, which does not grow any more. */
+  async finish() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
+    await this.#rendering;
+    if (this.#renderedLength < this.#text.length) await this.#renderNow();
+  }
+
+  #renderSoon() {
+    if (this.#timer || this.#rendering) return;
+    this.#timer = setTimeout(async () => {
+      this.#timer = 0;
+      await this.#renderNow();
+      if (this.#renderedLength < this.#text.length && this.#text.length <= MAX_LENGTH) this.#renderSoon();
+    }, this.#pause);
+  }
+
+  #renderNow() {
+    this.#rendering ??= this.#replaceRendered().finally(() => (this.#rendering = null));
+    return this.#rendering;
+  }
+
+  async #replaceRendered() {
+    const text = this.#text;
+    if (text.length > MAX_LENGTH) return this.#showPlain();
+    const started = performance.now();
+    try {
+      const html = await this.#render(text);
+      if (!this.#text.startsWith(text)) return; // it was replaced in the meantime
+      this.#show(html);
+      this.#renderedLength = text.length;
+      this.#plain.set(this.#text.slice(text.length));
+      this.#pause = Math.max(PAUSE, SHARE * (performance.now() - started));
+    } catch {
+      this.#pause = Math.min(2 * this.#pause, 10_000);
+    }
+  }
+
+  #showPlain() {
+    if (this.#renderedLength === 0 && this.#text.length > MAX_LENGTH && this.#isPlain) return;
+    this.#show("");
+    this.#renderedLength = 0;
+    this.#plain.set(this.#text);
+  }
+
+  get #isPlain() {
+    return this.#blocks.length === 0 && this.#plain.element.childElementCount > 0;
+  }
+
+  /**
+   * Replace the blocks from the first one that has changed, so that a selection in the others is kept.
+   * @param {string} html
+   */
+  #show(html) {
+    const elements = [...fragmentOf(html).children];
+    const blocks = elements.map((block) => block.outerHTML);
+    let same = 0;
+    while (same < blocks.length && blocks[same] === this.#blocks[same]) same++;
+    while (this.#rendered.childElementCount > same) this.#rendered.lastElementChild?.remove();
+    const added = element("div");
+    added.append(...elements.slice(same));
+    complete(added);
+    this.#rendered.append(...added.children);
+    this.#blocks = blocks;
+  }
+}
+
+/**
+ * @param {string} html from the gateway, which has sanitised it
+ * @returns {DocumentFragment}
+ */
+function fragmentOf(html) {
+  const template = document.createElement("template");
+  template.innerHTML = html;
+  return template.content;
+}
+
+/**
+ * Open links in a new tab, leave out images, and add Copy buttons to code blocks.
+ * @param {HTMLElement} root
+ */
+function complete(root) {
+  for (const image of root.querySelectorAll("img")) image.replaceWith(image.alt);
+  for (const link of root.querySelectorAll("a")) {
+    link.target = "_blank";
+    link.rel = "noopener noreferrer";
+  }
+  for (const code of root.querySelectorAll("pre")) {
+    const text = code.textContent ?? "";
+    const block = element("div", { class: "code-block" });
+    code.replaceWith(block);
+    code.tabIndex = 0; // it may be wider than the page, and arrow keys then scroll it
+    block.append(
+      copyButton(() => text, "Copy code"),
+      code,
+    );
+  }
+  for (const table of root.querySelectorAll("table")) {
+    const scroller = element("div", {
+      class: "scroller",
+      tabindex: 0,
+      role: "region",
+      "aria-label": "Table",
+    });
+    table.replaceWith(scroller);
+    scroller.append(table);
+  }
+}

@@ -1,0 +1,15 @@
+/** The line of numbers below an answer. */
+
+import { element } from "./dom.js";
+import { metricsLine } from "./format.js";
+
+/**
+ * @param {import("./types.js").Metrics} metrics
+ * @param {import("./types.js").Prices} prices
+ */
+export function metricsList(metrics, prices) {
+  const parts = metricsLine(metrics, prices).map(({ name, value }) =>
+    element("li", {}, element("b", {}, value), ` ${name}`),
+  );
+  return element("ul", { class: "metrics", "aria-label": "Measurements" }, ...parts);
+}

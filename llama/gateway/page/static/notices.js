@@ -1,0 +1,31 @@
+/** Messages at the top of the page: errors, and what can be undone. Each stays until it is closed or replaced. */
+
+import { byId, element } from "./dom.js";
+
+/** @typedef {{label: string, run: () => void}} Action */
+
+/**
+ * Show a message. It replaces the one with the same topic.
+ * @param {string} topic
+ * @param {string} text
+ * @param {{kind?: "error" | "info", action?: Action}} [options]
+ */
+export function notify(topic, text, { kind = "error", action } = {}) {
+  dismiss(topic);
+  const close = () => notice.remove();
+  const notice = element(
+    "div",
+    { class: `notice ${kind}`, role: kind === "error" ? "alert" : "status", "data-topic": topic },
+    element("p", {}, text),
+    action ? element("button", { type: "button", click: () => (close(), action.run()) }, action.label) : null,
+    element("button", { type: "button", class: "quiet", click: close }, "Dismiss"),
+  );
+  byId("notices", HTMLElement).append(notice);
+}
+
+/** @param {string} topic */
+export function dismiss(topic) {
+  for (const notice of byId("notices", HTMLElement).querySelectorAll("[data-topic]")) {
+    if (notice instanceof HTMLElement && notice.dataset.topic === topic) notice.remove();
+  }
+}

@@ -1,0 +1,67 @@
+/** A disclosure with a prediction's log: the formatted prompt, its control tokens marked, and the other lines. */
+
+import { copyButton } from "./clipboard.js";
+import { element } from "./dom.js";
+import { describe } from "./errors.js";
+import { readLog, splitControlTokens } from "./prompt_log.js";
+
+/** @typedef {import("./types.js").Prediction} Prediction */
+
+const REMOVED = "The gateway has deleted the log of this prediction.";
+
+/**
+ * @param {() => Promise<Prediction>} load
+ * @returns {HTMLDetailsElement} it loads the log when it is opened
+ */
+export function promptDisclosure(load) {
+  const content = element("div");
+  const details = element("details", { class: "log" }, element("summary", {}, "Formatted prompt"), content);
+  let loaded = false;
+  details.addEventListener("toggle", async () => {
+    if (!details.open || loaded) return;
+    loaded = true;
+    content.replaceChildren(element("p", { class: "hint" }, "Loading the log …"));
+    try {
+      content.replaceChildren(...logElements(await load()));
+    } catch (error) {
+      loaded = false;
+      content.replaceChildren(element("p", { class: "error" }, describe(error)));
+    }
+  });
+  return details;
+}
+
+/**
+ * @param {Prediction} prediction
+ * @returns {HTMLElement[]}
+ */
+export function logElements(prediction) {
+  if (prediction.data_removed) return [element("p", { class: "hint" }, REMOVED)];
+  const { prompt, rest } = readLog(prediction.logs);
+  const elements = [];
+  if (prompt !== null) elements.push(block("Formatted prompt", marked(prompt), prompt));
+  if (rest) elements.push(block("Other lines of the log", [rest], rest));
+  return elements.length ? elements : [element("p", { class: "hint" }, "The log is empty.")];
+}
+
+/**
+ * @param {string} name
+ * @param {(Node | string)[]} content
+ * @param {string} text
+ */
+function block(name, content, text) {
+  const pre = element("pre", { tabindex: 0, role: "region", "aria-label": name }, ...content);
+  return element(
+    "div",
+    { class: "code-block" },
+    copyButton(() => text, `Copy: ${name}`),
+    pre,
+  );
+}
+
+/** @param {string} prompt */
+function marked(prompt) {
+  return splitControlTokens(prompt).map((part, index) =>
+    index % 2 ? element("span", { class: "control-token" }, part) : part,
+  );
+}

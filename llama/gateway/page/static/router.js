@@ -1,0 +1,18 @@
+/** The addresses of the views, after the # of the page's own address. Knows nothing about the DOM. */
+
+/** @typedef {{view: "chat" | "predict" | "usage", id: string}} Route */
+
+const PREDICTIONS = /^#\/predictions\/([\w-]+)$/;
+const CHAT = /^#\/chat\/([\w-]+)$/;
+
+/**
+ * @param {string} hash
+ * @returns {Route} the chat if the address is none of ours
+ */
+export function routeOf(hash) {
+  const prediction = PREDICTIONS.exec(hash);
+  if (prediction) return { view: "predict", id: prediction[1] ?? "" };
+  if (hash === "#/predict") return { view: "predict", id: "" };
+  if (hash === "#/usage") return { view: "usage", id: "" };
+  return { view: "chat", id: CHAT.exec(hash)?.[1] ?? "" };
+}

@@ -1,0 +1,102 @@
+/**
+ * Follows a prediction to its end: reads its event stream, then asks for the prediction until it has ended.
+ *
+ * EventSource reconnects by itself and names the last event that it has seen.
+ */
+
+import { ApiError } from "./errors.js";
+
+/**
+ * @typedef {import("./types.js").Prediction} Prediction
+ *
+ * @typedef {Object} Listener
+ * @property {(piece: string) => void} onPiece a new piece of the output
+ * @property {(text: string) => void} onText the whole output so far, which replaces the pieces
+ * @property {(connected: boolean) => void} onConnection
+ */
+
+const SECONDS_WITHOUT_CONNECTION = 30;
+const MAX_FAILURES = 15; // of polling, about half a minute
+
+/** @param {Prediction} prediction */
+export function hasEnded(prediction) {
+  return !["starting", "processing"].includes(prediction.status);
+}
+
+/** @param {Prediction} prediction */
+export function outputText(prediction) {
+  return Array.isArray(prediction.output) ? prediction.output.join("") : (prediction.output ?? "");
+}
+
+/**
+ * @param {import("./api.js").Api} api
+ * @param {Prediction} prediction
+ * @param {Listener} listener
+ * @returns {Promise<Prediction>} as it is after its end
+ */
+export async function follow(api, prediction, listener) {
+  const token = prediction.urls.stream?.split("/").pop();
+  if (!hasEnded(prediction) && token) await readStream(token, listener);
+  return await untilEnded(api, prediction.id, listener);
+}
+
+/**
+ * Resolves after the event `done`, or when the stream is lost for good.
+ * @param {string} token
+ * @param {Listener} listener
+ * @returns {Promise<void>}
+ */
+function readStream(token, listener) {
+  return new Promise((resolve) => {
+    const source = new EventSource(`v1/stream/${token}`);
+    let count = 0;
+    let timer = 0;
+
+    const end = () => {
+      clearTimeout(timer);
+      source.close();
+      resolve();
+    };
+    source.addEventListener("open", () => {
+      clearTimeout(timer);
+      timer = 0;
+      listener.onConnection(true);
+    });
+    source.addEventListener("output", (event) => {
+      const index = Number(event.lastEventId.split(":")[1]);
+      if (index < count) return; // sent again after a reconnect
+      count = index + 1;
+      listener.onPiece(event.data);
+    });
+    source.addEventListener("done", end);
+    source.addEventListener("error", (event) => {
+      if (event instanceof MessageEvent) return; // the prediction has failed; `done` follows
+      if (source.readyState === EventSource.CLOSED) return end();
+      listener.onConnection(false);
+      timer ||= setTimeout(end, SECONDS_WITHOUT_CONNECTION * 1000);
+    });
+  });
+}
+
+/**
+ * @param {import("./api.js").Api} api
+ * @param {string} id
+ * @param {Listener} listener
+ * @returns {Promise<Prediction>}
+ */
+async function untilEnded(api, id, listener) {
+  let failures = 0;
+  for (let wait = 200; ; wait = Math.min(wait * 1.5, 2000)) {
+    try {
+      const prediction = await api.prediction(id);
+      failures = 0;
+      listener.onConnection(true);
+      listener.onText(outputText(prediction));
+      if (hasEnded(prediction)) return prediction;
+    } catch (error) {
+      if (!(error instanceof ApiError && error.isTemporary) || ++failures > MAX_FAILURES) throw error;
+      listener.onConnection(false);
+    }
+    await new Promise((resolve) => setTimeout(resolve, wait));
+  }
+}

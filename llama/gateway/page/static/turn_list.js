@@ -1,0 +1,83 @@
+/** The turns of the conversation that is shown. It keeps the elements of turns that have not changed. */
+
+import { byId, element } from "./dom.js";
+import { AnswerView, UserView } from "./turn_view.js";
+
+/** @typedef {import("./types.js").Turn} Turn */
+
+export class TurnList {
+  #root = byId("turns", HTMLElement);
+  /** @type {(UserView | AnswerView)[]} */
+  #views = [];
+  #around;
+  #events;
+
+  /**
+   * @param {import("./turn_view.js").Surroundings} surroundings
+   * @param {{onEdit: (index: number) => void, onRetry: () => void}} events
+   */
+  constructor(surroundings, events) {
+    this.#around = surroundings;
+    this.#events = events;
+  }
+
+  /**
+   * @param {Turn[]} turns
+   * @param {boolean} busy whether an answer is on its way
+   */
+  show(turns, busy) {
+    let same = 0;
+    while (same < turns.length && this.#views[same]?.turn === turns[same]) same++;
+    for (const view of this.#views.splice(same)) view.element.remove();
+    const added = turns.slice(same).map((turn, offset) => this.#build(turn, same + offset));
+    this.#views.push(...added);
+    if (!turns.length) this.#root.replaceChildren(introduction());
+    else this.#root.querySelector(".introduction")?.remove();
+    this.#root.append(...added.map((view) => view.element));
+    this.allow(busy);
+  }
+
+  /** @param {boolean} busy */
+  allow(busy) {
+    for (const [index, view] of this.#views.entries()) {
+      const isLast = index === this.#views.length - 1;
+      view.allow(!busy && (view instanceof UserView || isLast));
+    }
+  }
+
+  /** The answer that is growing or has just ended. */
+  get lastAnswer() {
+    const last = this.#views.at(-1);
+    return last instanceof AnswerView ? last : null;
+  }
+
+  /** @param {number | null} index of the message that is being edited */
+  markEdited(index) {
+    for (const [position, { element: turn }] of this.#views.entries()) {
+      turn.classList.toggle("edited", position === index);
+      turn.classList.toggle("dropped", index !== null && position > index);
+    }
+  }
+
+  /** @param {number} index */
+  text(index) {
+    return this.#views[index]?.turn.content ?? "";
+  }
+
+  /**
+   * @param {Turn} turn
+   * @param {number} index
+   */
+  #build(turn, index) {
+    if (turn.role === "user") return new UserView(turn, () => this.#events.onEdit(index));
+    return new AnswerView(turn, this.#around, () => this.#events.onRetry());
+  }
+}
+
+function introduction() {
+  return element(
+    "p",
+    { class: "introduction" },
+    "Ask something. The answer appears here while it is generated.",
+  );
+}

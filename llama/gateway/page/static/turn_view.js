@@ -1,0 +1,159 @@
+/** The turns of a dialogue as elements: a message of the user, and an answer that grows. */
+
+import { copyButton } from "./clipboard.js";
+import { element } from "./dom.js";
+import { MarkdownView } from "./markdown_view.js";
+import { metricsList } from "./metrics_view.js";
+import { promptDisclosure } from "./prompt_view.js";
+
+/**
+ * @typedef {import("./types.js").AnswerTurn} AnswerTurn
+ * @typedef {import("./types.js").UserTurn} UserTurn
+ *
+ * @typedef {Object} Surroundings
+ * @property {import("./api.js").Api} api
+ * @property {import("./types.js").Prices} prices
+ */
+
+export class UserView {
+  turn;
+  element;
+  #edit;
+
+  /**
+   * @param {UserTurn} turn
+   * @param {() => void} onEdit
+   */
+  constructor(turn, onEdit) {
+    this.turn = turn;
+    this.#edit = element("button", { type: "button", class: "quiet", click: onEdit }, "Edit");
+    this.element = element(
+      "article",
+      { class: "turn user" },
+      element("h2", { class: "hidden-label" }, "You"),
+      element("p", { class: "plain" }, turn.content),
+      element(
+        "div",
+        { class: "actions" },
+        copyButton(() => turn.content, "Copy message"),
+        this.#edit,
+      ),
+    );
+  }
+
+  /** @param {boolean} possible whether messages can be edited now */
+  allow(possible) {
+    this.#edit.disabled = !possible;
+  }
+}
+
+export class AnswerView {
+  turn;
+  element;
+  #around;
+  #text;
+  #state = element("p", { class: "state" });
+  #details = element("div", { class: "details" });
+  #retry;
+  #actions;
+
+  /**
+   * @param {AnswerTurn} turn
+   * @param {Surroundings} surroundings
+   * @param {() => void} onRetry
+   */
+  constructor(turn, surroundings, onRetry) {
+    this.turn = turn;
+    this.#around = surroundings;
+    this.#text = new MarkdownView((text) => surroundings.api.markdown(text));
+    this.#retry = element("button", { type: "button", class: "quiet", click: onRetry }, "Retry");
+    this.#actions = element(
+      "div",
+      { class: "actions" },
+      copyButton(() => turn.content),
+      this.#retry,
+      element("a", { href: `#/predictions/${turn.predictionId}`, class: "quiet" }, "Open in Inputs"),
+    );
+    this.element = element(
+      "article",
+      { class: "turn answer" },
+      element("h2", { class: "hidden-label" }, "Answer"),
+      this.#text.element,
+      this.#state,
+      this.#actions,
+      this.#details,
+    );
+    this.#text.set(turn.content);
+    if (isRunning(turn)) this.#waiting();
+    else this.end();
+  }
+
+  /** @param {string} piece */
+  append(piece) {
+    this.#text.append(piece);
+    this.#waiting();
+  }
+
+  /** @param {string} text the whole text so far */
+  set(text) {
+    this.#text.set(text);
+    this.#waiting();
+  }
+
+  /** @param {boolean} connected */
+  connection(connected) {
+    if (connected) this.#waiting();
+    else this.#show("The connection was lost. Connecting again …");
+  }
+
+  /** @param {boolean} possible whether this is the last answer, and nothing runs */
+  allow(possible) {
+    this.#retry.hidden = !possible;
+  }
+
+  /** The answer has ended: render it for the last time and show how it ended. */
+  end() {
+    this.#text.set(this.turn.content);
+    void this.#text.finish();
+    this.#actions.hidden = false;
+    const { error, status, metrics, predictionId } = this.turn;
+    this.#show(endText(this.turn), status === "failed" || status === "interrupted" ? (error ?? "") : "");
+    this.#details.replaceChildren(
+      metricsList(metrics ?? {}, this.#around.prices),
+      promptDisclosure(() => this.#around.api.prediction(predictionId)),
+    );
+  }
+
+  #waiting() {
+    this.#actions.hidden = true;
+    this.#show(this.turn.content === "" ? "Waiting for the first token …" : "");
+  }
+
+  /**
+   * @param {string} text
+   * @param {string} error
+   */
+  #show(text, error = "") {
+    this.#state.classList.toggle("error", error !== "");
+    this.#state.classList.toggle("pending", isRunning(this.turn));
+    this.#state.replaceChildren(text, ...(error ? [" ", element("span", { class: "reason" }, error)] : []));
+    this.#state.hidden = text === "";
+  }
+}
+
+/** @param {AnswerTurn} turn */
+function isRunning(turn) {
+  return turn.status === "starting" || turn.status === "processing";
+}
+
+/**
+ * @param {AnswerTurn} turn
+ * @returns {string} how it ended and what to do; empty if there is nothing to say
+ */
+function endText({ status, content, metrics }) {
+  if (status === "failed") return "The answer failed. Retry, or edit the message.";
+  if (status === "canceled") return "The answer was stopped.";
+  if (status === "interrupted") return "The answer was interrupted. Retry to get it again.";
+  if (metrics?.finish_reason === "length") return "The answer reached the maximum number of tokens.";
+  return content === "" ? "The answer is empty." : "";
+}
