@@ -15,7 +15,6 @@ _POLICY = (
 _SWITCHED_OFF = (
     "accelerometer",
     "autoplay",
-    "bluetooth",
     "camera",
     "clipboard-read",
     "display-capture",
@@ -39,11 +38,11 @@ _SWITCHED_OFF = (
     "serial",
     "storage-access",
     "usb",
-    "web-share",
     "window-management",
     "xr-spatial-tracking",
 )
-"""All features that browsers know, except `clipboard-write`: the page copies snippets."""
+"""What browsers could allow a page, except `clipboard-write`: the page copies snippets. Features that only
+some browsers know are left out, because the others write a warning to the console."""
 
 HEADERS = {
     "content-security-policy": _POLICY,
