@@ -72,13 +72,14 @@ def test_list_shows_names_limits_and_dates(database: Path) -> None:
     run(database, "revoke", "ann")
     listed = run(database, "list")
     head, *rows = (re.split(r"\s{2,}", line) for line in listed.stdout.splitlines())
-    assert head == ["NAME", "PER MINUTE", "AT ONCE", "CREATED (UTC)", "REVOKED (UTC)"]
-    assert [row[:3] for row in rows] == [
-        ["ann", "60", "4"],
-        ["a-much-longer-name@example.com", "no limit", "no limit"],
+    assert head[:3] == ["NAME", "PER MINUTE", "AT ONCE"]
+    assert head[3:] == ["TOKENS/MONTH", "DOLLARS/MONTH", "CREATED (UTC)", "REVOKED (UTC)"]
+    assert [row[:5] for row in rows] == [
+        ["ann", "60", "4", "no limit", "no limit"],
+        ["a-much-longer-name@example.com", *["no limit"] * 4],
     ]
-    assert [len(row) for row in rows] == [5, 4]  # only the first is revoked
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", date) for row in rows for date in row[3:])
+    assert [len(row) for row in rows] == [7, 6]  # only the first is revoked
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", date) for row in rows for date in row[5:])
 
 
 def test_list_without_keys_says_how_to_add_one(database: Path) -> None:
