@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from benchmarks.web_thread import WebThread
 from llama.gateway.access.auth import Keys
+from llama.gateway.access.sessions import Sessions
 from llama.gateway.http.base_url import base_url_of
 from llama.gateway.http.middleware import plain_path, wrap
 from llama.gateway.http.problem_response import problem_response
@@ -43,12 +44,14 @@ class Gateway:
         self.keys = Keys(
             self.storage, environment_key=key.get_secret_value() if key else None, loopback=loopback
         )
+        self.sessions = Sessions(self.storage, self.keys)
         self.calls: list[str] = []
 
     def app(self) -> ASGIApp:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             await self.keys.load()
+            await self.sessions.load()
             yield
             self.storage.close()
 
@@ -135,8 +138,9 @@ def keyed(start: Start) -> Running:
         ("/v1/predictions/", "/predictions"),
         ("/v1//predictions", "/predictions"),
         ("//v1/predictions", "/predictions"),
-        ("/v1", "/"),
-        ("/v1/", "/"),
+        ("/v1", "/v1"),
+        ("/v1/", "/v1"),
+        ("/v1/v1", "/v1"),
         ("/", "/"),
         ("", "/"),
         ("/v10/predictions", "/v10/predictions"),
@@ -188,7 +192,15 @@ def test_a_request_with_a_key_has_the_key_in_its_state(keyed: Running) -> None:
 def test_a_wrong_key_reaches_no_route_and_no_body_is_read(start: Start) -> None:
     running = start(key="s3cret")
     big = b"x" * (LIMIT + 1)
-    for path in ("/predictions", "/v1/unknown", "/models", "/chat/completions", "/", "/stream", "/healthz/x"):
+    for path in (
+        "/predictions",
+        "/v1/unknown",
+        "/models",
+        "/chat/completions",
+        "/v1",
+        "/stream",
+        "/healthz/x",
+    ):
         assert running.get(path).status_code == 401, path
         response = running.client.post(path, headers={"authorization": "Bearer wrong"}, content=big)
         assert response.status_code == 401, path
@@ -260,7 +272,7 @@ def test_replicates_paths_are_refused_with_problem_json(start: Start, path: str)
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/meta/llama-2-70b-chat", "/v1/unknown", "/"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/meta/llama-2-70b-chat", "/v1/unknown", "/v1"])
 def test_shared_and_unknown_paths_are_refused_in_both_shapes(start: Start, path: str) -> None:
     body = start(key="s3cret").get(path).json()
     assert body["error"]["code"] == "invalid_api_key"

@@ -29,6 +29,8 @@ ALIGNMENTS = frozenset(("left", "center", "right"))
 SCHEMES = frozenset(("http", "https", "mailto"))
 LINK_ATTRIBUTES = {"rel": "noopener noreferrer nofollow", "target": "_blank"}
 LANGUAGE_CLASS = re.compile(r"language-[A-Za-z0-9_.+#-]{1,40}")
+_ABSOLUTE = re.compile(r"(https?://|mailto:).*", re.IGNORECASE | re.DOTALL)
+"""`https:path` is not: on a page with this scheme it is a relative address."""
 
 _MAX_NESTING = 50  # the text inside of more lists or quotes is left out
 
@@ -60,9 +62,8 @@ def _image(
 
 
 def _attribute(_: str, name: str, value: str) -> str | None:
-    if name == "class" and not LANGUAGE_CLASS.fullmatch(value):
-        return None
-    return value
+    form = {"class": LANGUAGE_CLASS, "href": _ABSOLUTE}.get(name)
+    return value if form is None or form.fullmatch(value) else None
 
 
 _PARSER = _parser()
