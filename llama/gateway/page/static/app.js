@@ -123,6 +123,7 @@ async function loadFields(model, users) {
 async function logOut() {
   try {
     await api.logout();
+    byId("message", HTMLTextAreaElement).value = ""; // otherwise the next person would find it
     location.reload();
   } catch (error) {
     notify("session", describe(error));

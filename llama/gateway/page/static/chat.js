@@ -11,6 +11,8 @@ import { announce, byId } from "./dom.js";
 import { ApiError, describe } from "./errors.js";
 import { dismiss, notify } from "./notices.js";
 import { Panel } from "./panel.js";
+import { RenderQueue } from "./render_queue.js";
+import { routeOf } from "./router.js";
 import { errorsByField } from "./schema.js";
 import { TurnList } from "./turn_list.js";
 
@@ -58,10 +60,11 @@ export class ChatView {
       onDelete: () => this.#delete(),
     });
     this.#turns = new TurnList(
-      { api, prices: session.prices },
+      { api, prices: session.prices, rendering: new RenderQueue((text) => api.markdown(text)) },
       {
         onEdit: (index) => this.#composer.edit(index, this.#turns.text(index)),
         onRetry: () => this.#retry(),
+        onExample: (text) => this.#composer.fill(text),
       },
     );
     const latest = byId("to-latest", HTMLButtonElement);
@@ -133,7 +136,7 @@ export class ChatView {
     return {
       onTurns: () => {
         this.#turns.show(conversation.dialogue.turns, conversation.isBusy);
-        history.replaceState(null, "", this.address);
+        if (routeOf(location.hash).view === "chat") history.replaceState(null, "", this.address);
         this.#scroll.follow();
       },
       onBusy: () => {
@@ -202,20 +205,16 @@ export class ChatView {
   }
 
   #showList() {
-    this.#list.show(this.#archive.all(), this.#current.dialogue);
+    this.#list.show(this.#archive.summaries, this.#current.dialogue);
     byId("views", HTMLElement).querySelector('[data-view="chat"]')?.setAttribute("href", this.address);
   }
 
-  /**
-   * Another tab has changed a dialogue.
-   * @param {string | null} itemName null if everything was deleted
-   */
+  /** @param {string | null} itemName of the storage, which another tab has changed */
   #changedElsewhere(itemName) {
-    const id = this.#archive.idOf(itemName);
-    if (id === null && itemName !== null) return;
-    const stored = id === this.#current.dialogue.id && !this.#current.isBusy ? this.#archive.get(id) : null;
+    const id = this.#archive.changedElsewhere(itemName);
+    if (id !== this.#current.dialogue.id || this.#current.isBusy) return;
+    const stored = this.#archive.get(id);
     if (stored) this.#show(this.#conversation(stored));
-    else this.#showList();
   }
 
   /** @param {KeyboardEvent} event */

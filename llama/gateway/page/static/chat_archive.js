@@ -1,16 +1,26 @@
-/** Stores the chats, and tells the reader when that fails. A chat that was deleted can be brought back. */
+/**
+ * All chats of this browser. One that the browser cannot store is kept until the page is closed, and one that was
+ * deleted can be brought back; the reader is told about both.
+ */
 
 import { dismiss, notify } from "./notices.js";
 
-/** @typedef {import("./types.js").Dialogue} Dialogue */
+/**
+ * @typedef {import("./types.js").Dialogue} Dialogue
+ * @typedef {Pick<Dialogue, "id" | "title" | "updated">} Summary
+ */
 
 const FULL =
   "The browser has no room to store this chat. It stays on the page until you close it. " +
-  "Delete other chats; this one is then stored with its next change.";
+  "Delete other chats to make room.";
 
 export class ChatArchive {
   #store;
   #onChange;
+  /** @type {Map<string, Summary>} */
+  #summaries = new Map();
+  /** @type {Map<string, Dialogue>} */
+  #notStored = new Map();
   /** @type {Set<string>} the answer to a deleted chat may still be on its way */
   #deleted = new Set();
 
@@ -21,44 +31,67 @@ export class ChatArchive {
   constructor(store, onChange) {
     this.#store = store;
     this.#onChange = onChange;
+    this.#readAll();
   }
 
-  all() {
-    return this.#store.all();
+  /** @returns {Summary[]} the chat that was used last comes first */
+  get summaries() {
+    return [...this.#summaries.values()].sort((one, other) => other.updated - one.updated);
   }
 
   /** @param {string} id */
   get(id) {
-    return this.#store.get(id);
-  }
-
-  /** @param {string | null} itemName */
-  idOf(itemName) {
-    return this.#store.idOf(itemName);
+    return this.#notStored.get(id) ?? this.#store.get(id);
   }
 
   /** @param {Dialogue} dialogue */
   save(dialogue) {
     if (this.#deleted.has(dialogue.id)) return;
+    const { id, title, updated } = dialogue;
+    this.#summaries.set(id, { id, title, updated });
     try {
       this.#store.save(dialogue);
-      dismiss("storage");
+      this.#notStored.delete(id);
+      if (this.#notStored.size === 0) dismiss("storage");
     } catch {
-      notify("storage", FULL);
+      if (!this.#notStored.has(id)) notify("storage", FULL);
+      this.#notStored.set(id, dialogue);
     }
     this.#onChange();
   }
 
   /** @param {Dialogue} dialogue */
   delete(dialogue) {
-    this.#deleted.add(dialogue.id);
-    this.#store.delete(dialogue.id);
+    const { id, title } = dialogue;
+    this.#deleted.add(id);
+    this.#summaries.delete(id);
+    this.#notStored.delete(id);
+    this.#store.delete(id);
+    for (const waiting of this.#notStored.values()) this.save(waiting);
     const restore = () => {
-      this.#deleted.delete(dialogue.id);
+      this.#deleted.delete(id);
       this.save(dialogue);
-      location.hash = `#/chat/${dialogue.id}`;
+      location.hash = `#/chat/${id}`;
     };
-    const text = `The chat “${dialogue.title}” was deleted.`;
-    notify("chat", text, { kind: "info", action: { label: "Undo", run: restore } });
+    const action = { label: "Undo", run: restore };
+    notify("chat", `The chat “${title}” was deleted.`, { kind: "info", action });
+  }
+
+  /**
+   * Another tab has changed an item of the browser's storage.
+   * @param {string | null} itemName null if everything was deleted
+   * @returns {string | null} the id of the chat in it, if there is one
+   */
+  changedElsewhere(itemName) {
+    const id = this.#store.idOf(itemName);
+    if (id === null && itemName !== null) return null;
+    this.#readAll();
+    this.#onChange();
+    return id;
+  }
+
+  #readAll() {
+    const all = [...this.#store.all(), ...this.#notStored.values()];
+    this.#summaries = new Map(all.map(({ id, title, updated }) => [id, { id, title, updated }]));
   }
 }

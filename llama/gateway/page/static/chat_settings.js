@@ -35,8 +35,8 @@ export class ChatSettings {
     this.#build(root);
   }
 
-  /** The model's own system prompt; empty while the model's inputs are not known. */
-  defaultSystemPrompt = "";
+  /** @type {string | null} the model's own system prompt; null while its inputs are not known */
+  defaultSystemPrompt = null;
 
   /** @param {Field[]} fields the model's inputs */
   setFields(fields) {
@@ -51,7 +51,7 @@ export class ChatSettings {
   /** @param {Dialogue} dialogue */
   show(dialogue) {
     this.#dialogue = dialogue;
-    this.#system.value = dialogue.systemPrompt ?? this.defaultSystemPrompt;
+    this.#system.value = dialogue.systemPrompt ?? this.defaultSystemPrompt ?? "";
     this.#form?.fill(dialogue.settings);
     this.#count();
   }
@@ -71,7 +71,7 @@ export class ChatSettings {
 
   #store() {
     if (!this.#dialogue) return;
-    const isDefault = this.#system.value === this.defaultSystemPrompt;
+    const isDefault = this.#system.value === (this.defaultSystemPrompt ?? "");
     this.#dialogue.systemPrompt = isDefault ? null : this.#system.value;
     if (this.#form) {
       this.#form.read();

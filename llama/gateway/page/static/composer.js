@@ -2,6 +2,8 @@
 
 import { byId, element } from "./dom.js";
 
+const DRAFT = "llama:draft";
+
 export class Composer {
   #box = byId("message", HTMLTextAreaElement);
   #send = byId("send", HTMLButtonElement);
@@ -30,6 +32,7 @@ export class Composer {
     this.#box.addEventListener("input", () => this.#fit());
     this.#stop.addEventListener("click", onStop);
     addEventListener("resize", () => this.#fit());
+    this.#keepDraft();
   }
 
   get isEditing() {
@@ -47,6 +50,12 @@ export class Composer {
     this.#send.hidden = busy;
     this.#stop.hidden = !busy;
     if (hadFocus) (busy ? this.#stop : this.#box).focus();
+  }
+
+  /** @param {string} text which can be changed before it is sent */
+  fill(text) {
+    this.#fill(text);
+    this.#box.focus();
   }
 
   /**
@@ -72,6 +81,18 @@ export class Composer {
     this.#fill(this.#editing.draft);
     this.#endEdit();
     this.#box.focus();
+  }
+
+  /** Give back after a reload what was typed before it. */
+  #keepDraft() {
+    try {
+      this.#fill(sessionStorage.getItem(DRAFT) ?? "");
+      addEventListener("pagehide", () =>
+        sessionStorage.setItem(DRAFT, this.#editing?.draft ?? this.#box.value),
+      );
+    } catch {
+      // The browser stores nothing for this page.
+    }
   }
 
   async #submit() {

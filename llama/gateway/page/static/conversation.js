@@ -25,7 +25,7 @@ import { hasEnded, outputText } from "./stream.js";
  * @typedef {Object} Surroundings
  * @property {import("./api.js").Api} api
  * @property {string} model
- * @property {() => string} defaultSystemPrompt
+ * @property {() => string | null} defaultSystemPrompt null if it is not known
  * @property {(dialogue: Dialogue) => void} save must not throw
  */
 

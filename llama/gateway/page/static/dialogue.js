@@ -47,13 +47,14 @@ export function messagesOf(turns) {
  * The inputs of the next answer.
  * @param {Dialogue} dialogue
  * @param {Turn[]} turns
- * @param {string} defaultSystemPrompt
+ * @param {string | null} defaultSystemPrompt null if it is not known
  * @returns {Record<string, unknown>}
  */
 export function inputsFor(dialogue, turns, defaultSystemPrompt) {
+  const systemPrompt = dialogue.systemPrompt ?? defaultSystemPrompt;
   return {
     ...dialogue.settings,
-    system_prompt: dialogue.systemPrompt ?? defaultSystemPrompt,
+    ...(systemPrompt !== null && { system_prompt: systemPrompt }),
     messages: messagesOf(turns),
     debug: true,
   };

@@ -3,6 +3,7 @@
 import { byId, element } from "./dom.js";
 
 /** @typedef {import("./types.js").Dialogue} Dialogue */
+/** @typedef {import("./chat_archive.js").Summary} Summary */
 
 export class DialogueList {
   #list = byId("chat-list", HTMLUListElement);
@@ -11,6 +12,7 @@ export class DialogueList {
   #deleteButton = byId("delete-chat", HTMLButtonElement);
   #form = byId("rename-form", HTMLFormElement);
   #title = byId("rename-title", HTMLInputElement);
+  #shown = "";
 
   /**
    * @param {Object} events
@@ -36,10 +38,16 @@ export class DialogueList {
   }
 
   /**
-   * @param {Dialogue[]} dialogues
+   * @param {Summary[]} dialogues
    * @param {Dialogue} current
    */
   show(dialogues, current) {
+    this.#heading.textContent = current.title || "New chat";
+    if (this.#form.hidden) this.#renameButton.hidden = this.#deleteButton.hidden = current.turns.length === 0;
+    // The list is shown again at every change of the chat; it must then not lose the focus.
+    const shown = JSON.stringify([current.id, dialogues.map(({ id, title }) => [id, title])]);
+    if (shown === this.#shown) return;
+    this.#shown = shown;
     const rows = dialogues.map(({ id, title }) =>
       element(
         "li",
@@ -52,9 +60,6 @@ export class DialogueList {
       ),
     );
     this.#list.replaceChildren(...rows);
-    this.#heading.textContent = current.title || "New chat";
-    if (!this.#form.hidden) return;
-    this.#renameButton.hidden = this.#deleteButton.hidden = current.turns.length === 0;
   }
 
   #edit() {

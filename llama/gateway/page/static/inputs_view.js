@@ -53,8 +53,7 @@ export class InputsView {
     this.#stopButton.addEventListener("click", () => this.#run?.stop());
     byId("reset-inputs", HTMLButtonElement).addEventListener("click", () => this.#fill({}));
     document.addEventListener("keydown", (event) => {
-      const isShown = !byId("predict-view", HTMLElement).hidden && !document.querySelector("dialog[open]");
-      if (event.key === "Escape" && isShown) this.#run?.stop();
+      if (event.key === "Escape" && isShown() && !document.querySelector("dialog[open]")) this.#run?.stop();
     });
     const hint = "The inputs appear when a server of the model is ready.";
     byId("inputs", HTMLElement).replaceChildren(element("p", { class: "hint" }, hint));
@@ -106,7 +105,8 @@ export class InputsView {
       const prediction = await run.create(this.#session.model, changedInputs(this.#fields, values));
       this.#shown = prediction.id;
       this.#output.begin(prediction);
-      history.replaceState(null, "", `#/predictions/${prediction.id}`);
+      if (isShown()) history.replaceState(null, "", `#/predictions/${prediction.id}`);
+      byId("output-heading", HTMLElement).scrollIntoView({ block: "nearest" });
       await this.#follow(run, prediction);
     } catch (error) {
       this.#setRun(null);
@@ -171,4 +171,8 @@ export class InputsView {
     const input = changedInputs(this.#fields, this.#form?.values ?? {});
     this.#snippets.show({ base, model: this.#session.model, needsKey: this.#session.needs_key, input });
   }
+}
+
+function isShown() {
+  return !byId("predict-view", HTMLElement).hidden;
 }

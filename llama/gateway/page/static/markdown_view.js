@@ -5,7 +5,7 @@
  * `fragmentOf` is the only place of the page where HTML becomes elements.
  */
 
-import { copyButton } from "./clipboard.js";
+import { codeBlock } from "./code_block.js";
 import { element } from "./dom.js";
 import { PlainText } from "./plain_text.js";
 
@@ -13,6 +13,7 @@ import { PlainText } from "./plain_text.js";
 
 const MAX_LENGTH = 100_000; // a longer text stays plain
 const PAUSE = 300; // ms between two renderings
+const MAX_FAILURES = 4; // in a row
 const SHARE = 5; // the pause is at least this many times as long as the last rendering took
 
 export class MarkdownView {
@@ -24,6 +25,7 @@ export class MarkdownView {
   #renderedLength = 0;
   #timer = 0;
   #pause = PAUSE;
+  #failures = 0;
   /** @type {Promise<void> | null} */
   #rendering = null;
   /** @type {string[]} the HTML of each block that is shown */
@@ -60,7 +62,7 @@ export class MarkdownView {
   }
 
   #renderSoon() {
-    if (this.#timer || this.#rendering) return;
+    if (this.#timer || this.#rendering || this.#failures >= MAX_FAILURES) return;
     this.#timer = setTimeout(async () => {
       this.#timer = 0;
       await this.#renderNow();
@@ -84,8 +86,10 @@ export class MarkdownView {
       this.#renderedLength = text.length;
       this.#plain.set(this.#text.slice(text.length));
       this.#pause = Math.max(PAUSE, SHARE * (performance.now() - started));
+      this.#failures = 0;
     } catch {
-      this.#pause = Math.min(2 * this.#pause, 10_000);
+      this.#pause *= 2;
+      this.#failures++;
     }
   }
 
@@ -139,14 +143,8 @@ function complete(root) {
     link.rel = "noopener noreferrer";
   }
   for (const code of root.querySelectorAll("pre")) {
-    const text = code.textContent ?? "";
-    const block = element("div", { class: "code-block" });
-    code.replaceWith(block);
-    code.tabIndex = 0; // it may be wider than the page, and arrow keys then scroll it
-    block.append(
-      copyButton(() => text, "Copy code"),
-      code,
-    );
+    const language = /language-(\S+)/.exec(code.firstElementChild?.className ?? "")?.[1];
+    codeBlock(code, { label: language, copyName: "Copy code" });
   }
   for (const table of root.querySelectorAll("table")) {
     const scroller = element("div", {

@@ -9,7 +9,13 @@ import { metricsLine } from "./format.js";
  */
 export function metricsList(metrics, prices) {
   const parts = metricsLine(metrics, prices).map(({ name, value }) =>
-    element("li", {}, element("b", {}, value), ` ${name}`),
+    element(
+      "li",
+      {},
+      element("b", {}, value),
+      " ",
+      element("span", { class: name === "price" ? "hidden-label" : null }, name),
+    ),
   );
   return element("ul", { class: "metrics", "aria-label": "Measurements" }, ...parts);
 }

@@ -4,6 +4,7 @@ import { copyButton } from "./clipboard.js";
 import { element } from "./dom.js";
 import { metricsList } from "./metrics_view.js";
 import { PlainText } from "./plain_text.js";
+import { readLog } from "./prompt_log.js";
 import { logElements } from "./prompt_view.js";
 import { outputText } from "./stream.js";
 
@@ -13,7 +14,7 @@ const REMOVED =
   "The gateway has deleted the inputs, the output and the log of this prediction, as it does some time after the end.";
 /** @type {Record<string, string>} */
 const STATES = {
-  starting: "Waiting for a free place in the model …",
+  starting: "Waiting for the first token …",
   processing: "Running …",
   succeeded: "Succeeded",
   failed: "Failed",
@@ -96,11 +97,11 @@ export class OutputView {
   /** @param {Prediction} prediction */
   #log(prediction) {
     if (prediction.data_removed) return [element("p", { class: "hint" }, REMOVED)];
-    const hint = "Check debug to see the formatted prompt in the log.";
+    const hint = "Check debug to see the formatted prompt here.";
     return [
       element("h3", {}, "Log"),
       ...logElements(prediction),
-      ...(prediction.input.debug ? [] : [element("p", { class: "hint" }, hint)]),
+      ...(readLog(prediction.logs).prompt === null ? [element("p", { class: "hint" }, hint)] : []),
     ];
   }
 

@@ -25,11 +25,18 @@ export class PlainText {
       // A block ends with a line, because the next block begins on a new one.
       const newline = text.indexOf("\n", start + room);
       const end = newline === -1 ? text.length : newline;
-      this.#last?.append(text.slice(start, end));
+      this.#add(text.slice(start, end));
       this.#lastLength += end - start;
       start = newline === -1 ? end : newline + 1;
       if (newline !== -1) this.#last = null;
     }
+  }
+
+  /** @param {string} text */
+  #add(text) {
+    const node = this.#last?.lastChild;
+    if (node instanceof Text) node.appendData(text);
+    else this.#last?.append(text);
   }
 
   #open() {

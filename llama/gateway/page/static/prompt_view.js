@@ -1,6 +1,6 @@
 /** A disclosure with a prediction's log: the formatted prompt, its control tokens marked, and the other lines. */
 
-import { copyButton } from "./clipboard.js";
+import { codeBlock } from "./code_block.js";
 import { element } from "./dom.js";
 import { describe } from "./errors.js";
 import { readLog, splitControlTokens } from "./prompt_log.js";
@@ -39,24 +39,18 @@ export function logElements(prediction) {
   if (prediction.data_removed) return [element("p", { class: "hint" }, REMOVED)];
   const { prompt, rest } = readLog(prediction.logs);
   const elements = [];
-  if (prompt !== null) elements.push(block("Formatted prompt", marked(prompt), prompt));
-  if (rest) elements.push(block("Other lines of the log", [rest], rest));
+  if (prompt !== null) elements.push(block("Formatted prompt", marked(prompt)));
+  if (rest) elements.push(block("Other lines of the log", [rest]));
   return elements.length ? elements : [element("p", { class: "hint" }, "The log is empty.")];
 }
 
 /**
- * @param {string} name
+ * @param {string} label
  * @param {(Node | string)[]} content
- * @param {string} text
  */
-function block(name, content, text) {
-  const pre = element("pre", { tabindex: 0, role: "region", "aria-label": name }, ...content);
-  return element(
-    "div",
-    { class: "code-block" },
-    copyButton(() => text, `Copy: ${name}`),
-    pre,
-  );
+function block(label, content) {
+  const pre = element("pre", { role: "region", "aria-label": label }, ...content);
+  return codeBlock(pre, { label, copyName: `Copy: ${label}` });
 }
 
 /** @param {string} prompt */

@@ -1,6 +1,6 @@
 /** The request as programs to copy, one tab for each language. */
 
-import { copyButton } from "./clipboard.js";
+import { codeBlock } from "./code_block.js";
 import { element } from "./dom.js";
 import { snippets } from "./snippets.js";
 
@@ -11,7 +11,7 @@ const NO_KEY = "This gateway needs no key, so the program sends any text as the 
 
 export class SnippetsView {
   #tabs;
-  #code = element("pre", { tabindex: 0 });
+  #code = element("pre", { role: "region" });
   #before = element("p", { class: "hint" });
   #panel;
   #selected = 0;
@@ -30,12 +30,7 @@ export class SnippetsView {
     for (const [index, tab] of this.#tabs.entries()) tab.addEventListener("click", () => this.#select(index));
     const list = element("div", { role: "tablist", "aria-label": "Language", class: "tabs" }, ...this.#tabs);
     list.addEventListener("keydown", (event) => this.#keydown(event));
-    const block = element(
-      "div",
-      { class: "code-block" },
-      copyButton(() => this.#code.textContent ?? ""),
-      this.#code,
-    );
+    const block = codeBlock(this.#code);
     this.#panel = element("div", { role: "tabpanel", id: "snippet" }, this.#before, block);
     root.replaceChildren(list, this.#panel);
     this.#select(0);

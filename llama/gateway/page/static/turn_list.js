@@ -5,6 +5,12 @@ import { AnswerView, UserView } from "./turn_view.js";
 
 /** @typedef {import("./types.js").Turn} Turn */
 
+const EXAMPLES = [
+  "What is the capital of France?",
+  "Explain recursion with a short example in Python.",
+  "Compare TCP and UDP in a table.",
+];
+
 export class TurnList {
   #root = byId("turns", HTMLElement);
   /** @type {(UserView | AnswerView)[]} */
@@ -14,7 +20,7 @@ export class TurnList {
 
   /**
    * @param {import("./turn_view.js").Surroundings} surroundings
-   * @param {{onEdit: (index: number) => void, onRetry: () => void}} events
+   * @param {{onEdit: (index: number) => void, onRetry: () => void, onExample: (text: string) => void}} events
    */
   constructor(surroundings, events) {
     this.#around = surroundings;
@@ -31,7 +37,7 @@ export class TurnList {
     for (const view of this.#views.splice(same)) view.element.remove();
     const added = turns.slice(same).map((turn, offset) => this.#build(turn, same + offset));
     this.#views.push(...added);
-    if (!turns.length) this.#root.replaceChildren(introduction());
+    if (!turns.length) this.#root.replaceChildren(introduction(this.#events.onExample));
     else this.#root.querySelector(".introduction")?.remove();
     this.#root.append(...added.map((view) => view.element));
     this.allow(busy);
@@ -74,10 +80,15 @@ export class TurnList {
   }
 }
 
-function introduction() {
+/** @param {(text: string) => void} onExample */
+function introduction(onExample) {
+  const examples = EXAMPLES.map((text) =>
+    element("li", {}, element("button", { type: "button", click: () => onExample(text) }, text)),
+  );
   return element(
-    "p",
+    "div",
     { class: "introduction" },
-    "Ask something. The answer appears here while it is generated.",
+    element("p", {}, "Ask something, or begin with an example."),
+    element("ul", {}, ...examples),
   );
 }

@@ -13,6 +13,7 @@ import { promptDisclosure } from "./prompt_view.js";
  * @typedef {Object} Surroundings
  * @property {import("./api.js").Api} api
  * @property {import("./types.js").Prices} prices
+ * @property {import("./render_queue.js").RenderQueue} rendering
  */
 
 export class UserView {
@@ -54,8 +55,11 @@ export class AnswerView {
   #text;
   #state = element("p", { class: "state" });
   #details = element("div", { class: "details" });
+  /** @type {HTMLElement} */
+  #log = element("div");
   #retry;
   #actions;
+  #shown = "-";
 
   /**
    * @param {AnswerTurn} turn
@@ -65,7 +69,7 @@ export class AnswerView {
   constructor(turn, surroundings, onRetry) {
     this.turn = turn;
     this.#around = surroundings;
-    this.#text = new MarkdownView((text) => surroundings.api.markdown(text));
+    this.#text = new MarkdownView((text) => surroundings.rendering.render(text));
     this.#retry = element("button", { type: "button", class: "quiet", click: onRetry }, "Retry");
     this.#actions = element(
       "div",
@@ -80,8 +84,8 @@ export class AnswerView {
       element("h2", { class: "hidden-label" }, "Answer"),
       this.#text.element,
       this.#state,
-      this.#actions,
       this.#details,
+      this.#actions,
     );
     this.#text.set(turn.content);
     if (isRunning(turn)) this.#waiting();
@@ -118,10 +122,10 @@ export class AnswerView {
     this.#actions.hidden = false;
     const { error, status, metrics, predictionId } = this.turn;
     this.#show(endText(this.turn), status === "failed" || status === "interrupted" ? (error ?? "") : "");
-    this.#details.replaceChildren(
-      metricsList(metrics ?? {}, this.#around.prices),
-      promptDisclosure(() => this.#around.api.prediction(predictionId)),
-    );
+    this.#details.replaceChildren(metricsList(metrics ?? {}, this.#around.prices));
+    this.#log.remove();
+    this.#log = promptDisclosure(() => this.#around.api.prediction(predictionId));
+    this.#actions.append(this.#log);
   }
 
   #waiting() {
@@ -134,6 +138,8 @@ export class AnswerView {
    * @param {string} error
    */
   #show(text, error = "") {
+    if (text === this.#shown && !error) return;
+    this.#shown = text;
     this.#state.classList.toggle("error", error !== "");
     this.#state.classList.toggle("pending", isRunning(this.turn));
     this.#state.replaceChildren(text, ...(error ? [" ", element("span", { class: "reason" }, error)] : []));
