@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import yaml
 from gateways import Gateway
 from pydantic.fields import FieldInfo
 from small_models import needs_embedded
@@ -271,29 +270,3 @@ def test_the_architecture_names_every_module() -> None:
     text = read("docs/architecture.md")
     modules = {path.name for path in ROOT.glob("llama/**/*.py")} - {"__init__.py"}
     assert sorted(name for name in modules if name not in text) == []
-
-
-def test_the_kubernetes_manifest_packs_once_and_lets_only_a_gateway_in() -> None:
-    text = (ROOT / "docs" / "kubernetes.yaml").read_text("utf-8")
-    parts = {(part["kind"], part["metadata"]["name"]): part for part in yaml.safe_load_all(text)}
-    job, server = parts["Job", "llama-weights"]["spec"], parts["Deployment", "llama"]["spec"]
-    pods = [job["template"]["spec"], server["template"]["spec"]]
-    containers = [c for pod in pods for c in (*pod["initContainers"], *pod["containers"])]
-    for container in containers:
-        assert ":" in container["image"].rpartition("/")[2]
-        assert container["resources"]["requests"]["cpu"]
-        assert container["securityContext"]["allowPrivilegeEscalation"] is False
-    assert all(pod["securityContext"]["runAsNonRoot"] for pod in pods)
-    # The server waits for the folder that the Job packs, with a deadline that is long enough, and has no token.
-    (packed,) = {e["value"] for e in containers[-1]["env"] if e["name"] == "LLAMA_WEIGHTS"}
-    assert f"weights pack {packed} " in containers[1]["command"][-1]
-    assert f"test -d {packed};" in containers[2]["command"][-1]
-    assert server["progressDeadlineSeconds"] >= 3600
-    assert [c["name"] for c in containers if any(e["name"] == "HF_TOKEN" for e in c.get("env", ()))] == [
-        "pull"
-    ]
-    policy = parts["NetworkPolicy", "llama"]["spec"]
-    assert policy["podSelector"]["matchLabels"] == server["template"]["metadata"]["labels"]
-    (rule,) = policy["ingress"]
-    assert rule["from"] == [{"podSelector": {"matchLabels": {"app": "llama-gateway"}}}]
-    assert rule["ports"][0]["port"] == containers[-1]["ports"][0]["containerPort"]
