@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server_clients import until
 
+from llama import ROOT
 from llama.gateway.page.markdown import ALIGNMENTS, ATTRIBUTES, LANGUAGE_CLASS, LINK_ATTRIBUTES, TAGS, html_of
 from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex
 
@@ -36,7 +41,14 @@ class Checker(HTMLParser):
     def handle_comment(self, data: str) -> None:
         self.wrong.append(f"<!--{data}-->")
 
-    handle_decl = handle_pi = unknown_decl = handle_comment
+    def handle_decl(self, decl: str) -> None:
+        self.wrong.append(f"<!{decl}>")
+
+    def unknown_decl(self, data: str) -> None:
+        self.wrong.append(f"<![{data}]>")
+
+    def handle_pi(self, data: str) -> None:
+        self.wrong.append(f"<?{data}>")
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -344,6 +356,29 @@ def test_a_request_that_is_given_up_does_not_disturb_the_next_one() -> None:
         assert await renderer.html_of("a") == "<p>a</p>\n"
 
     run(scene)
+
+
+def test_the_process_ends_with_the_gateway_even_if_that_is_killed() -> None:
+    code = """
+import asyncio, os
+from llama.gateway.page.renderer import MarkdownRenderer
+async def main():
+    renderer = MarkdownRenderer()
+    await renderer.html_of("a")
+    print(renderer._process.pid, flush=True)
+    os.kill(os.getpid(), 9)
+asyncio.run(main())
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    until(lambda: has_ended(int(result.stdout)))
+
+
+def has_ended(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"  # ended, but no process has asked for its exit code
 
 
 def test_texts_do_not_add_up_to_the_limit_of_one() -> None:
