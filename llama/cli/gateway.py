@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from llama.gateway.dispatch.addresses import Addresses
     from llama.gateway.gateway import Gateway
     from llama.gateway.http.tls import Certificate
+
+logger = logging.getLogger(__name__)
 
 HostOption = Annotated[
     str, typer.Option(help="The address to listen on. A key is needed unless it is a loopback address.")
@@ -126,15 +129,16 @@ class _Prepared:
 
     def run(self, message: str, *, reloads: bool = False) -> None:
         """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead. The
-        message is printed when the gateway listens."""
+        message is printed, or logged as JSON, when the gateway listens."""
         from llama.gateway.start import run
 
-        print_message = functools.partial(print, message, file=sys.stderr)
+        as_json = self.gateway.settings.log_format == "json"
+        announce = logger.info if as_json else functools.partial(print, file=sys.stderr)
         run(
             self.gateway,
             self.address,
             self.port,
-            print_message,
+            functools.partial(announce, message),
             reloads=reloads,
             certificate=self.certificate,
         )

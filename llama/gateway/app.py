@@ -16,11 +16,12 @@ from llama.gateway.gateway import Gateway
 from llama.gateway.http.disconnect import ClientLeft
 from llama.gateway.http.middleware import wrap
 from llama.gateway.http.problem_response import problem_response
+from llama.gateway.http.request_log import NoteRoute, RequestLog
 from llama.gateway.page.renderer import MarkdownRenderer
 from llama.gateway.problems import Problem, internal_error, not_found
-from llama.gateway.routes import catalog, openai, page, replicate, stream
+from llama.gateway.routes import catalog, metrics, openai, page, replicate, stream
 
-_ROUTERS = (replicate.router, stream.router, openai.router, catalog.router, page.router)
+_ROUTERS = (replicate.router, stream.router, openai.router, catalog.router, page.router, metrics.router)
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
@@ -46,7 +47,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
     for left in (ClientDisconnect, ClientLeft):
         app.add_exception_handler(left, _client_left)
     app.add_exception_handler(Exception, _unexpected)
-    return wrap(app, gateway)
+    return RequestLog(wrap(NoteRoute(app), gateway), gateway.metrics)
 
 
 def _routes(app: FastAPI) -> list[Route]:
@@ -60,13 +61,16 @@ async def _healthz() -> dict[str, str]:
 
 
 async def _readyz(request: Request) -> Response:
-    servers = request.app.state.gateway.servers
-    ready = sum(server.ready for server in servers.all)
-    if not request.app.state.gateway.storage.in_place:
+    gateway: Gateway = request.app.state.gateway
+    servers = gateway.servers.all
+    if gateway.stopping:
+        return JSONResponse({"status": "not ready", "error": "the gateway is being stopped"}, 503)
+    ready = sum(server.ready for server in servers)
+    if not gateway.storage.in_place:
         return JSONResponse(
             {"status": "not ready", "error": "the database was deleted; restart the gateway"}, 503
         )
-    body = {"status": "ready" if ready else "not ready", "servers": len(servers.all), "ready": ready}
+    body = {"status": "ready" if ready else "not ready", "servers": len(servers), "ready": ready}
     return JSONResponse(body, 200 if ready else 503)
 
 

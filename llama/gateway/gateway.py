@@ -20,7 +20,11 @@ from llama.gateway.dispatch.dispatcher import Dispatcher
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Servers
 from llama.gateway.early_ends import EarlyEnds
+from llama.gateway.logs import log_end
+from llama.gateway.metrics.recorder import Metrics
+from llama.gateway.metrics.state import State
 from llama.gateway.model_card import check_schema
+from llama.gateway.prediction import Outcome, Prediction
 from llama.gateway.predictions import Predictions
 from llama.gateway.repeat import repeat
 from llama.gateway.replicate.view import prediction_body
@@ -71,7 +75,8 @@ class Gateway:
         self.webhooks = Webhooks(delivery, prediction_body, self._webhook_delivered)
         self.budgets = Budgets(self.storage, settings.prices)
         queue = FairQueue(settings.queue)
-        dispatcher = Dispatcher(self._client, self.servers, queue, self._at_once)
+        self.metrics = Metrics()
+        dispatcher = Dispatcher(self._client, self.servers, queue, self._at_once, self.metrics)
         self.predictions = Predictions(
             self.storage,
             self.keys,
@@ -79,6 +84,10 @@ class Gateway:
             queue,
             dispatcher,
             on_begin=self.webhooks.follow,
+            on_end=self._prediction_ended,
+        )
+        self.metrics.registry.register(
+            State(settings.model, queue, self.servers, lambda: len(dispatcher.running))
         )
         self._early_ends = EarlyEnds(
             self.predictions.unfinished,
@@ -94,6 +103,11 @@ class Gateway:
     def _at_once(self, key_id: int) -> int | None:
         key = self.keys.by_id(key_id)
         return key.limits.at_once if key else None
+
+    def _prediction_ended(self, prediction: Prediction, outcome: Outcome) -> None:
+        self.metrics.ended(prediction, outcome)
+        key = self.keys.by_id(prediction.request.key_id)
+        log_end(prediction, outcome, key.name if key else None)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -130,6 +144,11 @@ class Gateway:
         and the waiting ones stay in the database. Call it in the event loop."""
         if self._ending is None:
             self._ending = asyncio.create_task(self._end_predictions())
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the gateway is about to end."""
+        return self._ending is not None
 
     def stop_now(self) -> None:
         """End the grace period. Call it in the event loop, after `stop_starting`."""

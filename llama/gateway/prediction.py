@@ -6,12 +6,15 @@ Both APIs, the queue and the store use this object. Knows nothing about HTTP, se
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
+
+_CODE = re.compile(r"E\d{4}\b")
 
 
 class Status(StrEnum):
@@ -54,6 +57,13 @@ class PredictionRequest:
     """The prediction is cancelled this many seconds after its creation."""
     needs_client: bool = False
     """Whether the answer is useful only to the connection that asked for it, as in OpenAI's API."""
+    request_id: str | None = None
+    """The `x-request-id` of the HTTP request, which also stands in the logs."""
+
+    @property
+    def api(self) -> Literal["replicate", "openai"]:
+        """The API that the client used."""
+        return "openai" if self.needs_client else "replicate"
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,16 @@ class Outcome:
     logs: str | None = None
     """None keeps the logs so far."""
     ended_at: float = field(default_factory=time.time)
+
+    @property
+    def error_code(self) -> str | None:
+        """The code at the start of the error, such as "E1002"."""
+        found = _CODE.match(self.error or "")
+        return found[0] if found else None
+
+    def seconds(self, prediction: Prediction) -> float:
+        """Return the seconds from the creation of the prediction to this end."""
+        return max(0.0, self.ended_at - prediction.created_at)
 
 
 class Prediction:
@@ -80,6 +100,11 @@ class Prediction:
         self._born = time.monotonic()
         self.started_at: float | None = None
         self.completed_at: float | None = None
+        self.first_piece_at: float | None = None
+        self.last_piece_at: float | None = None
+        """When the first and the last piece arrived, by the monotonic clock."""
+        self.server: str | None = None
+        """The URL of the last server that it was given to."""
         self.status = Status.STARTING
         self.pieces: list[str] = []
         self.logs = ""
@@ -102,6 +127,12 @@ class Prediction:
         self._born = time.monotonic() - max(0.0, time.time() - created_at)
 
     @property
+    def time_to_first_piece(self) -> float | None:
+        """Seconds from its creation to the first piece; None if there is none, or if an earlier run of the
+        gateway got it."""
+        return None if self.first_piece_at is None else self.first_piece_at - self._born
+
+    @property
     def deadline(self) -> float | None:
         seconds = self.request.seconds
         return None if seconds is None else self.created_at + seconds
@@ -120,6 +151,9 @@ class Prediction:
 
     def add_piece(self, piece: str) -> None:
         """Append a piece of the answer."""
+        self.last_piece_at = time.monotonic()
+        if self.first_piece_at is None:
+            self.first_piece_at = self.last_piece_at
         # Replicate's clients take a piece that begins like a URL for the address of a file.
         if piece.startswith(("https:", "data:")):
             self.pieces += [piece[0], piece[1:]]

@@ -47,11 +47,13 @@ class Predictions:
         queue: FairQueue,
         dispatcher: Dispatcher,
         on_begin: Callable[[Prediction], None],
+        on_end: Callable[[Prediction, Outcome], None],
     ) -> None:
-        """`on_begin` is called with every prediction that is queued for the first time."""
+        """`on_begin` is called with every prediction that is queued for the first time, and `on_end` once for
+        every one that has ended, before its readers see that."""
         self._storage, self._keys, self._throttle, self._budgets = storage, keys, Throttle(), budgets
         self._queue, self._dispatcher = queue, dispatcher
-        self._on_begin = on_begin
+        self._on_begin, self._on_end = on_begin, on_end
         dispatcher.finish = self._finish
         dispatcher.on_sent = lambda prediction: self._mark(prediction, Status.PROCESSING)
         dispatcher.on_requeued = lambda prediction: self._mark(prediction, Status.STARTING)
@@ -126,6 +128,7 @@ class Predictions:
             self._unsaved[prediction.id] = prediction, outcome
         else:
             self._active.pop(prediction.id, None)
+        self._on_end(prediction, outcome)
         prediction.end(outcome)
 
     async def _store_end(self, prediction: Prediction, outcome: Outcome) -> None:

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from types import FrameType
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 from llama.errors import BadSettings
 from llama.gateway.access.auth import RESERVED_NAMES
@@ -22,6 +23,7 @@ from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.gateway import Gateway
 from llama.gateway.http.protocol import Limits, limited
 from llama.gateway.http.tls import Certificate
+from llama.gateway.logs import configure
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.store import Store
@@ -76,6 +78,7 @@ def run(
     """Serve until SIGINT, SIGTERM or SIGHUP. If `reloads`, SIGHUP reads the list of servers again instead.
     `on_start` is called when the gateway listens. With a certificate, the gateway speaks HTTPS."""
     _allow_many_files()
+    configure(gateway.settings.log_format)
     GatewayServer(gateway, address, port, on_start, reloads=reloads, certificate=certificate).run()
 
 
@@ -98,6 +101,8 @@ def _config(
         port=port,
         lifespan="on",
         ws="none",
+        # None: uvicorn's log goes to the handlers of the root logger, which write JSON.
+        log_config=LOGGING_CONFIG if gateway.settings.log_format == "text" else None,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -78,13 +78,17 @@ class CogClient:
             kind = NotListening if isinstance(system_error, ConnectionRefusedError) else Unavailable
             raise kind(f"{type(error).__name__}: {error}") from error
 
-    async def predict(self, url: str, host: str, body: str) -> AsyncGenerator[list[Event], None]:
+    async def predict(
+        self, url: str, host: str, body: str, request_id: str | None = None
+    ) -> AsyncGenerator[list[Event], None]:
         """Yield the events of a prediction, as many as arrive at a time, up to the last one, `completed`.
-        Closing the iterator early cancels the prediction on the server.
+        Closing the iterator early cancels the prediction on the server. `request_id` is sent as a header.
 
         Raises Busy, Refused or Unavailable.
         """
         headers = {"Host": host, "Content-Type": "application/json", "Accept": "text/event-stream"}
+        if request_id is not None:
+            headers["X-Request-Id"] = request_id
         try:
             async with asyncio.timeout(_HEAD_TIMEOUT):
                 response = await self._session.post(

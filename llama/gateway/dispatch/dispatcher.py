@@ -17,6 +17,7 @@ from llama.gateway.dispatch.cog_client import Busy, CogClient, Unavailable
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.dispatch.servers import Server, Servers
 from llama.gateway.dispatch.upstream import run_on_server
+from llama.gateway.metrics.recorder import Metrics
 from llama.gateway.prediction import Outcome, Prediction, Status
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,11 @@ class Dispatcher:
         servers: Servers,
         queue: FairQueue,
         at_once: Callable[[int], int | None],
+        metrics: Metrics,
     ) -> None:
         """`at_once` tells how many predictions of a key may run at the same time; None means any number."""
         self._client, self._servers, self._queue, self._at_once = client, servers, queue, at_once
+        self._metrics = metrics
         self.on_sent: Callable[[Prediction], None] = lambda _: None
         self.on_requeued: Callable[[Prediction], None] = lambda _: None
         self.finish: Finish
@@ -96,6 +99,7 @@ class Dispatcher:
                 return
             server = self._servers.choose(prediction.request.inputs)
             server.in_flight += 1
+            prediction.server = server.url
             self._running_by_key[prediction.request.key_id] += 1
             task = asyncio.create_task(self._run(prediction, server))
             self._running[prediction.id] = _Run(prediction, server, task)
@@ -142,20 +146,25 @@ class Dispatcher:
             run.outcome = _failed(ServerLost("the gateway failed during the answer; its log says why"))
         if run.outcome is not None:
             return run.outcome
-        return None if busy else self._after_loss(run.prediction)
+        outcome = None if busy else self._after_loss(run.prediction)
+        if outcome is None:
+            self._metrics.requeued("busy" if busy else "lost")
+        return outcome
 
     async def _run_with_retries(self, run: _Run) -> Outcome:
         for delay in _BUSY_DELAYS:
             try:
-                return await run_on_server(self._client, run.server.url, run.server.host, run.prediction)
+                return await run_on_server(
+                    self._client, run.server.url, run.server.host, run.prediction, self._metrics
+                )
             except Busy:
                 await asyncio.sleep(delay)
         raise Busy
 
-    @staticmethod
-    def _after_loss(prediction: Prediction) -> Outcome | None:
+    def _after_loss(self, prediction: Prediction) -> Outcome | None:
         """What follows from the loss of a server: None if another server should begin again."""
         prediction.lost_servers += 1
+        self._metrics.server_lost()
         if prediction.pieces or prediction.lost_servers >= _LOST_SERVERS:
             return _failed(ServerLost("the server ended or stopped responding during the answer; try again"))
         prediction.restart()

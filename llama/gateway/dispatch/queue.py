@@ -27,6 +27,11 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(len(waiting) for waiting in self._by_key.values())
 
+    @property
+    def oldest_age(self) -> float:
+        """Seconds since the creation of the prediction that has waited longest; 0 if none waits."""
+        return max((waiting[0].age for waiting in self._by_key.values()), default=0.0)
+
     @contextmanager
     def room_for(self, key_id: int, count: int = 1) -> Iterator[None]:
         """Reserve places in a key's queue. Raises Problem 429 if it has too few. An empty queue has room for

@@ -18,6 +18,8 @@ from llama.gateway.storage.keys import Key
 
 HEALTH_CHECKS = ("/healthz", "/readyz")
 STREAMS = "/stream/"
+METRICS = "/metrics"
+"""Has a key of its own."""
 _PAGE = ("/", "/favicon.ico", "/page/session", "/page/login", "/page/logout")
 _PAGE_FILES = "/page/static/"
 
@@ -44,7 +46,7 @@ class Authentication:
 
 
 def _needs_no_key(path: str) -> bool:
-    return path in HEALTH_CHECKS or path in _PAGE or path.startswith((STREAMS, _PAGE_FILES))
+    return path in (*HEALTH_CHECKS, METRICS, *_PAGE) or path.startswith((STREAMS, _PAGE_FILES))
 
 
 async def key_of(scope: Scope, gateway: Gateway) -> Key:

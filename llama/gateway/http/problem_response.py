@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from llama.gateway.problems import Problem
 
@@ -22,6 +26,7 @@ _REPLICATE = (
 )
 """The first parts of the paths that only Replicate's API has."""
 # fmt: on
+_NOT_IN_CODES = re.compile(r"[^a-z0-9]+")
 
 
 def problem_response(problem: Problem, path: str) -> Response:
@@ -34,4 +39,16 @@ def problem_response(problem: Problem, path: str) -> Response:
         body, status = problem.for_openai(), problem.openai_status
     elif parts[0] in _REPLICATE or below_a_model:
         body, media_type = problem.for_replicate(), "application/problem+json"
-    return JSONResponse(body, status, problem.headers, media_type)
+    return _ProblemResponse(problem, body, status, media_type)
+
+
+class _ProblemResponse(JSONResponse):
+    """Also puts the problem's code into the request's state, for the log and the metrics."""
+
+    def __init__(self, problem: Problem, body: dict[str, Any], status: int, media_type: str) -> None:
+        super().__init__(body, status, problem.headers, media_type)
+        self._code = problem.code or _NOT_IN_CODES.sub("_", problem.title.lower())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["problem"] = self._code
+        await super().__call__(scope, receive, send)

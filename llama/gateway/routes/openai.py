@@ -72,6 +72,7 @@ async def _complete(request: Request, gateway: Gateway, key: Key, body: ChatBody
             deployment=model.deployment,
             base_url=base_url(request),
             needs_client=True,
+            request_id=request.state.request_id,
         )
         for inputs in asked.inputs
     ]

@@ -141,6 +141,7 @@ async def _create(
         webhook=creation.webhook,
         base_url=base,
         seconds=cancel_after_seconds(request.headers.get("cancel-after")),
+        request_id=request.state.request_id,
     )
     (prediction,) = await gateway.predictions.create([asked])
     if wait is None:
