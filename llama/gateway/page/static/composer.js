@@ -40,6 +40,7 @@ export class Composer {
   }
 
   focus() {
+    this.#fit();
     this.#box.focus();
   }
 
@@ -130,6 +131,7 @@ export class Composer {
 
   #fit() {
     this.#box.style.height = "auto";
-    this.#box.style.height = `${this.#box.scrollHeight + 2}px`; // with its border
+    const height = this.#box.scrollHeight; // 0 while the chat is not shown
+    if (height) this.#box.style.height = `${height + 2}px`; // with its border
   }
 }

@@ -106,7 +106,7 @@ export class InputsView {
       this.#shown = prediction.id;
       this.#output.begin(prediction);
       if (isShown()) history.replaceState(null, "", `#/predictions/${prediction.id}`);
-      byId("output-heading", HTMLElement).scrollIntoView({ block: "nearest" });
+      byId("output-heading", HTMLElement).scrollIntoView({ block: "start" });
       await this.#follow(run, prediction);
     } catch (error) {
       this.#setRun(null);
