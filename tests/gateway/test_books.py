@@ -1,0 +1,182 @@
+"""The books agree: what clients were told, the command `usage`, the page and `/metrics` show the same tokens and
+prices, after 500 predictions of three keys that succeeded, failed, were cancelled, or lost their client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from gateways import MODEL, Gateway
+from prometheus_client.parser import text_string_to_metric_families
+from server_clients import Body, until
+from typer.testing import CliRunner
+
+from benchmarks.fake_cog import FakeCog, Script
+from llama.cli.main import app
+
+METRICS_KEY = "metrics"
+TOTAL = 500
+PIECES = [f" word{number}" for number in range(6)]
+PRICES = {"input_price": "0.65", "output_price": "2.75"}
+SCRIPTS = {
+    "succeed": Script(PIECES),
+    "fail": Script(PIECES[:3], error="E1000 InvalidInput: no"),
+    "refuse": Script((), error="E1001 PromptRequired: prompt is blank"),
+    "wait": Script(PIECES, gap=0.2),
+}
+WAYS = ("succeed", "fail", "refuse", "cancel", "chat", "chat_stream", "leave", "succeed")
+
+
+def script_of(inputs: Body) -> Script:
+    """What the server does: the first word of the prompt says it."""
+    prompt = inputs.get("prompt") or inputs["messages"][0]["content"]
+    return SCRIPTS[prompt.split()[0]]
+
+
+async def send(client: httpx2.AsyncClient, way: str, number: int) -> None:
+    """Send one request in one of the ways in which clients use a gateway, and wait for its end."""
+    words = " word" * (number % 7)
+    if way in ("chat", "chat_stream"):
+        body = chat_body(f"succeed{words}", stream=way == "chat_stream")
+        (await client.post("/v1/chat/completions", json=body)).raise_for_status()
+    elif way == "leave":
+        body = chat_body(f"wait{words}", stream=True)
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            await anext(response.aiter_bytes())
+    elif way == "cancel":
+        created = await create(client, f"wait{words}", "wait=1" if number % 2 else "respond-async")
+        (await client.post(f"/v1/predictions/{created['id']}/cancel")).raise_for_status()
+    else:
+        await create(client, f"{way}{words}", "wait")
+
+
+def chat_body(content: str, *, stream: bool) -> Body:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "stream": stream}
+
+
+async def create(client: httpx2.AsyncClient, prompt: str, prefer: str) -> Body:
+    response = await client.post(
+        f"/v1/models/{MODEL}/predictions", json={"input": {"prompt": prompt}}, headers={"Prefer": prefer}
+    )
+    response.raise_for_status()
+    body: Body = response.json()
+    return body
+
+
+@asynccontextmanager
+async def client_of(url: str, key: str) -> AsyncIterator[httpx2.AsyncClient]:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
+        yield client
+
+
+async def send_all(url: str, keys: Mapping[str, str]) -> None:
+    at_once = asyncio.Semaphore(40)
+
+    async def one(client: httpx2.AsyncClient, number: int) -> None:
+        async with at_once:
+            await send(client, WAYS[number % len(WAYS)], number)
+
+    async def of_key(key: str, first: int) -> None:
+        async with client_of(url, key) as client:
+            await asyncio.gather(*(one(client, number) for number in range(first, TOTAL, len(keys))))
+
+    await asyncio.gather(*(of_key(key, first) for first, key in enumerate(keys.values())))
+
+
+def told(gateway: Gateway, key: str) -> list[Body]:
+    """All predictions of a key as the API shows them."""
+    found: list[Body] = []
+    with gateway.client_of(key) as client:
+        url = "/v1/predictions"
+        while url:
+            page = client.get(url).json()
+            found += page["results"]
+            url = page["next"]
+    return found
+
+
+def sums(predictions: list[Body]) -> tuple[int, int, int, Decimal]:
+    """Predictions, input tokens, output tokens and dollars."""
+    metrics = [prediction["metrics"] for prediction in predictions]
+    input_tokens = sum(int(m.get("input_token_count", 0)) for m in metrics)
+    output_tokens = sum(int(m.get("output_token_count", 0)) for m in metrics)
+    dollars = (input_tokens * Decimal("0.65") + output_tokens * Decimal("2.75")) / 1_000_000
+    return len(predictions), input_tokens, output_tokens, dollars
+
+
+def in_usage(database: Path) -> dict[str, tuple[int, int, int, Decimal]]:
+    shown = CliRunner().invoke(app, ["usage", "--csv"], env={"LLAMA_GATEWAY_DATABASE": str(database)})
+    return {
+        row["key"]: (
+            int(row["predictions"]),
+            int(row["input_tokens"]),
+            int(row["output_tokens"]),
+            Decimal(row["dollars"]),
+        )
+        for row in csv.DictReader(io.StringIO(shown.stdout))
+    }
+
+
+def on_the_page(gateway: Gateway, key: str) -> tuple[int, int, int, Decimal]:
+    with gateway.client_of(key) as client:
+        total: dict[str, Any] = client.get("/page/usage").json()["total"]
+    return (
+        total["predictions"],
+        total["input_tokens"],
+        total["output_tokens"],
+        Decimal(str(total["price"])).quantize(Decimal("1e-12")).normalize(),
+    )
+
+
+def in_metrics(gateway: Gateway) -> dict[str, tuple[int, int, int, Decimal]]:
+    with gateway.client_of(METRICS_KEY) as client:
+        text = client.get("/metrics").text
+    values = Counter[tuple[str, str]]()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if "key" in sample.labels:
+                values[sample.name, sample.labels["key"]] += sample.value  # type: ignore[assignment]
+    keys = {key for _, key in values}
+
+    def value(name: str, key: str) -> int:
+        return int(values[f"llama_gateway_usage_{name}_total", key])
+
+    return {
+        key: (
+            value("predictions", key),
+            value("input_tokens", key),
+            value("output_tokens", key),
+            Decimal(values["llama_gateway_usage_dollars_total", key]).quantize(Decimal("1e-12")).normalize(),
+        )
+        for key in keys
+    }
+
+
+def test_tokens_and_prices_agree_everywhere(gateways: Callable[..., Gateway]) -> None:
+    with FakeCog(script_of) as cog, FakeCog(script_of) as other:
+        gateway = gateways(cog.url, other.url, metrics_key=METRICS_KEY, **PRICES)
+        keys = {name: gateway.add_key(name) for name in ("ann", "bob", "eve")}
+        asyncio.run(send_all(gateway.url, keys))
+        until(lambda: not gateway.inside.predictions.unfinished())
+        predictions = {name: told(gateway, key) for name, key in keys.items()}
+        expected = {name: sums(found) for name, found in predictions.items()}
+
+        statuses = Counter(p["status"] for found in predictions.values() for p in found)
+        assert statuses.total() == TOTAL
+        assert all(statuses[status] > TOTAL / 10 for status in ("succeeded", "failed", "canceled"))
+        cancelled = [p for found in predictions.values() for p in found if p["status"] == "canceled"]
+        assert any(p["metrics"].get("output_token_count") for p in cancelled)
+
+        assert in_usage(gateway.settings.database) == expected
+        assert {name: on_the_page(gateway, key) for name, key in keys.items()} == expected
+        assert in_metrics(gateway) == expected
