@@ -41,7 +41,9 @@ def html_of(text: str) -> str:
 
 
 def _parser() -> MarkdownIt:
-    parser = MarkdownIt("js-default", {"html": False, "linkify": False, "maxNesting": _MAX_NESTING})
+    parser = MarkdownIt(
+        "js-default", {"html": False, "breaks": True, "linkify": False, "maxNesting": _MAX_NESTING}
+    )
     parser.core.ruler.push("alignment", _align)
     parser.add_render_rule("image", _image)
     return parser

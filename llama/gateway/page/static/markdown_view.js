@@ -85,6 +85,7 @@ export class MarkdownView {
       this.#show(html);
       this.#renderedLength = text.length;
       this.#plain.set(this.#text.slice(text.length));
+      void this.element.offsetHeight; // the layout takes most of the time, so it is measured, too
       this.#pause = Math.max(PAUSE, SHARE * (performance.now() - started));
       this.#failures = 0;
     } catch {
