@@ -10,7 +10,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 # The gateway can have an environment of its own (requirements-gateway.txt), without Cog.
 needed = ["pydantic_settings", "typer"]
-if sys.argv[1:2] not in (["gateway"], ["keys"], ["--help"], ["--version"]):
+if sys.argv[1:2] not in (["gateway"], ["keys"], ["usage"], ["--help"], ["--version"]):
     needed.append("cog")
 for package in needed:
     if find_spec(package) is None:

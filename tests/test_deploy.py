@@ -144,6 +144,22 @@ def test_the_gateway_runs_from_the_files_of_the_image(app: Path, tmp_path: Path)
     assert subprocess.run(check, capture_output=True, check=False).returncode != 0
 
 
+@pytest.mark.parametrize("command", ["gateway", "keys", "usage"])
+def test_the_commands_of_the_image_need_no_cog(app: Path, command: str) -> None:
+    code = f"""
+import runpy, sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cog", "torch", "transformers"):
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hide())
+sys.argv = ["llama", {command!r}, "--help"]
+runpy.run_module("llama", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=app, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_image_gets_no_file_that_it_does_not_need() -> None:
     found = context()
     assert {name.split("/")[0] for name in found} == {
