@@ -39,6 +39,8 @@ def test_a_create_without_preference_responds_at_once_with_a_starting_prediction
     assert not {"started_at", "completed_at", "metrics", "deployment", "deadline"} & set(created)
     assert TIME.fullmatch(created["created_at"])
     assert set(created["urls"]) == {"get", "cancel", "stream", "web"}
+    page = created["urls"].pop("web")
+    assert page == f"{gateway.url}/#/predictions/{created['id']}"
     assert all(url.startswith(f"{gateway.url}/v1/") for url in created["urls"].values())
     until(lambda: len(gateway.get(created)["output"]) == 3)
     cog.release()
