@@ -316,6 +316,28 @@ def test_the_files_that_are_mounted_exist() -> None:
     assert [source for source in inside if not source.exists()] == []
 
 
+def read_yaml(path: str) -> Any:
+    return yaml.safe_load((DEPLOY / "monitoring" / path).read_text("utf-8"))
+
+
+def test_prometheus_and_grafana_find_their_files_and_each_other() -> None:
+    services = compose()["services"]
+    prometheus, grafana = services["prometheus"], services["grafana"]
+    scraping = read_yaml("prometheus.yml")
+    (scrape,) = scraping["scrape_configs"]
+    targets = {name: [v["target"] for v in services[name]["volumes"]] for name in ("prometheus", "grafana")}
+    assert set(scraping["rule_files"]) < set(targets["prometheus"])
+    assert scrape["authorization"]["credentials_file"] == prometheus["secrets"][0]["target"]
+    assert scrape["static_configs"] == [{"targets": ["gateway:8000"]}]
+    assert prometheus["networks"].keys() <= services["gateway"]["networks"].keys()
+    (source,) = read_yaml("grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert prometheus["networks"].keys() <= grafana["networks"].keys()
+    (provider,) = read_yaml("grafana/provisioning/dashboards/llama.yml")["providers"]
+    assert any(target.startswith(f"{provider['options']['path']}/") for target in targets["grafana"])
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"] == grafana["secrets"][0]["target"]
+
+
 def test_weights_that_are_not_set_are_an_error_that_says_what_to_do() -> None:
     command = [
         tool("docker-compose"),
