@@ -77,6 +77,7 @@ check-images: install ## check that the pins of each image resolve together on i
 	$(RESOLVE) requirements-gpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 		| grep '^torch==.*$(if $(TORCH_INDEX),+$(notdir $(TORCH_INDEX)))$$'
 	$(RESOLVE) requirements-vllm.txt --output-file /dev/null
+	$(RESOLVE) requirements-gateway.txt --only-binary :all: --output-file /dev/null
 
 bench: $(VENV)/.bench ## measure our engine and its peers; VLLM= and LLAMA_CPP= name the Pythons in which they are installed
 	$(BIN)/python -m benchmarks $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM))
