@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateways import Gateway
+from chromium import DESKTOP, PHONE, Chromium, Screen
+from gateways import KEY, Gateway
 from node_clients import NodeClients
+from page_user import PageUser
 
 from benchmarks.fake_cog import FakeCog
 from llama import ROOT
@@ -71,3 +73,40 @@ def real_gateway(real_cog: CogServer, tmp_path_factory: pytest.TempPathFactory) 
 def node_clients() -> NodeClients:
     """The JavaScript clients that `node/package.json` pins. Skips the test without Node.js."""
     return NodeClients()
+
+
+@pytest.fixture(params=[DESKTOP, PHONE], ids=lambda screen: screen.name)
+def screen(request: pytest.FixtureRequest) -> Screen:
+    """The test runs once for each size of the window."""
+    chosen: Screen = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    """One browser for all tests of a module. Not of the session: see `Chromium`."""
+    with Chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def users(chromium: Chromium, gateways: object) -> Iterator[Callable[..., PageUser]]:
+    """Open the page as a new user: `users(gateway, PHONE, key=None)`. At the end of the test, before `gateways`
+    are stopped, no page may have done what a `Visit` records."""
+    with ExitStack() as stack:
+
+        def start(
+            gateway: Gateway,
+            screen: Screen = DESKTOP,
+            *,
+            key: str | None = KEY,
+            address: str = "",
+            **options: Any,
+        ) -> PageUser:
+            visit = chromium.visit(gateway.url, screen, **options)
+            stack.callback(visit.close)
+            if key is not None:
+                visit.log_in(key)
+            return PageUser(visit.open(address))
+
+        yield start

@@ -1,0 +1,167 @@
+"""What the page shows when something goes wrong: the model, the gateway, the budget, the login, the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from chromium import Screen
+from gateways import KEY, Gateway
+from page_user import PageUser
+from playwright.sync_api import expect
+from server_clients import until
+
+from benchmarks.fake_cog import FakeCog, Script
+from llama.gateway.storage.store import Store
+
+Users = Callable[..., PageUser]
+
+
+def test_a_failed_answer_shows_the_code_of_its_error_and_can_be_tried_again(
+    users: Users, gateway: Gateway, cog: FakeCog, screen: Screen
+) -> None:
+    cog.rules.script = Script(["One"], error="E1004 PromptTooLong: the prompt has 5000 tokens")
+    user = users(gateway, screen)
+    user.ask("Count")
+    expect(user.answers).to_contain_text("E1004 PromptTooLong")
+    expect(user.answers).to_contain_text("One")
+    expect(user.announcer).to_contain_text("The answer failed.")
+    cog.rules.script = Script(["One", " two"])
+    user.press("Retry")
+    expect(user.answer).to_have_text("One two")
+    expect(user.answers).not_to_contain_text("E1004")
+    assert cog.predictions[1] == cog.predictions[0]
+    assert user.overflow() == 0
+
+
+def test_a_used_up_budget_is_explained_and_the_text_stays(users: Users, gateway: Gateway) -> None:
+    key = gateway.add_key("limited", monthly_tokens=5)
+    user = users(gateway, key=key)
+    user.visit.allow_status(402)
+    user.ask("One two three")
+    user.send("Once more")
+    expect(user.alert).to_contain_text("budget of this key is used up")
+    expect(user.message).to_have_value("Once more")
+    expect(user.messages).to_have_count(1)
+    user.follow("Usage")
+    expect(user.page.get_by_label("7 of 5 tokens")).to_be_visible()
+    expect(user.page.get_by_text("The budget is used up.")).to_be_visible()
+
+
+def test_a_request_above_the_rate_limit_says_when_to_try_again(users: Users, gateway: Gateway) -> None:
+    user = users(gateway, key=gateway.add_key("slow", requests_per_minute=1))
+    user.visit.allow_status(429)
+    user.ask("Hello")
+    user.send("Once more")
+    expect(user.alert).to_contain_text("Try again in")
+    expect(user.message).to_have_value("Once more")
+
+
+def test_a_revoked_key_asks_for_another_one_and_keeps_the_text(
+    users: Users, gateway: Gateway, screen: Screen
+) -> None:
+    user = users(gateway, screen, key=gateway.add_key("ann"))
+    user.visit.allow_status(401)
+    user.ask("Hello")
+    revoke(gateway, "ann")
+    new_key = gateway.add_key("ann")
+    user.send("A long text")
+    dialog = user.page.get_by_role("dialog")
+    expect(dialog.get_by_label("Key")).to_be_focused()
+    dialog.get_by_label("Key").fill(new_key)
+    user.press("Log in")
+    expect(dialog).to_have_count(0)
+    expect(user.messages).to_have_count(2)
+    expect(user.messages.last).to_contain_text("A long text")
+
+
+def test_a_person_without_another_key_can_go_on_reading(users: Users, gateway: Gateway) -> None:
+    user = users(gateway, key=gateway.add_key("ann"))
+    user.visit.allow_status(401)
+    user.ask("Hello")
+    revoke(gateway, "ann")
+    user.send("A long text")
+    user.press("Not now")
+    expect(user.message).to_have_value("A long text")
+    expect(user.message).to_be_editable()
+    expect(user.answers).to_have_count(1)
+
+
+def revoke(gateway: Gateway, name: str) -> None:
+    """Revoke a key as the command line does, and wait until the gateway knows it."""
+    store = Store(gateway.settings.database)
+    try:
+        store.keys.revoke(name)
+    finally:
+        store.close()
+    until(lambda: name not in {stored.key.name for stored in gateway.inside.keys.in_use()})
+
+
+def test_the_chats_of_another_key_are_not_shown(users: Users, gateway: Gateway) -> None:
+    user = users(gateway)
+    user.ask("A private message")
+    user.press("Log out")
+    user.page.get_by_label("Key").fill(gateway.add_key("ann"))
+    user.press("Log in")
+    expect(user.message).to_be_visible()
+    assert user.chat_titles() == []
+    expect(user.page.get_by_role("main")).not_to_contain_text("A private message")
+    user.press("Log out")
+    user.page.get_by_label("Key").fill(KEY)
+    user.press("Log in")
+    expect(user.message).to_be_visible()
+    assert user.chat_titles() == ["A private message"]
+
+
+def test_a_restart_of_the_gateway_interrupts_the_answer_and_not_the_page(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    cog.rules.script = Script(["One", " two", " three"], hold_after=2)
+    user = users(gateway)
+    user.visit.allow_lost_connections()
+    user.send("Count")
+    expect(user.answer).to_have_text("One two")
+    gateway.restart()
+    expect(user.button("Retry")).to_be_visible()
+    expect(user.answer).to_have_text("One two")
+    expect(user.answers).to_contain_text("The answer failed")
+    cog.rules.script = Script(["One", " two", " three"])
+    user.press("Retry")
+    expect(user.answer).to_have_text("One two three")
+
+
+def test_a_gateway_that_cannot_be_reached_is_explained(users: Users, gateway: Gateway, cog: FakeCog) -> None:
+    user = users(gateway)
+    user.visit.allow_lost_connections()
+    user.ask("Hello")
+    user.visit.context.set_offline(True)
+    user.send("Once more")
+    expect(user.alert).to_contain_text("could not be reached")
+    expect(user.message).to_have_value("Once more")
+    user.visit.context.set_offline(False)
+    user.press("Send")
+    expect(user.answers).to_have_count(2)
+    assert len(cog.predictions) == 2
+
+
+def test_messages_wait_for_a_model_that_is_starting(users: Users, cog: FakeCog, tmp_path: Path) -> None:
+    cog.rules.health = "STARTING"
+    with Gateway([cog.url], tmp_path / "gateway.sqlite3") as gateway:
+        user = users(gateway)
+        user.visit.allow_lost_connections()  # the gateway ends before the page is closed
+        expect(user.page.get_by_text("The model is starting")).to_be_visible()
+        user.send("Hello")
+        expect(user.answers).to_contain_text("Waiting for the first token")
+        cog.rules.health = None
+        expect(user.answer).to_contain_text("Paris")
+        expect(user.page.get_by_text("The model is starting")).to_have_count(0)
+        user.open_panel("Settings")
+        expect(user.field("temperature")).to_be_visible()
+
+
+def test_a_chat_that_the_browser_cannot_store_stays_on_the_page(users: Users, gateway: Gateway) -> None:
+    user = users(gateway)
+    user.page.evaluate("() => localStorage.setItem('other', 'x'.repeat(5 * 1024 * 1024 - 200))")
+    user.ask("Hello " + "x" * 500)
+    expect(user.alert).to_contain_text("no room to store this chat")
+    expect(user.answer).to_contain_text("Paris")
