@@ -91,8 +91,8 @@ export class ChatView {
   /** @param {string} id of a dialogue, or "" for a new one */
   open(id) {
     this.#chatsPanel.close();
-    if (this.#current.view && this.address === (id ? `#/chat/${id}` : "#/chat"))
-      return this.#composer.focus();
+    const isShown = this.#current.view !== null && this.address === (id ? `#/chat/${id}` : "#/chat");
+    if (isShown) return this.#composer.focus();
     const stored = id ? this.#archive.get(id) : null;
     if (id && !stored && !this.#conversations.has(id)) notify("chat", "This browser has no such chat.");
     const dialogue = stored ?? newDialogue();
@@ -212,7 +212,9 @@ export class ChatView {
   /** @param {string | null} itemName of the storage, which another tab has changed */
   #changedElsewhere(itemName) {
     const id = this.#archive.changedElsewhere(itemName);
-    if (id !== this.#current.dialogue.id || this.#current.isBusy) return;
+    if (id === null || this.#conversations.get(id)?.isBusy) return;
+    this.#conversations.delete(id); // what is in the storage now is newer
+    if (id !== this.#current.dialogue.id) return;
     const stored = this.#archive.get(id);
     if (stored) this.#show(this.#conversation(stored));
   }

@@ -72,17 +72,18 @@ export class Conversation {
     this.#run?.stop();
   }
 
-  /** Go on with the last answer if the page was closed or reloaded before its end. */
+  /** Go on with the last answer if the page was closed or lost the gateway before its end. */
   async resume() {
     const answer = this.dialogue.turns.at(-1);
     if (this.#run || answer?.role !== "assistant") return;
-    if (answer.status !== "starting" && answer.status !== "processing") return;
+    if (answer.isGone || !["starting", "processing", "interrupted"].includes(answer.status)) return;
+    answer.status = "processing";
     const run = this.#begin(answer);
     try {
       await this.#follow(run, await this.#around.api.prediction(answer.predictionId), answer);
     } catch (error) {
-      const removed = error instanceof ApiError && error.status === 404;
-      this.#interrupt(answer, removed ? "The gateway no longer has this prediction." : describe(error));
+      answer.isGone = error instanceof ApiError && error.status === 404;
+      this.#interrupt(answer, answer.isGone ? "The gateway no longer has this prediction." : describe(error));
     }
   }
 

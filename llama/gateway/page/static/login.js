@@ -26,7 +26,11 @@ export function loginForm(api, onDone, prefix) {
     key,
     error,
     element("p", { class: "hint", id: `${prefix}-hint` }, HINT),
-    element("button", { type: "submit", class: "primary" }, "Log in"),
+    element(
+      "div",
+      { class: "login-buttons" },
+      element("button", { type: "submit", class: "primary" }, "Log in"),
+    ),
   );
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -68,7 +72,7 @@ export function askForKey(api) {
     );
     let done = false;
     const form = loginForm(api, () => ((done = true), dialog.close()), "relogin");
-    form.append(cancel);
+    form.lastElementChild?.append(cancel);
     dialog.append(heading, text, form);
     dialog.addEventListener("close", () => {
       dialog.remove();

@@ -11,6 +11,8 @@ import { byId, element } from "./dom.js";
  * @param {{kind?: "error" | "info", action?: Action}} [options]
  */
 export function notify(topic, text, { kind = "error", action } = {}) {
+  const shown = find(topic).find((notice) => notice.firstElementChild?.textContent === text);
+  if (shown) return; // screen readers would say it again
   dismiss(topic);
   const close = () => notice.remove();
   const notice = element(
@@ -25,7 +27,11 @@ export function notify(topic, text, { kind = "error", action } = {}) {
 
 /** @param {string} topic */
 export function dismiss(topic) {
-  for (const notice of byId("notices", HTMLElement).querySelectorAll("[data-topic]")) {
-    if (notice instanceof HTMLElement && notice.dataset.topic === topic) notice.remove();
-  }
+  for (const notice of find(topic)) notice.remove();
+}
+
+/** @param {string} topic */
+function find(topic) {
+  const notices = [...byId("notices", HTMLElement).children];
+  return notices.filter((notice) => notice instanceof HTMLElement && notice.dataset.topic === topic);
 }

@@ -53,6 +53,7 @@
  * @property {Status | "interrupted"} status "interrupted": the page lost the prediction before its end.
  * @property {string} predictionId
  * @property {string | null} [error]
+ * @property {boolean} [isGone] Whether the gateway no longer has the prediction.
  * @property {Metrics} [metrics]
  *
  * @typedef {UserTurn | AnswerTurn} Turn

@@ -94,11 +94,14 @@ function meters({ tokens, dollars, tokens_used: tokensUsed, dollars_used: dollar
  */
 function meter(id, used, limit, text) {
   const left = used >= limit ? "The budget is used up." : `${Math.floor((100 * used) / limit)} percent used`;
-  const bar = element(
-    "meter",
-    { id, min: 0, max: limit || 1, high: 0.9 * limit, optimum: 0, value: Math.min(used, limit) },
-    left,
-  );
+  const bar = element("meter", {
+    id,
+    min: 0,
+    max: limit || 1,
+    high: 0.9 * limit,
+    optimum: 0,
+    value: Math.min(used, limit),
+  });
   return element(
     "p",
     { class: "budget" },
