@@ -146,7 +146,7 @@ def in_metrics(gateway: Gateway) -> dict[str, tuple[int, int, int, Decimal]]:
         for sample in family.samples:
             if "key" in sample.labels:
                 values[sample.name, sample.labels["key"]] += sample.value  # type: ignore[assignment]
-    keys = {key for _, key in values}
+    keys = {key for (_, key), value in values.items() if value}
 
     def value(name: str, key: str) -> int:
         return int(values[f"llama_gateway_usage_{name}_total", key])

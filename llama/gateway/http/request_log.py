@@ -7,6 +7,7 @@ left out, because they come every few seconds.
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -79,10 +80,11 @@ class _Response:
         self.complete = False
         """Whether it was sent to its end. A client may leave before."""
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        """Not a coroutine function, which would take longer: this is called for every piece of an answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         else:
             self.size += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
-        await self._send(message)
+        return self._send(message)

@@ -15,10 +15,12 @@ from prometheus_client.exposition import choose_encoder
 
 from llama.gateway.access.auth import unauthenticated
 from llama.gateway.gateway import Gateway
-from llama.gateway.metrics.usage import COLUMNS, Scrape
+from llama.gateway.metrics.usage import COLUMNS, Scrape, nothing_used
 from llama.gateway.problems import Problem
 from llama.gateway.routes.dependencies import CurrentGateway
 from llama.gateway.storage.keys import hash_of, same
+from llama.gateway.storage.store import Store
+from llama.gateway.storage.usage_table import Usage
 from llama.gateway.usage_report import Line, report
 
 logger = logging.getLogger(__name__)
@@ -58,10 +60,15 @@ def _check_key(gateway: Gateway, authorization: str) -> None:
 
 async def _usage(gateway: Gateway) -> list[Line] | None:
     """The usage of all keys; None if the database cannot be read."""
+
+    def rows(store: Store) -> list[Usage]:
+        in_use = [stored.key.name for stored in store.keys.all() if stored.revoked_at is None]
+        return [*store.usage.rows(), *(nothing_used(name, gateway.settings.model) for name in in_use)]
+
     try:
         async with asyncio.timeout(_DATABASE_TIMEOUT):
-            rows = await gateway.storage.run(lambda store: store.usage.rows())
+            found = await gateway.storage.run(rows)
     except (sqlite3.Error, TimeoutError) as error:
         logger.error("the metrics lack the usage, because the database cannot be read: %r", error)
         return None
-    return report(rows, gateway.settings.prices, COLUMNS)
+    return report(found, gateway.settings.prices, COLUMNS)

@@ -1,0 +1,183 @@
+"""The files in deploy/monitoring: they fit each other, and the metrics of a gateway that has served requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import promql_parser as promql
+import pytest
+import yaml
+from scrapes import Scrape, busy_gateway, scrape
+
+from llama import ROOT
+from llama.gateway.metrics.recorder import KNOWN_CODES
+
+MONITORING = ROOT / "deploy" / "monitoring"
+GRAFANA = MONITORING / "grafana" / "provisioning"
+VARIABLES = {"$__rate_interval": "1m", "$__range": "6h", "$instance": ".*"}
+ADDED_BY_PROMETHEUS = {"instance", "job"}
+
+Body = dict[str, Any]
+
+
+def dashboard() -> Body:
+    body: Body = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+    return body
+
+
+def panels() -> list[Body]:
+    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+
+
+def alerts() -> list[Body]:
+    groups = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    """The names and the PromQL of all panels and alerts."""
+    for panel in panels():
+        for target in panel["targets"]:
+            query = target["expr"]
+            for variable, value in VARIABLES.items():
+                query = query.replace(variable, value)
+            yield panel["title"], query
+    for alert in alerts():
+        yield alert["alert"], alert["expr"]
+
+
+def inside(expression: Any, kind: type) -> list[Any]:
+    """All parts of an expression that are of this kind."""
+    found = []
+
+    def visit(part: Any) -> bool:
+        if isinstance(part, kind):
+            found.append(part)
+        return True
+
+    promql.walk(expression, visit)
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Scrape:
+    """What a gateway shows that has served and refused requests."""
+    with busy_gateway(tmp_path_factory.mktemp("gateway") / "gateway.sqlite3") as gateway:
+        return scrape(gateway)
+
+
+def labels_of(served: Scrape, metric: str) -> set[str]:
+    return {name for found, labels in served.samples if found == metric for name, _ in labels}
+
+
+@pytest.mark.parametrize("query", [pytest.param(query, id=title) for title, query in queries()])
+def test_a_query_reads_metrics_and_labels_that_exist(query: str, served: Scrape) -> None:
+    expression = promql.parse(query)
+    selectors = inside(expression, promql.VectorSelector)
+    assert selectors
+    known = set(ADDED_BY_PROMETHEUS)
+    for selector in selectors:
+        if selector.name == "up":  # Prometheus's own
+            continue
+        assert selector.name in served.names
+        labels = labels_of(served, selector.name) | ADDED_BY_PROMETHEUS
+        known |= labels
+        assert {matcher.name for matcher in selector.matchers.matchers} <= labels
+    for aggregation in inside(expression, promql.AggregateExpr):
+        if aggregation.modifier is not None:
+            assert set(aggregation.modifier.labels) <= known
+
+
+def test_the_panels_show_every_metric_of_the_gateway(served: Scrape) -> None:
+    shown = {
+        selector.name.removesuffix("_bucket")
+        for _, query in queries()
+        for selector in inside(promql.parse(query), promql.VectorSelector)
+    }
+    names = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in served.families
+        if family.name.startswith("llama_gateway")
+    }
+    assert names <= shown
+
+
+@pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
+def test_a_panel_says_what_it_shows_and_asks_the_chosen_data_source(panel: Body) -> None:
+    assert panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"].get("unit") or panel["type"] == "table"
+    sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
+    assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    body = dashboard()
+    assert body["id"] is None
+    assert body["uid"] is None
+    assert body["schemaVersion"] >= 39
+    variables = {variable["name"]: variable for variable in body["templating"]["list"]}
+    assert (variables["datasource"]["type"], variables["datasource"]["query"]) == ("datasource", "prometheus")
+    assert variables["instance"]["datasource"]["uid"] == "${datasource}"
+    assert variables["instance"]["definition"] == "label_values(llama_gateway_info, instance)"
+    ids = [panel["id"] for panel in body["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_panels_do_not_overlap() -> None:
+    areas = [(panel["title"], panel["gridPos"]) for panel in dashboard()["panels"]]
+    for title, area in areas:
+        assert 0 <= area["x"] < area["x"] + area["w"] <= 24, title
+    for (one, a), (other, b) in combinations(areas, 2):
+        apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        apart = apart or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+        assert apart, f"{one} overlaps {other}"
+
+
+def test_an_alert_has_a_severity_and_says_what_to_do() -> None:
+    names = [alert["alert"] for alert in alerts()]
+    assert len(set(names)) == len(names)
+    for alert in alerts():
+        assert alert["labels"]["severity"] in ("critical", "warning")
+        assert {"summary", "description"} <= alert["annotations"].keys()
+    titles = {panel["title"] for panel in panels()}
+    assert "Failed predictions by code" in titles  # an alert names it
+
+
+def test_the_alert_about_failures_counts_every_code_that_is_not_the_clients_fault() -> None:
+    (query,) = (query for name, query in queries() if name == "PredictionsFail")
+    (selector,) = (
+        s
+        for s in inside(promql.parse(query), promql.VectorSelector)
+        if s.name == "llama_gateway_failures_total"
+    )
+    (matcher,) = selector.matchers.matchers
+    assert matcher.value == "E1.*|E4004"
+    assert {code for code in KNOWN_CODES if not code.startswith("E1")} >= {"E2001", "E4001", "E4004"}
+
+
+def test_prometheus_reads_the_gateway_with_the_metrics_key() -> None:
+    body = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    (job,) = body["scrape_configs"]
+    assert job["authorization"] == {"type": "Bearer", "credentials_file": "/run/secrets/metrics_key"}
+    assert job["static_configs"] == [{"targets": ["gateway:8000"]}]
+    assert job.get("metrics_path", "/metrics") == "/metrics"
+    assert body["rule_files"] == ["/etc/prometheus/alerts.yml"]
+    for alert in alerts():
+        if "job=" in alert["expr"]:
+            assert f'job="{job["job_name"]}"' in alert["expr"]
+
+
+def test_grafana_finds_prometheus_and_the_dashboard() -> None:
+    (source,) = yaml.safe_load((GRAFANA / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    (provider,) = yaml.safe_load((GRAFANA / "dashboards" / "llama.yml").read_text())["providers"]
+    grafana = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["grafana"]
+    mounts = dict(volume.split(":")[:2] for volume in grafana["volumes"])
+    for folder in ("datasources", "dashboards"):
+        mounted = mounts[f"./monitoring/grafana/provisioning/{folder}"]
+        assert mounted == f"/etc/grafana/provisioning/{folder}"
+    assert mounts["./monitoring/grafana-dashboard.json"].startswith(f"{provider['options']['path']}/")
