@@ -31,7 +31,6 @@ export class ChatView {
   #turns;
   #scroll;
   #chatsPanel;
-  #settingsPanel;
   /** @type {Field[]} */
   #fields = [];
   /** @type {Map<string, Conversation>} those that are shown or wait for an answer */
@@ -70,7 +69,7 @@ export class ChatView {
     const latest = byId("to-latest", HTMLButtonElement);
     this.#scroll = new Autoscroll(byId("conversation", HTMLElement), byId("turns", HTMLElement), latest);
     this.#chatsPanel = connectPanel("chats", { wide: "(min-width: 56rem)", isOpen: true });
-    this.#settingsPanel = connectPanel("settings", { wide: "(min-width: 75rem)", isOpen: false });
+    connectPanel("settings", { wide: "(min-width: 75rem)", isOpen: false });
     this.#current = this.#conversation(newDialogue());
     document.addEventListener("keydown", (event) => this.#keydown(event));
     addEventListener("storage", (event) => this.#changedElsewhere(event.key));

@@ -115,7 +115,7 @@ export class Conversation {
     const run = this.#begin(answer);
     let prediction;
     try {
-      const { api, model, defaultSystemPrompt } = this.#around;
+      const { model, defaultSystemPrompt } = this.#around;
       prediction = await run.create(model, inputsFor(this.dialogue, turns, defaultSystemPrompt()));
     } catch (error) {
       this.#end();

@@ -22,7 +22,8 @@ export function newDialogue() {
 export function titleFrom(text) {
   const line = text.trim().replace(/\s+/g, " ");
   if (line.length <= TITLE_LENGTH) return line;
-  return `${line.slice(0, TITLE_LENGTH).replace(/\s\S*$/, "")} …`;
+  // Without the last word or the half of an emoji that the cut has left.
+  return `${line.slice(0, TITLE_LENGTH).replace(/\s\S*$|[\ud800-\udbff]$/, "")} …`;
 }
 
 /**

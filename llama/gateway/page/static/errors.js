@@ -38,7 +38,7 @@ export function describe(error) {
     case 401:
       return "You are not logged in. Log in and try again.";
     case 402:
-      return `The budget of this key is used up. ${detail}`.trim();
+      return detail || "The budget of this key is used up.";
     case 413:
       return `The request is too large. ${detail}`.trim();
     case 422:

@@ -14,7 +14,6 @@ const LINES = { prompt: 5, system_prompt: 3, messages: 4, prompt_template: 2 };
 
 export class FieldForm {
   element = element("div", { class: "fields" });
-  #fields;
   /** @type {Row[]} */
   #rows = [];
 
@@ -23,7 +22,6 @@ export class FieldForm {
    * @param {string} prefix of the controls' ids
    */
   constructor(fields, prefix) {
-    this.#fields = fields;
     const current = fields.filter((field) => !field.deprecated);
     const deprecated = fields.filter((field) => field.deprecated);
     this.element.append(...current.map((field) => this.#build(field, prefix)));
