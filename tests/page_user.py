@@ -6,14 +6,15 @@ Finds everything by the names that a screen reader says. Knows the page's conten
 from __future__ import annotations
 
 from chromium import Visit
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Locator, Page, expect
 
 
 class PageUser:
     """A person in front of a browser in which the page is open."""
 
-    def __init__(self, visit: Visit) -> None:
-        self.visit, self.page = visit, visit.page
+    def __init__(self, visit: Visit, page: Page | None = None) -> None:
+        """`page`: another tab than the first one."""
+        self.visit, self.page = visit, page or visit.page
         self.message = self.page.get_by_role("textbox", name="Message", exact=True)
         self.answers = self.page.locator("article.answer")
         self.messages = self.page.locator("article.user")
