@@ -19,7 +19,8 @@ from llama.gateway.storage.usage_table import Tokens
 REQUESTS = logging.getLogger("llama.gateway.requests")
 """The log of HTTP requests, which is written only as JSON: in a terminal, it would hide everything else."""
 
-logger = logging.getLogger(__name__)
+PREDICTIONS = logging.getLogger("llama.gateway.predictions")
+"""The log of predictions that have ended."""
 
 _TEXT_ONLY = "color_message"
 """uvicorn's second copy of a message, for terminals."""
@@ -57,7 +58,7 @@ def configure(log_format: Literal["text", "json"]) -> None:
 
 def log_end(prediction: Prediction, outcome: Outcome, key: str | None) -> None:
     """Write the line of a prediction that has ended. `key` is the name of its key."""
-    if not logger.isEnabledFor(logging.INFO):
+    if not PREDICTIONS.isEnabledFor(logging.INFO):
         return
     tokens, seconds, code = Tokens.of(prediction), outcome.seconds(prediction), outcome.error_code
     fields: dict[str, Any] = {
@@ -77,7 +78,7 @@ def log_end(prediction: Prediction, outcome: Outcome, key: str | None) -> None:
         "time_to_first_token": _rounded(prediction.time_to_first_piece),
         "server": prediction.server,
     }
-    logger.info(
+    PREDICTIONS.info(
         "prediction %s of %s %s%s: %d + %d tokens in %.2f s",
         prediction.id,
         key,

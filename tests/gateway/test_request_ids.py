@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import pytest
 from gateways import MODEL, Gateway
-from server_clients import events, until
+from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
 from llama.gateway.prediction import Prediction, PredictionRequest
 from llama.gateway.storage.rows import insert_values, prediction_of
-from llama.serving.server import CogServer
 
 StartGateway = Callable[..., Gateway]
 
@@ -108,10 +107,3 @@ def test_a_busy_server_gets_the_same_id_again(gateways: StartGateway) -> None:
         gateway = gateways(cog.url)
         created = gateway.create(prefer="wait")
         assert {prediction for prediction, _ in sent_ids(cog)} == {created["id"]}
-
-
-def test_cogs_server_uses_the_id_of_the_gateway(real_cog: CogServer) -> None:
-    wanted = f"{Prediction(PredictionRequest(1, {}, MODEL)).id}-2"
-    stream = events(real_cog, {"prompt": "Hi", "max_new_tokens": 2}, id=wanted)
-    found = {name: data.get("id") for name, data in stream if name in ("start", "completed")}
-    assert found == {"start": wanted, "completed": wanted}

@@ -16,6 +16,7 @@ from server_clients import (
     exactly,
     in_parallel,
     text,
+    until,
 )
 
 from llama.serving.schema import openapi_schema
@@ -79,6 +80,16 @@ def test_a_stream_has_a_start_numbered_pieces_metrics_and_an_end(server: CogServ
     assert last["status"] == "succeeded"
     assert last["output"] == [data["chunk"] for data in outputs]
     assert recorded.items() <= last["metrics"].items()
+
+
+def test_the_servers_log_names_a_prediction_by_the_id_of_its_request(
+    server: CogServer, server_log: Path
+) -> None:
+    """The gateway sends such an id, so that its log and the server's have the same one."""
+    stream = dict(events(server, exactly(2, prompt="Hi"), id="5a3f-2"))
+
+    assert stream["start"]["id"] == stream["completed"]["id"] == "5a3f-2"
+    until(lambda: server_log.read_text().count('"prediction_id":"5a3f-2"') == 2)
 
 
 def test_a_stream_and_a_plain_prediction_give_the_same_answer(server: CogServer) -> None:
