@@ -7,19 +7,23 @@
 
 import { codeBlock } from "./code_block.js";
 import { element } from "./dom.js";
-import { PlainText } from "./plain_text.js";
+import { addText, PlainText } from "./plain_text.js";
 
 /** @typedef {(text: string) => Promise<string>} Render */
 
 const MAX_LENGTH = 100_000; // a longer text stays plain
 const PAUSE = 300; // ms between two renderings
+const MAX_TAIL = 2000; // characters
 const MAX_FAILURES = 4; // in a row
-const SHARE = 5; // the pause is at least this many times as long as the last rendering took
+const SHARE = 5; // the pause is at least this many times as long as the browser took to show the last one
+
+const BLOCKS = "p, li, blockquote, h1, h2, h3, h4, h5, h6, td, th, pre > code";
 
 export class MarkdownView {
   element = element("div", { class: "answer-text" });
   #rendered = element("div", { class: "markdown" });
   #plain = new PlainText();
+  #tail = element("span", { class: "plain" });
   #render;
   #text = "";
   #renderedLength = 0;
@@ -40,7 +44,9 @@ export class MarkdownView {
   /** @param {string} piece */
   append(piece) {
     this.#text += piece;
-    this.#plain.append(piece);
+    if (!this.#tail.parentNode) this.#plain.append(piece);
+    else if (this.#text.length - this.#renderedLength <= MAX_TAIL) addText(this.#tail, piece);
+    else this.#showRest();
     this.#renderSoon();
   }
 
@@ -59,6 +65,7 @@ export class MarkdownView {
     this.#timer = 0;
     await this.#rendering;
     if (this.#renderedLength < this.#text.length) await this.#renderNow();
+    if (this.#tail.textContent === "") this.#tail.remove();
   }
 
   #renderSoon() {
@@ -78,13 +85,13 @@ export class MarkdownView {
   async #replaceRendered() {
     const text = this.#text;
     if (text.length > MAX_LENGTH) return this.#showPlain();
-    const started = performance.now();
     try {
       const html = await this.#render(text);
+      const started = performance.now();
       if (!this.#text.startsWith(text)) return; // it was replaced in the meantime
       this.#show(html);
       this.#renderedLength = text.length;
-      this.#plain.set(this.#text.slice(text.length));
+      this.#showRest();
       void this.element.offsetHeight; // the layout takes most of the time, so it is measured, too
       this.#pause = Math.max(PAUSE, SHARE * (performance.now() - started));
       this.#failures = 0;
@@ -98,7 +105,18 @@ export class MarkdownView {
     if (this.#renderedLength === 0 && this.#text.length > MAX_LENGTH && this.#isPlain) return;
     this.#show("");
     this.#renderedLength = 0;
-    this.#plain.set(this.#text);
+    this.#showRest();
+  }
+
+  /** Show the text after what is rendered: a short one goes on in the last line, a long one in a block below. */
+  #showRest() {
+    const rest = this.#text.slice(this.#renderedLength);
+    const host = rest.length <= MAX_TAIL ? lastBlock(this.#rendered) : null;
+    this.#tail.textContent = host ? rest : "";
+    if (host?.matches("code") && this.#text[this.#renderedLength - 1] !== "\n") dropNewline(host);
+    if (host) host.append(this.#tail);
+    else this.#tail.remove();
+    this.#plain.set(host ? "" : rest);
   }
 
   get #isPlain() {
@@ -110,6 +128,7 @@ export class MarkdownView {
    * @param {string} html
    */
   #show(html) {
+    this.#tail.remove(); // then the last block is as it was rendered
     const elements = [...fragmentOf(html).children];
     const blocks = elements.map((block) => block.outerHTML);
     let same = 0;
@@ -121,6 +140,22 @@ export class MarkdownView {
     this.#rendered.append(...added.children);
     this.#blocks = blocks;
   }
+}
+
+/**
+ * @param {HTMLElement} root
+ * @returns {Element | null} the block in which the last text stands
+ */
+function lastBlock(root) {
+  let block = root.lastElementChild;
+  for (let inner = block; inner; inner = inner.lastElementChild) if (inner.matches(BLOCKS)) block = inner;
+  return block?.matches(BLOCKS) ? block : null;
+}
+
+/** @param {Element} code that was rendered with a newline at its end, although its last line goes on */
+function dropNewline(code) {
+  const end = code.lastChild;
+  if (end instanceof Text && end.data.endsWith("\n")) end.deleteData(end.length - 1, 1);
 }
 
 /**

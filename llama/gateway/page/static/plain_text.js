@@ -25,18 +25,11 @@ export class PlainText {
       // A block ends with a line, because the next block begins on a new one.
       const newline = text.indexOf("\n", start + room);
       const end = newline === -1 ? text.length : newline;
-      this.#add(text.slice(start, end));
+      if (this.#last) addText(this.#last, text.slice(start, end));
       this.#lastLength += end - start;
       start = newline === -1 ? end : newline + 1;
       if (newline !== -1) this.#last = null;
     }
-  }
-
-  /** @param {string} text */
-  #add(text) {
-    const node = this.#last?.lastChild;
-    if (node instanceof Text) node.appendData(text);
-    else this.#last?.append(text);
   }
 
   #open() {
@@ -44,4 +37,14 @@ export class PlainText {
     this.#lastLength = 0;
     this.element.append(this.#last);
   }
+}
+
+/**
+ * Append text to an element, to the text that is already at its end if there is one.
+ * @param {HTMLElement} target
+ * @param {string} text
+ */
+export function addText(target, text) {
+  if (target.lastChild instanceof Text) target.lastChild.appendData(text);
+  else target.append(text);
 }
