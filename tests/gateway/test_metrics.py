@@ -11,17 +11,12 @@ from pathlib import Path
 import httpx2
 import pytest
 from gateways import Gateway
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
-from prometheus_client import Histogram as ReferenceHistogram
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from scrapes import METRICS_KEY, Scrape, busy_gateway, chat, scrape, script_of
 from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
 from llama import ROOT
-from llama.gateway.metrics.histogram import Histogram
 from llama.gateway.metrics.recorder import Metrics
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
 
@@ -314,19 +309,3 @@ def test_a_metric_that_cannot_be_recorded_breaks_nothing(caplog: pytest.LogCaptu
         Metrics().ended(prediction, Outcome(Status.SUCCEEDED))
     assert "a metric was not recorded: ValueError" in caplog.text
     assert "secret" not in caplog.text
-
-
-@given(st.lists(st.floats(0, 3) | st.sampled_from([0.001, 0.25, 1.0])))
-def test_the_histogram_counts_as_the_one_of_prometheus_client_does(values: list[float]) -> None:
-    bounds = (0.001, 0.25, 1.0)
-    ours, reference = (
-        Histogram("h", "Help.", bounds),
-        ReferenceHistogram("h", "Help.", buckets=bounds, registry=CollectorRegistry()),
-    )
-    for value in values:
-        ours.observe(value)
-        reference.observe(value)
-    (mine,), (expected,) = ours.collect(), reference.collect()
-    assert [s for s in mine.samples if s.name != "h_created"] == [
-        s for s in expected.samples if s.name != "h_created"
-    ]

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 
 from llama.errors import EngineError, GatewayError, LlamaError, UserError
-from llama.gateway.metrics.histogram import Histogram
 from llama.gateway.prediction import Outcome, Prediction, Status
 from llama.gateway.storage.usage_table import Tokens
 
@@ -57,7 +56,7 @@ class Metrics:
     """The counters and histograms of one gateway, in a registry of its own: a process can have several."""
 
     def __init__(self) -> None:
-        # Otherwise, every counter has a second series with the time of its start.
+        # Otherwise, counters and histograms have one more series with the time of their start.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -131,9 +130,7 @@ class Metrics:
         return Counter(PREFIX + name, description, labels, registry=self.registry)
 
     def _histogram(self, name: str, description: str, bounds: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(PREFIX + name, description, bounds)
-        self.registry.register(histogram)
-        return histogram
+        return Histogram(PREFIX + name, description, buckets=bounds, registry=self.registry)
 
     # Predictions
 
