@@ -15,8 +15,8 @@ const COLUMNS = [
   ["Requests", (counts) => count(counts.predictions)],
   ["Input tokens", (counts) => count(counts.input_tokens)],
   ["Output tokens", (counts) => count(counts.output_tokens)],
-  ["Seconds", (counts) => counts.seconds.toLocaleString("en-US", { maximumFractionDigits: 1 })],
   ["Price", (counts) => money(counts.price)],
+  ["Seconds", (counts) => counts.seconds.toLocaleString("en-US", { maximumFractionDigits: 1 })],
 ];
 
 export class UsageView {
