@@ -12,7 +12,8 @@ import typer
 from llama.cli.gateway_database import open_store
 from llama.cli.terminal import command, print_table
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.usage_report import Column, Line, report, total
+from llama.gateway.storage.usage_table import Column
+from llama.gateway.usage_report import Line, report, total
 
 _COLUMNS = ("predictions", "input tokens", "output tokens", "seconds", "dollars")
 
@@ -35,14 +36,13 @@ def usage(
 ) -> None:
     """Print predictions, tokens, seconds and prices by key, day or model. A gateway may be running.
 
-    The seconds are those that servers worked. LLAMA_GATEWAY_INPUT_PRICE and LLAMA_GATEWAY_OUTPUT_PRICE are the
-    prices, also of earlier tokens.
+    The seconds are those that servers worked. LLAMA_GATEWAY_INPUT_PRICE and LLAMA_GATEWAY_OUTPUT_PRICE are
+    the prices, also of earlier tokens.
     """
     prices = GatewaySettings.from_environment().prices
     columns = list(dict.fromkeys(by or [Column.KEY]))
     with open_store() as store:
-        found = store.usage.rows(since=since and since.date())
-    lines = report(found, prices, columns)
+        lines = report(store.usage.sums(columns, since=since and since.date()), prices)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow([*columns, *(column.replace(" ", "_") for column in _COLUMNS)])
@@ -53,7 +53,7 @@ def usage(
         return
     rows = [[*line.of, *_readable(line)] for line in lines]
     if len(lines) > 1:
-        rows.append(["total", *[""] * (len(columns) - 1), *_readable(total(found, prices))])
+        rows.append(["total", *[""] * (len(columns) - 1), *_readable(total(lines))])
     header = [column.upper() for column in (*columns, *_COLUMNS)]
     print_table([header, *rows], numbers_from=len(columns))
 

@@ -16,6 +16,7 @@ from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Sta
 from llama.gateway.storage.migrations import MIGRATIONS
 from llama.gateway.storage.storage import Storage
 from llama.gateway.storage.store import Store
+from llama.gateway.storage.usage_table import Column
 
 
 @pytest.fixture
@@ -79,15 +80,15 @@ def test_a_prediction_that_ends_twice_is_counted_once_and_keeps_its_first_end(st
     found = store.prediction(prediction.id)
     assert found is not None
     assert found.status is Status.SUCCEEDED
-    (usage,) = store.usage.rows()
+    (usage,) = store.usage.sums([Column.KEY])
     assert (usage.predictions, usage.input_tokens, usage.output_tokens) == (1, 5, 7)
 
 
 def test_usage_is_counted_by_key_also_for_cancelled_and_failed_predictions(store: Store) -> None:
     for key_id, status in ((1, Status.SUCCEEDED), (1, Status.CANCELED), (2, Status.FAILED)):
         ended(store, key_id, status)
-    counts = {usage.key: (usage.predictions, usage.output_tokens) for usage in store.usage.rows()}
-    assert counts == {"one": (2, 14), "two": (1, 7)}
+    counts = {usage.of: (usage.predictions, usage.output_tokens) for usage in store.usage.sums([Column.KEY])}
+    assert counts == {("one",): (2, 14), ("two",): (1, 7)}
 
 
 def test_the_saved_counts_of_a_running_prediction_survive_a_killed_process(store: Store, path: Path) -> None:
@@ -109,7 +110,7 @@ def test_data_is_removed_after_the_retention_time_but_not_the_counts(store: Stor
     assert found is not None
     assert found.data_removed
     assert (found.request.inputs, found.pieces, found.logs) == ({}, [], "")
-    assert store.usage.rows()[0].output_tokens == 7
+    assert store.usage.sums([Column.KEY])[0].output_tokens == 7
     kept = store.prediction(running.id)
     assert kept is not None
     assert kept.request.inputs == {"prompt": "Hi"}

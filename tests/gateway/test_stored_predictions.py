@@ -14,6 +14,7 @@ from llama.gateway.prediction import PredictionRequest, Status
 from llama.gateway.problems import Problem
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.store import Store
+from llama.gateway.storage.usage_table import Column
 
 REQUEST = PredictionRequest(1, {"prompt": "Hi"}, "owner/name")
 
@@ -50,7 +51,7 @@ def test_a_full_disk_refuses_new_predictions_and_keeps_the_ends_of_others_until_
         stored = await storage.run(lambda store: store.prediction(waiting.id))
         assert stored is not None
         assert stored.status is Status.CANCELED
-        assert (await storage.run(lambda store: store.usage.rows()))[0].predictions == 1
+        assert await storage.run(lambda store: store.usage.predictions()) == 1
         storage.close()
 
     asyncio.run(scenario())
@@ -119,7 +120,7 @@ def test_the_time_while_the_gateway_is_down_does_not_count_as_work(tmp_path: Pat
         second = without_servers(path)
         await second.keys.load()
         await second.predictions.recover()
-        (usage,) = await second.storage.run(lambda store: store.usage.rows())
+        (usage,) = await second.storage.run(lambda store: store.usage.sums([Column.KEY]))
         assert usage.predictions == 1
         assert usage.seconds < 1.0
         second.storage.close()

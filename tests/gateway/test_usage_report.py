@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -18,18 +19,32 @@ from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.keys import KeyLimits
 from llama.gateway.storage.migrations import MIGRATIONS
 from llama.gateway.storage.store import Store
-from llama.gateway.storage.usage_table import Tokens, Usage
-from llama.gateway.usage_report import Column, report, total
+from llama.gateway.storage.usage_table import Column, Tokens
+from llama.gateway.usage_report import report, total
 
 PRICES = Prices(Decimal("0.65"), Decimal("2.75"))
 TOKENS = st.integers(min_value=0, max_value=10**9)
 
 
-def used(key: str, day: int, model: str, input_tokens: int, output_tokens: int) -> Usage:
-    return Usage(key, date(2026, 11, day), model, 1, input_tokens, output_tokens, 0.5)
-
-
-ROWS = [used("ann", 1, "a/b", 100, 10), used("bob", 1, "a/b", 7, 1), used("ann", 2, "a/c", 1000, 0)]
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """A database with the predictions of two keys on two days, with two models."""
+    store = Store(tmp_path / "gateway.sqlite3")
+    for name, day, model, input_tokens, output_tokens in (
+        ("bob", 1, "a/b", 7, 1),
+        ("ann", 2, "a/c", 1000, 0),
+        ("ann", 1, "a/b", 60, 4),
+        ("ann", 1, "a/b", 40, 6),
+    ):
+        key = store.keys.find(name) or store.keys.add(name, name)
+        prediction = Prediction(PredictionRequest(key.id, {"prompt": "Hi"}, model))
+        prediction.set_created_at(1793491200 + (day - 1) * 86400)  # 2026-11-01 in UTC
+        prediction.started_at = prediction.created_at + 1
+        prediction.metrics = {"input_token_count": input_tokens, "output_token_count": output_tokens}
+        store.insert([prediction])
+        store.finish(prediction, Outcome(Status.CANCELED, ended_at=prediction.created_at + 1.5))
+    yield store
+    store.close()
 
 
 def test_a_million_tokens_cost_the_published_prices() -> None:
@@ -54,20 +69,23 @@ def test_the_price_of_a_sum_is_the_sum_of_the_prices(counts: list[tuple[int, int
             [Column.KEY, Column.DAY],
             {("ann", "2026-11-01"): 110, ("ann", "2026-11-02"): 1000, ("bob", "2026-11-01"): 8},
         ),
-        ([], {(): 1118}),
     ],
 )
-def test_usage_is_added_up_by_any_columns(by: list[Column], lines: dict[tuple[str, ...], int]) -> None:
-    found = report(ROWS, PRICES, by)
-    assert {line.of: line.input_tokens + line.output_tokens for line in found} == lines
-    assert [line.of for line in found] == sorted(lines)
+def test_usage_is_added_up_by_any_columns(
+    store: Store, by: list[Column], lines: dict[tuple[str, ...], int]
+) -> None:
+    found = store.usage.sums(by)
+    assert {usage.of: usage.input_tokens + usage.output_tokens for usage in found} == lines
+    assert [usage.of for usage in found] == sorted(lines)
 
 
-def test_the_total_is_the_sum_of_the_lines() -> None:
-    everything, lines = total(ROWS, PRICES), report(ROWS, PRICES, [Column.KEY])
-    assert (everything.predictions, everything.seconds) == (3, 1.5)
-    assert everything.price == sum(line.price for line in lines) == PRICES.of(1107, 11)
-    assert total([], PRICES).price == 0
+def test_the_total_is_the_sum_of_the_lines(store: Store) -> None:
+    lines = report(store.usage.sums([Column.KEY]), PRICES)
+    assert [line.price for line in lines] == [PRICES.of(1100, 10), PRICES.of(7, 1)]
+    everything = total(lines)
+    assert (everything.predictions, everything.seconds) == (4, 2.0)
+    assert everything.price == PRICES.of(1107, 11)
+    assert total([]).price == 0
 
 
 @pytest.mark.parametrize("price", ["-1", "cheap", "nan", "inf", "1e30"])
@@ -77,23 +95,28 @@ def test_an_impossible_price_is_refused(monkeypatch: pytest.MonkeyPatch, price: 
         GatewaySettings.from_environment()
 
 
-def test_usage_is_read_by_key_and_from_a_day_on(tmp_path: Path) -> None:
-    store = Store(tmp_path / "gateway.sqlite3")
-    for name, day in (("ann", 1), ("bob", 1), ("ann", 2)):
-        key = store.keys.find(name) or store.keys.add(name, name)
-        prediction = Prediction(PredictionRequest(key.id, {"prompt": "Hi"}, "a/b"))
-        prediction.set_created_at(1793491200 + (day - 1) * 86400)  # 2026-11-01 in UTC
-        prediction.metrics = {"input_token_count": 5, "output_token_count": 7}
-        store.insert([prediction])
-        store.finish(prediction, Outcome(Status.CANCELED))
+def test_usage_is_read_by_key_and_from_a_day_on(store: Store) -> None:
     ann = store.keys.find("ann")
     assert ann is not None
-    assert [(row.key, row.day.day) for row in store.usage.rows()] == [("ann", 1), ("bob", 1), ("ann", 2)]
-    assert [row.day.day for row in store.usage.rows(key_id=ann.id)] == [1, 2]
-    assert [row.key for row in store.usage.rows(since=date(2026, 11, 2))] == ["ann"]
-    assert store.usage.tokens(ann.id, date(2026, 11, 1)) == Tokens(10, 14)
+    by = [Column.KEY, Column.DAY]
+    assert [usage.of[1] for usage in store.usage.sums(by, key_id=ann.id)] == ["2026-11-01", "2026-11-02"]
+    assert [usage.of for usage in store.usage.sums(by, since=date(2026, 11, 2))] == [("ann", "2026-11-02")]
+    assert store.usage.sums(by, since=date(2026, 12, 1)) == []
+    assert store.usage.tokens(ann.id, date(2026, 11, 1)) == Tokens(1100, 10)
     assert store.usage.tokens(ann.id, date(2026, 12, 1)) == Tokens(0, 0)
-    assert store.usage.predictions() == 3
+    assert store.usage.predictions() == 4
+
+
+def test_keys_of_the_same_name_are_added_up(store: Store) -> None:
+    store.keys.revoke("ann")
+    ann = store.keys.add("ann", "another hash")
+    prediction = Prediction(PredictionRequest(ann.id, {"prompt": "Hi"}, "a/b"))
+    store.insert([prediction])
+    store.finish(prediction, Outcome(Status.SUCCEEDED))
+    assert [(usage.of, usage.predictions) for usage in store.usage.sums([Column.KEY])] == [
+        (("ann",), 4),
+        (("bob",), 1),
+    ]
 
 
 def test_a_database_without_budgets_is_upgraded(tmp_path: Path) -> None:

@@ -6,14 +6,13 @@ They survive a restart. Knows sums by key and model. Does not know how the datab
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from datetime import date
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from llama.gateway.metrics.recorder import PREFIX
-from llama.gateway.storage.usage_table import Usage
-from llama.gateway.usage_report import Column, Line
+from llama.gateway.storage.usage_table import Column, Usage
+from llama.gateway.usage_report import Line
 
 COLUMNS = (Column.KEY, Column.MODEL)
 _LABELS = [column.value for column in COLUMNS]
@@ -22,7 +21,7 @@ _LABELS = [column.value for column in COLUMNS]
 def nothing_used(key: str, model: str) -> Usage:
     """The usage of a key that has not been used. Prometheus sees an increase only if it knows the count
     before, so a new key needs a zero."""
-    return Usage(key, date.min, model, 0, 0, 0, 0.0)
+    return Usage((key, model), 0, 0, 0, 0.0)
 
 
 class Scrape(Collector):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+from collections.abc import Iterable
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
@@ -61,14 +62,15 @@ def _check_key(gateway: Gateway, authorization: str) -> None:
 async def _usage(gateway: Gateway) -> list[Line] | None:
     """The usage of all keys; None if the database cannot be read."""
 
-    def rows(store: Store) -> list[Usage]:
+    def sums(store: Store) -> Iterable[Usage]:
         in_use = [stored.key.name for stored in store.keys.all() if stored.revoked_at is None]
-        return [*store.usage.rows(), *(nothing_used(name, gateway.settings.model) for name in in_use)]
+        unused = (nothing_used(name, gateway.settings.model) for name in in_use)
+        return {usage.of: usage for usage in (*unused, *store.usage.sums(COLUMNS))}.values()
 
     try:
         async with asyncio.timeout(_DATABASE_TIMEOUT):
-            found = await gateway.storage.run(rows)
+            found = await gateway.storage.run(sums)
     except (sqlite3.Error, TimeoutError) as error:
         logger.error("the metrics lack the usage, because the database cannot be read: %r", error)
         return None
-    return report(found, gateway.settings.prices, COLUMNS)
+    return report(found, gateway.settings.prices)

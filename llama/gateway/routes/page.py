@@ -22,7 +22,8 @@ from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooCom
 from llama.gateway.problems import Problem, not_found
 from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
 from llama.gateway.storage.keys import Key
-from llama.gateway.usage_report import Column, Line, report, total
+from llama.gateway.storage.usage_table import Column
+from llama.gateway.usage_report import Line, report, total
 
 router = APIRouter()
 
@@ -134,12 +135,13 @@ def _invalid(detail: str, code: str, param: str) -> Problem:
 @router.get("/page/usage")
 async def get_usage(gateway: CurrentGateway, key: CurrentKey, since: str | None = None) -> dict[str, Any]:
     first = _day(since)
-    rows = await gateway.storage.run(lambda store: store.usage.rows(key_id=key.id, since=first))
-    lines = report(rows, gateway.settings.prices, (Column.DAY, Column.MODEL))
+    columns = (Column.DAY, Column.MODEL)
+    sums = await gateway.storage.run(lambda store: store.usage.sums(columns, key_id=key.id, since=first))
+    lines = report(sums, gateway.settings.prices)
     return {
         "since": first.isoformat(),
         "rows": [{"day": line.of[0], "model": line.of[1], **_numbers(line)} for line in lines],
-        "total": _numbers(total(rows, gateway.settings.prices)),
+        "total": _numbers(total(lines)),
         "budget": await _budget(gateway, key),
     }
 

@@ -1,26 +1,36 @@
 """The table of usage: predictions, tokens and seconds by key, day (UTC) and model.
 
-Its rows are kept when predictions and keys are deleted or revoked. Knows nothing about prices.
+Its rows are kept when predictions and keys are deleted or revoked. SQLite adds them up, because a year of
+many keys has more rows than a request should read. Knows nothing about prices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from enum import StrEnum
 from typing import Any
 
 from llama.gateway.prediction import Prediction
 from llama.gateway.storage.database import Database
 
 
+class Column(StrEnum):
+    """What usage can be added up by."""
+
+    KEY = "key"
+    """The key's name. Only one key of this name is in use, but revoked ones may have had it, too."""
+    DAY = "day"
+    MODEL = "model"
+
+
 @dataclass(frozen=True)
 class Usage:
-    """The counts of one key, day and model."""
+    """A sum of counts."""
 
-    key: str
-    """The key's name. Only one key of this name is in use, but revoked ones may have had it, too."""
-    day: date
-    model: str
+    of: tuple[str, ...]
+    """The values of the columns that the sum is for, such as a key's name and a day."""
     predictions: int
     input_tokens: int
     output_tokens: int
@@ -43,6 +53,9 @@ class Tokens:
         """The tokens of a prediction, as its server has reported them so far."""
         metrics = prediction.metrics
         return cls(int(metrics.get("input_token_count", 0)), int(metrics.get("output_token_count", 0)))
+
+
+_EXPRESSIONS = {Column.KEY: "keys.name", Column.DAY: "day", Column.MODEL: "model"}
 
 
 class UsageTable:
@@ -70,17 +83,23 @@ class UsageTable:
                 (key_id, day, model, tokens.input, tokens.output, seconds),
             )
 
-    def rows(self, *, key_id: int | None = None, since: date | None = None) -> list[Usage]:
-        """Return the counts of one key or of all keys from a day on, the oldest first."""
+    def sums(
+        self, by: Sequence[Column], *, key_id: int | None = None, since: date | None = None
+    ) -> list[Usage]:
+        """Return a sum for each combination of values of the columns `by`, in the order of these values.
+
+        `by` has at least one column. The sums are those of one key or of all keys, from a day on.
+        """
+        columns = ", ".join(_EXPRESSIONS[column] for column in by)
         conditions: dict[str, Any] = {"key_id = ?": key_id, "day >= ?": since and since.isoformat()}
         used = {text: value for text, value in conditions.items() if value is not None}
         where = f"WHERE {' AND '.join(used)}" if used else ""
         found = self._db.execute(
-            "SELECT name AS key, day, model, predictions, input_tokens, output_tokens, seconds "
-            f"FROM usage JOIN keys ON keys.id = key_id {where} ORDER BY day, key_id, model",
+            f"SELECT SUM(predictions), SUM(input_tokens), SUM(output_tokens), SUM(seconds), {columns} "
+            f"FROM usage JOIN keys ON keys.id = key_id {where} GROUP BY {columns} ORDER BY {columns}",
             [*used.values()],
         )
-        return [Usage(**{**dict(row), "day": date.fromisoformat(row["day"])}) for row in found]
+        return [Usage(tuple(row[4:]), *row[:4]) for row in found]
 
     def tokens(self, key_id: int, since: date) -> Tokens:
         """Return the tokens of a key from a day on."""
