@@ -251,6 +251,25 @@ def test_the_old_certificate_is_used_until_the_renewed_files_match(
     until(lambda: served_certificate(secured) != old)
 
 
+def test_a_renewal_that_keeps_the_size_and_the_time_of_the_files_is_noticed(
+    files: Files, authority: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a hook that corrects the owner of a file does, which the gateway could not read before."""
+
+    def issue() -> None:
+        files.issue(authority)
+        for path in (files.certificate, files.key):
+            path.write_bytes(path.read_bytes().ljust(10_000, b"\n"))
+            os.utime(path, (0, 0))
+
+    issue()
+    certificate = Certificate(files.certificate, files.key)
+    issue()
+    with caplog.at_level("INFO"):
+        certificate.reload_if_changed()
+    assert "was renewed" in caplog.text
+
+
 def encrypt(key: Path) -> None:
     loaded = serialization.load_pem_private_key(key.read_bytes(), None)
     key.write_bytes(

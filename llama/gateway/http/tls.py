@@ -100,4 +100,5 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
+    # Its ctime, because a hook of the renewal may correct the owner or the mode after a moment.
+    return status.st_ctime_ns, status.st_ino, status.st_size
