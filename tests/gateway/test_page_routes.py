@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shutil
 import subprocess
@@ -68,7 +69,7 @@ class TestFiles:
         [
             ("/", "text/html; charset=utf-8"),
             ("/page/static/app.js", "text/javascript; charset=utf-8"),
-            ("/page/static/base.css", "text/css; charset=utf-8"),
+            ("/page/static/styles/base.css", "text/css; charset=utf-8"),
             ("/page/static/icon.svg", "image/svg+xml"),
         ],
     )
@@ -108,8 +109,8 @@ class TestFiles:
         for reference in references:
             assert reference.removeprefix("page/static/") in FILES, reference
         for name in FILES:
-            for imported in re.findall(r"""["']\./([^"']+\.js)["']""", (FOLDER / name).read_text()):
-                assert imported in FILES, f"{imported} in {name}"
+            for imported in re.findall(r"""["'](\.{1,2}/[^"']+\.js)["']""", (FOLDER / name).read_text()):
+                assert posixpath.normpath(f"{posixpath.dirname(name)}/{imported}").lstrip("/") in FILES
 
     def test_a_package_contains_the_files_of_the_page(self, tmp_path: Path) -> None:
         pytest.importorskip("setuptools")

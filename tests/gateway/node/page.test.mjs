@@ -3,16 +3,16 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 const STATIC = "../../../llama/gateway/page/static";
-const { changedInputs, errorsByField, readEntered, readFields } = await import(`${STATIC}/schema.js`);
+const { changedInputs, errorsByField, readEntered, readFields } = await import(`${STATIC}/inputs/schema.js`);
 const { inputsFor, isDialogue, messagesOf, titleFrom, withoutLastAnswer } = await import(
-  `${STATIC}/dialogue.js`
+  `${STATIC}/chat/dialogue.js`
 );
-const { Dialogues, NotStored } = await import(`${STATIC}/dialogues.js`);
-const { ApiError, describe } = await import(`${STATIC}/errors.js`);
-const { money, priceOf } = await import(`${STATIC}/format.js`);
-const { readLog, splitControlTokens } = await import(`${STATIC}/prompt_log.js`);
+const { Dialogues, NotStored } = await import(`${STATIC}/chat/dialogues.js`);
+const { ApiError, describe } = await import(`${STATIC}/gateway/errors.js`);
+const { money, priceOf } = await import(`${STATIC}/common/format.js`);
+const { readLog, splitControlTokens } = await import(`${STATIC}/answer/prompt_log.js`);
 const { routeOf } = await import(`${STATIC}/router.js`);
-const { snippets } = await import(`${STATIC}/snippets.js`);
+const { snippets } = await import(`${STATIC}/inputs/snippets.js`);
 
 const document = {
   components: {

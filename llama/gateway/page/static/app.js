@@ -1,15 +1,15 @@
 /** Starts the page: asks who is logged in, shows the view that the address names, and loads the model's inputs. */
 
-import { Api } from "./api.js";
-import { ChatView } from "./chat.js";
-import { browserStorage, Dialogues } from "./dialogues.js";
-import { byId } from "./dom.js";
-import { ApiError, describe } from "./errors.js";
-import { InputsView } from "./inputs_view.js";
+import { Api } from "./gateway/api.js";
+import { ChatView } from "./chat/chat.js";
+import { browserStorage, Dialogues } from "./chat/dialogues.js";
+import { byId } from "./common/dom.js";
+import { ApiError, describe } from "./gateway/errors.js";
+import { InputsView } from "./inputs/inputs_view.js";
 import { askForKey, loginForm } from "./login.js";
-import { dismiss, notify } from "./notices.js";
+import { dismiss, notify } from "./common/notices.js";
 import { routeOf } from "./router.js";
-import { readFields } from "./schema.js";
+import { readFields } from "./inputs/schema.js";
 import { connectTheme } from "./theme.js";
 import { UsageView } from "./usage.js";
 
@@ -101,7 +101,7 @@ function show(name) {
 /**
  * Load the model's inputs as soon as a server has published them.
  * @param {string} model
- * @param {{setFields: (fields: import("./schema.js").Field[]) => void}[]} users
+ * @param {{setFields: (fields: import("./inputs/schema.js").Field[]) => void}[]} users
  */
 async function loadFields(model, users) {
   for (;;) {

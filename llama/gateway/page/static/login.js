@@ -1,12 +1,12 @@
 /** The form that takes a key: a view of its own at first, and a dialog if the login ends while the page is used. */
 
-import { element } from "./dom.js";
-import { ApiError, describe } from "./errors.js";
+import { element } from "./common/dom.js";
+import { ApiError, describe } from "./gateway/errors.js";
 
 const HINT = "The gateway keeps it in a cookie that programs on this page cannot read.";
 
 /**
- * @param {import("./api.js").Api} api
+ * @param {import("./gateway/api.js").Api} api
  * @param {() => void} onDone
  * @param {string} prefix of the controls' ids
  */
@@ -53,7 +53,7 @@ export function loginForm(api, onDone, prefix) {
 
 /**
  * Ask for the key in a dialog over the page, which keeps everything that was typed.
- * @param {import("./api.js").Api} api
+ * @param {import("./gateway/api.js").Api} api
  * @returns {Promise<boolean>} whether there is a new login
  */
 export function askForKey(api) {

@@ -1,8 +1,8 @@
 /** The usage of the key: totals, a table by day, the budget of the month, and the prices. */
 
-import { byId, element } from "./dom.js";
-import { describe } from "./errors.js";
-import { count, money } from "./format.js";
+import { byId, element } from "./common/dom.js";
+import { describe } from "./gateway/errors.js";
+import { count, money } from "./common/format.js";
 
 /**
  * @typedef {import("./types.js").UsageReport} UsageReport
@@ -27,7 +27,7 @@ export class UsageView {
   #loads = 0;
 
   /**
-   * @param {import("./api.js").Api} api
+   * @param {import("./gateway/api.js").Api} api
    * @param {import("./types.js").Session} session
    */
   constructor(api, session) {

@@ -1,8 +1,8 @@
 /** The list of the saved dialogues, and what can be done with the one that is shown: rename and delete. */
 
-import { byId, element } from "./dom.js";
+import { byId, element } from "../common/dom.js";
 
-/** @typedef {import("./types.js").Dialogue} Dialogue */
+/** @typedef {import("../types.js").Dialogue} Dialogue */
 /** @typedef {import("./chat_archive.js").Summary} Summary */
 
 export class DialogueList {

@@ -1,11 +1,11 @@
 /** A disclosure with a prediction's log: the formatted prompt, its control tokens marked, and the other lines. */
 
 import { codeBlock } from "./code_block.js";
-import { element } from "./dom.js";
-import { describe } from "./errors.js";
+import { element } from "../common/dom.js";
+import { describe } from "../gateway/errors.js";
 import { readLog, splitControlTokens } from "./prompt_log.js";
 
-/** @typedef {import("./types.js").Prediction} Prediction */
+/** @typedef {import("../types.js").Prediction} Prediction */
 
 const REMOVED = "The gateway has deleted the log of this prediction.";
 

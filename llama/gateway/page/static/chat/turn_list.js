@@ -1,9 +1,9 @@
 /** The turns of the conversation that is shown. It keeps the elements of turns that have not changed. */
 
-import { byId, element } from "./dom.js";
+import { byId, element } from "../common/dom.js";
 import { AnswerView, UserView } from "./turn_view.js";
 
-/** @typedef {import("./types.js").Turn} Turn */
+/** @typedef {import("../types.js").Turn} Turn */
 
 const EXAMPLES = [
   "What is the capital of France?",

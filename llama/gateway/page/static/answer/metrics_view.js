@@ -1,11 +1,11 @@
 /** The line of numbers below an answer. */
 
-import { element } from "./dom.js";
-import { metricsLine } from "./format.js";
+import { element } from "../common/dom.js";
+import { metricsLine } from "../common/format.js";
 
 /**
- * @param {import("./types.js").Metrics} metrics
- * @param {import("./types.js").Prices} prices
+ * @param {import("../types.js").Metrics} metrics
+ * @param {import("../types.js").Prices} prices
  */
 export function metricsList(metrics, prices) {
   const parts = metricsLine(metrics, prices).map(({ name, value }) =>

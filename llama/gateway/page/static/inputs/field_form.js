@@ -1,6 +1,6 @@
 /** Controls for the model's inputs, with their descriptions, limits and errors. */
 
-import { element } from "./dom.js";
+import { element } from "../common/dom.js";
 import { asEntered, limits, readEntered } from "./schema.js";
 
 /**

@@ -7,18 +7,18 @@ import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
 import { newDialogue } from "./dialogue.js";
 import { DialogueList } from "./dialogue_list.js";
-import { announce, byId } from "./dom.js";
-import { ApiError, describe } from "./errors.js";
-import { dismiss, notify } from "./notices.js";
-import { Panel } from "./panel.js";
-import { RenderQueue } from "./render_queue.js";
-import { routeOf } from "./router.js";
-import { errorsByField } from "./schema.js";
+import { announce, byId } from "../common/dom.js";
+import { ApiError, describe } from "../gateway/errors.js";
+import { dismiss, notify } from "../common/notices.js";
+import { Panel } from "../common/panel.js";
+import { RenderQueue } from "../answer/render_queue.js";
+import { routeOf } from "../router.js";
+import { errorsByField } from "../inputs/schema.js";
 import { TurnList } from "./turn_list.js";
 
 /**
- * @typedef {import("./types.js").Dialogue} Dialogue
- * @typedef {import("./schema.js").Field} Field
+ * @typedef {import("../types.js").Dialogue} Dialogue
+ * @typedef {import("../inputs/schema.js").Field} Field
  */
 
 export class ChatView {
@@ -39,8 +39,8 @@ export class ChatView {
   #current;
 
   /**
-   * @param {import("./api.js").Api} api
-   * @param {import("./types.js").Session} session
+   * @param {import("../gateway/api.js").Api} api
+   * @param {import("../types.js").Session} session
    * @param {import("./dialogues.js").Dialogues} store
    */
   constructor(api, session, store) {

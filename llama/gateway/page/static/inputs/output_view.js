@@ -1,14 +1,14 @@
 /** The output of a prediction: its text as it is, how it ended, its measurements, its price and its log. */
 
-import { copyButton } from "./clipboard.js";
-import { element } from "./dom.js";
-import { metricsList } from "./metrics_view.js";
-import { PlainText } from "./plain_text.js";
-import { readLog } from "./prompt_log.js";
-import { logElements } from "./prompt_view.js";
-import { outputText } from "./stream.js";
+import { copyButton } from "../common/clipboard.js";
+import { element } from "../common/dom.js";
+import { metricsList } from "../answer/metrics_view.js";
+import { PlainText } from "../answer/plain_text.js";
+import { readLog } from "../answer/prompt_log.js";
+import { logElements } from "../answer/prompt_view.js";
+import { outputText } from "../gateway/stream.js";
 
-/** @typedef {import("./types.js").Prediction} Prediction */
+/** @typedef {import("../types.js").Prediction} Prediction */
 
 const REMOVED =
   "The gateway has deleted the inputs, the output and the log of this prediction, as it does some time after the end.";
@@ -33,7 +33,7 @@ export class OutputView {
 
   /**
    * @param {HTMLElement} root
-   * @param {import("./types.js").Prices} prices
+   * @param {import("../types.js").Prices} prices
    */
   constructor(root, prices) {
     this.#root = root;

@@ -1,18 +1,18 @@
 /** The form of the model's inputs: runs them, shows the output, and the request as programs. */
 
-import { announce, byId, element } from "./dom.js";
-import { ApiError, describe } from "./errors.js";
+import { announce, byId, element } from "../common/dom.js";
+import { ApiError, describe } from "../gateway/errors.js";
 import { FieldForm } from "./field_form.js";
-import { dismiss, notify } from "./notices.js";
+import { dismiss, notify } from "../common/notices.js";
 import { OutputView } from "./output_view.js";
-import { Run } from "./run.js";
+import { Run } from "../gateway/run.js";
 import { changedInputs, errorsByField } from "./schema.js";
 import { SnippetsView } from "./snippets_view.js";
-import { hasEnded } from "./stream.js";
+import { hasEnded } from "../gateway/stream.js";
 
 /**
  * @typedef {import("./schema.js").Field} Field
- * @typedef {import("./types.js").Prediction} Prediction
+ * @typedef {import("../types.js").Prediction} Prediction
  */
 
 export class InputsView {
@@ -34,8 +34,8 @@ export class InputsView {
   #loaded = {};
 
   /**
-   * @param {import("./api.js").Api} api
-   * @param {import("./types.js").Session} session
+   * @param {import("../gateway/api.js").Api} api
+   * @param {import("../types.js").Session} session
    */
   constructor(api, session) {
     this.#api = api;

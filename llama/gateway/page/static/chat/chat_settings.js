@@ -1,12 +1,12 @@
 /** The settings of a chat: its system prompt, and the inputs that control how answers are sampled. */
 
-import { byId, element } from "./dom.js";
-import { FieldForm } from "./field_form.js";
-import { changedInputs } from "./schema.js";
+import { byId, element } from "../common/dom.js";
+import { FieldForm } from "../inputs/field_form.js";
+import { changedInputs } from "../inputs/schema.js";
 
 /**
- * @typedef {import("./schema.js").Field} Field
- * @typedef {import("./types.js").Dialogue} Dialogue
+ * @typedef {import("../inputs/schema.js").Field} Field
+ * @typedef {import("../types.js").Dialogue} Dialogue
  */
 
 /** The chat sets these itself, or they have no use in it. */

@@ -1,19 +1,19 @@
 /** The turns of a dialogue as elements: a message of the user, and an answer that grows. */
 
-import { copyButton } from "./clipboard.js";
-import { element } from "./dom.js";
-import { MarkdownView } from "./markdown_view.js";
-import { metricsList } from "./metrics_view.js";
-import { promptDisclosure } from "./prompt_view.js";
+import { copyButton } from "../common/clipboard.js";
+import { element } from "../common/dom.js";
+import { MarkdownView } from "../answer/markdown_view.js";
+import { metricsList } from "../answer/metrics_view.js";
+import { promptDisclosure } from "../answer/prompt_view.js";
 
 /**
- * @typedef {import("./types.js").AnswerTurn} AnswerTurn
- * @typedef {import("./types.js").UserTurn} UserTurn
+ * @typedef {import("../types.js").AnswerTurn} AnswerTurn
+ * @typedef {import("../types.js").UserTurn} UserTurn
  *
  * @typedef {Object} Surroundings
- * @property {import("./api.js").Api} api
- * @property {import("./types.js").Prices} prices
- * @property {import("./render_queue.js").RenderQueue} rendering
+ * @property {import("../gateway/api.js").Api} api
+ * @property {import("../types.js").Prices} prices
+ * @property {import("../answer/render_queue.js").RenderQueue} rendering
  */
 
 export class UserView {

@@ -3,10 +3,10 @@
  * deleted can be brought back; the reader is told about both.
  */
 
-import { dismiss, notify } from "./notices.js";
+import { dismiss, notify } from "../common/notices.js";
 
 /**
- * @typedef {import("./types.js").Dialogue} Dialogue
+ * @typedef {import("../types.js").Dialogue} Dialogue
  * @typedef {Pick<Dialogue, "id" | "title" | "updated">} Summary
  */
 

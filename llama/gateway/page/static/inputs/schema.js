@@ -135,7 +135,7 @@ export function changedInputs(fields, values) {
 /**
  * Sort the errors of a response by the input that they are about.
  * @param {Field[]} fields
- * @param {import("./types.js").InvalidField[]} invalid
+ * @param {import("../types.js").InvalidField[]} invalid
  * @returns {{byField: Record<string, string>, others: string[]}}
  */
 export function errorsByField(fields, invalid) {

@@ -1,7 +1,7 @@
 /** A block of code or of other fixed text, with a Copy button above it. */
 
-import { copyButton } from "./clipboard.js";
-import { element } from "./dom.js";
+import { copyButton } from "../common/clipboard.js";
+import { element } from "../common/dom.js";
 
 /**
  * @param {HTMLElement} code a `pre`

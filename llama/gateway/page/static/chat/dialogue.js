@@ -1,8 +1,8 @@
 /** A dialogue and what can be done with its turns. Knows nothing about the DOM, storage or requests. */
 
-/** @typedef {import("./types.js").Dialogue} Dialogue */
-/** @typedef {import("./types.js").Turn} Turn */
-/** @typedef {import("./types.js").AnswerTurn} AnswerTurn */
+/** @typedef {import("../types.js").Dialogue} Dialogue */
+/** @typedef {import("../types.js").Turn} Turn */
+/** @typedef {import("../types.js").AnswerTurn} AnswerTurn */
 
 const TITLE_LENGTH = 60;
 

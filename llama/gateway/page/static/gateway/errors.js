@@ -1,6 +1,6 @@
 /** What the gateway refuses, as an Error and in words for the reader. Knows nothing about the DOM. */
 
-/** @typedef {import("./types.js").InvalidField} InvalidField */
+/** @typedef {import("../types.js").InvalidField} InvalidField */
 
 /** A response that is not a success, or (status 0) no response at all. */
 export class ApiError extends Error {

@@ -2,7 +2,7 @@
 
 import { follow } from "./stream.js";
 
-/** @typedef {import("./types.js").Prediction} Prediction */
+/** @typedef {import("../types.js").Prediction} Prediction */
 
 export class Run {
   #api;

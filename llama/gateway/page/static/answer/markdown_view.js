@@ -6,7 +6,7 @@
  */
 
 import { codeBlock } from "./code_block.js";
-import { element } from "./dom.js";
+import { element } from "../common/dom.js";
 import { addText, PlainText } from "./plain_text.js";
 
 /** @typedef {(text: string) => Promise<string>} Render */

@@ -1,7 +1,7 @@
 /** Numbers as the page shows them. */
 
-/** @typedef {import("./types.js").Metrics} Metrics */
-/** @typedef {import("./types.js").Prices} Prices */
+/** @typedef {import("../types.js").Metrics} Metrics */
+/** @typedef {import("../types.js").Prices} Prices */
 
 const WHOLE = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 

@@ -5,7 +5,7 @@
 
 import { isDialogue } from "./dialogue.js";
 
-/** @typedef {import("./types.js").Dialogue} Dialogue */
+/** @typedef {import("../types.js").Dialogue} Dialogue */
 /** @typedef {Pick<Storage, "length" | "key" | "getItem" | "setItem" | "removeItem">} ItemStorage */
 
 /** The browser has no room left, or stores nothing for this page. */

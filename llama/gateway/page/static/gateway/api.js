@@ -6,7 +6,7 @@
 
 import { ApiError } from "./errors.js";
 
-/** @typedef {import("./types.js").Prediction} Prediction */
+/** @typedef {import("../types.js").Prediction} Prediction */
 
 export class Api {
   #askForKey;
@@ -18,7 +18,7 @@ export class Api {
     this.#askForKey = askForKey;
   }
 
-  /** @returns {Promise<import("./types.js").Session>} */
+  /** @returns {Promise<import("../types.js").Session>} */
   session() {
     return send("GET", "page/session");
   }
@@ -34,7 +34,7 @@ export class Api {
 
   /**
    * @param {string} since a day, or "" for the beginning of the month
-   * @returns {Promise<import("./types.js").UsageReport>}
+   * @returns {Promise<import("../types.js").UsageReport>}
    */
   usage(since) {
     return this.#authorized("GET", `page/usage${since ? `?since=${encodeURIComponent(since)}` : ""}`);

@@ -1,6 +1,6 @@
 /** The box for the next message. It also edits an earlier message, and then gives back what was there before. */
 
-import { byId, element } from "./dom.js";
+import { byId, element } from "../common/dom.js";
 
 const DRAFT = "llama:draft";
 

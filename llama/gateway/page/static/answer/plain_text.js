@@ -1,6 +1,6 @@
 /** Text that grows, in blocks of lines: the browser lays out only the last block again for each new piece. */
 
-import { element } from "./dom.js";
+import { element } from "../common/dom.js";
 
 const BLOCK = 4000; // characters
 

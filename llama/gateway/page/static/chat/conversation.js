@@ -4,14 +4,14 @@
  */
 
 import { inputsFor, titleFrom, withoutLastAnswer } from "./dialogue.js";
-import { ApiError, describe } from "./errors.js";
-import { Run } from "./run.js";
-import { hasEnded, outputText } from "./stream.js";
+import { ApiError, describe } from "../gateway/errors.js";
+import { Run } from "../gateway/run.js";
+import { hasEnded, outputText } from "../gateway/stream.js";
 
 /**
- * @typedef {import("./types.js").Dialogue} Dialogue
- * @typedef {import("./types.js").AnswerTurn} AnswerTurn
- * @typedef {import("./types.js").Prediction} Prediction
+ * @typedef {import("../types.js").Dialogue} Dialogue
+ * @typedef {import("../types.js").AnswerTurn} AnswerTurn
+ * @typedef {import("../types.js").Prediction} Prediction
  *
  * @typedef {Object} View
  * @property {() => void} onTurns the list of turns has changed
@@ -23,7 +23,7 @@ import { hasEnded, outputText } from "./stream.js";
  * @property {(error: unknown) => void} onProblem a request was refused
  *
  * @typedef {Object} Surroundings
- * @property {import("./api.js").Api} api
+ * @property {import("../gateway/api.js").Api} api
  * @property {string} model
  * @property {() => string | null} defaultSystemPrompt null if it is not known
  * @property {(dialogue: Dialogue) => void} save must not throw
@@ -105,7 +105,7 @@ export class Conversation {
   }
 
   /**
-   * @param {import("./types.js").Turn[]} turns
+   * @param {import("../types.js").Turn[]} turns
    * @returns {Promise<boolean>}
    */
   async #ask(turns) {

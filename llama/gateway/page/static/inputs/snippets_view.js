@@ -1,7 +1,7 @@
 /** The request as programs to copy, one tab for each language. */
 
-import { codeBlock } from "./code_block.js";
-import { element } from "./dom.js";
+import { codeBlock } from "../answer/code_block.js";
+import { element } from "../common/dom.js";
 import { snippets } from "./snippets.js";
 
 /** @typedef {import("./snippets.js").Request} Request */

@@ -7,7 +7,7 @@
 import { ApiError } from "./errors.js";
 
 /**
- * @typedef {import("./types.js").Prediction} Prediction
+ * @typedef {import("../types.js").Prediction} Prediction
  *
  * @typedef {Object} Listener
  * @property {(piece: string) => void} onPiece a new piece of the output
