@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from llama.errors import BudgetUsedUp, GatewayRestarted, NotStarted
 from llama.gateway.access.auth import Keys
@@ -39,13 +39,14 @@ class EarlyEnds:
         """End the predictions that are past their deadline or have waited too long, those of revoked keys,
         and the waiting ones of keys whose budget is used up. Call it several times a second."""
         await self._keys.refresh()
-        running = self._running()
-        excesses = await self._excesses(running)
+        excesses = await self._excesses()
+        revoked = self._keys.revoked
         for prediction in self._unfinished():
             if prediction.status.ended:
                 continue
-            key_id, waits = prediction.request.key_id, prediction.id not in running
-            if _is_late(prediction) or key_id in self._keys.revoked:
+            # Not looked up before the loop: a server may take a prediction while others are being ended.
+            key_id, waits = prediction.request.key_id, not self._dispatcher.is_running(prediction)
+            if _is_late(prediction) or key_id in revoked:
                 await self._dispatcher.stop(prediction, Outcome(Status.CANCELED))
             elif waits and (excess := excesses.get(key_id)):
                 await self._fail(
@@ -57,20 +58,16 @@ class EarlyEnds:
 
     async def end_waiting_connections(self) -> None:
         """Fail the waiting predictions that need their client's connection, which ends with the gateway."""
-        running = self._running()
         for prediction in self._unfinished():
-            if prediction.request.needs_client and prediction.id not in running:
+            if prediction.request.needs_client and not self._dispatcher.is_running(prediction):
                 await self._fail(prediction, GatewayRestarted("the gateway is being stopped; try again"))
-
-    def _running(self) -> set[str]:
-        return {prediction.id for prediction in self._dispatcher.running}
 
     async def _fail(self, prediction: Prediction, error: Exception) -> None:
         await self._dispatcher.stop(prediction, Outcome(Status.FAILED, str(error)))
 
-    async def _excesses(self, running: Collection[str]) -> dict[int, str]:
+    async def _excesses(self) -> dict[int, str]:
         """Which budget is used up, by key, for the keys that have waiting predictions."""
-        ids = {p.request.key_id for p in self._unfinished() if p.id not in running}
+        ids = {p.request.key_id for p in self._unfinished() if not self._dispatcher.is_running(p)}
         keys = [key for key_id in ids if (key := self._keys.by_id(key_id)) and has_budget(key)]
         try:
             found = {key.id: (await self._budgets.spent(key, self._unfinished)).excess(key) for key in keys}

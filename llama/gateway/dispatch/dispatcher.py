@@ -77,6 +77,9 @@ class Dispatcher:
     def running(self) -> list[Prediction]:
         return [run.prediction for run in self._running.values()]
 
+    def is_running(self, prediction: Prediction) -> bool:
+        return prediction.id in self._running
+
     def add(self, prediction: Prediction) -> None:
         """Queue a prediction."""
         self._queue.add(prediction)
