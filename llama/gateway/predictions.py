@@ -128,8 +128,10 @@ class Predictions:
             self._unsaved[prediction.id] = prediction, outcome
         else:
             self._active.pop(prediction.id, None)
-        self._on_end(prediction, outcome)
-        prediction.end(outcome)
+        try:
+            self._on_end(prediction, outcome)
+        finally:
+            prediction.end(outcome)
 
     async def _store_end(self, prediction: Prediction, outcome: Outcome) -> None:
         await self._storage.run(lambda store: store.finish(prediction, outcome))

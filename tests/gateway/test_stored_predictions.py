@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 from llama.gateway.dispatch.addresses import Addresses
+from llama.gateway.dispatch.cog_client import CogClient
+from llama.gateway.dispatch.dispatcher import Dispatcher
+from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.gateway import Gateway
-from llama.gateway.prediction import PredictionRequest, Status
+from llama.gateway.metrics.recorder import Metrics
+from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
+from llama.gateway.predictions import Predictions
 from llama.gateway.problems import Problem
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.store import Store
@@ -124,5 +129,32 @@ def test_the_time_while_the_gateway_is_down_does_not_count_as_work(tmp_path: Pat
         assert usage.predictions == 1
         assert usage.seconds < 1.0
         second.storage.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_to_report_an_end_does_not_keep_readers_waiting(tmp_path: Path) -> None:
+    def report(prediction: Prediction, outcome: Outcome) -> None:
+        raise OSError("the log cannot be written")
+
+    async def scenario() -> None:
+        gateway = without_servers(tmp_path / "gateway.sqlite3")
+        await gateway.keys.load()
+        queue = FairQueue(1)
+        dispatcher = Dispatcher(CogClient(), gateway.servers, queue, lambda _: None, Metrics())
+        predictions = Predictions(
+            gateway.storage,
+            gateway.keys,
+            gateway.budgets,
+            queue,
+            dispatcher,
+            on_begin=lambda _: None,
+            on_end=report,
+        )
+        (waiting,) = await predictions.create([REQUEST])
+        with pytest.raises(OSError, match="cannot be written"):
+            await predictions.cancel(waiting)
+        assert waiting.status is Status.CANCELED
+        gateway.storage.close()
 
     asyncio.run(scenario())
