@@ -16,6 +16,8 @@ from server_clients import Body, until
 from benchmarks.fake_cog import FakeCog, Script
 
 METRICS_KEY = "metrics key"
+ONLY_ON_LINUX = "process_"
+"""How the names of the metrics begin that prometheus_client reads from /proc."""
 SCRIPTS = {
     "succeed": Script(),
     "fail": Script(("a", "b"), error="E2001 GenerationFailed: the engine failed"),
