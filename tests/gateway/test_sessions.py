@@ -358,7 +358,8 @@ class TestProxies:
             set_cookie(gateway, **forwarded, origin="https://evil.example")
 
     def test_a_proxy_that_keeps_the_host_and_ends_tls_needs_no_setting(self, gateway: Gateway) -> None:
-        assert set_cookie(gateway, host="gw.example", origin="https://gw.example")
+        assert "; Secure" in set_cookie(gateway, host="gw.example", origin="https://gw.example")
+        assert "; Secure" not in set_cookie(gateway, host="gw.example", origin="http://gw.example")
         with pytest.raises(AssertionError, match="403"):
             set_cookie(gateway, host="gw.example", origin="https://gw.example:8443")
 

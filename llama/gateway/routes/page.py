@@ -98,8 +98,9 @@ async def log_out(request: Request, gateway: CurrentGateway) -> Response:
 def _cookie_attributes(request: Request) -> dict[str, Any]:
     """The attributes of a cookie for the address at which the browser shows the page."""
     address, origin = urlsplit(base_url(request)), urlsplit(request.headers.get("origin", ""))
-    if origin.netloc and origin.netloc.lower() != address.netloc.lower():
-        address = origin  # the page was opened at another address than LLAMA_GATEWAY_PUBLIC_URL
+    # The page may be open at another address than LLAMA_GATEWAY_PUBLIC_URL, or a proxy may end TLS silently.
+    if origin.netloc and origin.geturl().lower() != f"{address.scheme}://{address.netloc}".lower():
+        address = origin
     secure, path = address.scheme == "https", address.path or "/"
     return {"secure": secure, "path": path, "httponly": True, "samesite": "strict"}
 
