@@ -170,6 +170,11 @@ def test_health_checks_and_scrapes_have_no_line(logged: Gateway, json_log: Log) 
     assert len(json_log.of("request")) == 1
 
 
+def test_a_scrape_with_a_wrong_key_has_a_line(logged: Gateway, json_log: Log) -> None:
+    assert logged.client_of("wrong").get("/metrics").status_code == 401
+    assert json_log.one("request", route="/metrics")["problem"] == "invalid_api_key"
+
+
 def test_as_text_only_predictions_have_a_line(logged: Gateway, log: Log) -> None:
     configure("text")
     created = logged.create(prompt="refuse", prefer="wait")

@@ -1,7 +1,7 @@
 """Logs and counts every HTTP request when its response has ended.
 
 Knows the route of a request, never its path: the path of a stream is a secret. Health checks and scrapes are
-left out, because they come every few seconds.
+left out unless they are refused, because they come every few seconds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, response.send)
         finally:
-            if state.get("route") not in _LEFT_OUT:
+            if "problem" in state or state.get("route") not in _LEFT_OUT:
                 self._ended(scope["method"], state, response, time.perf_counter() - began)
 
     def _ended(self, method: str, state: dict[str, Any], response: _Response, seconds: float) -> None:

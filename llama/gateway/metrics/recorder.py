@@ -76,7 +76,7 @@ class Metrics:
         )
         self._requests = self._counter(
             "http_requests",
-            "HTTP requests whose response has ended, without health checks and scrapes.",
+            "HTTP requests whose response has ended, without health checks and successful scrapes.",
             "method",
             "route",
             "status",
