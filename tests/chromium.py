@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -30,9 +32,10 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _ON_MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 _TIMEOUT = 20_000.0  # milliseconds
 _OWN = re.compile(r"(http://(127\.0\.0\.1|localhost)(:\d+)?/|data:|blob:|about:)")
-_FOREIGN = re.compile(r"^(?!http://(127\.0\.0\.1|localhost)(:\d+)?/)")
 _ARGUMENTS = [
     "--disable-gpu",
+    "--disable-gpu-compositing",
+    "--disable-software-rasterizer",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-component-update",
@@ -40,7 +43,10 @@ _ARGUMENTS = [
     "--disable-sync",
     "--no-first-run",
     "--no-pings",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+    # Nothing listens there, so that nothing but loopback can be reached. Playwright could refuse requests too,
+    # but would then slow down all of them.
+    "--proxy-server=http://127.0.0.1:9",
+    "--proxy-bypass-list=127.0.0.1;localhost",
 ]
 
 Theme = Literal["light", "dark"]
@@ -75,20 +81,27 @@ def find_chromium() -> str:
 
 
 class Visit:
-    """A browser profile in which the page is open. `Chromium.visit` makes one."""
+    """A browser profile in which the page is open. `Chromium.visit` returns one."""
 
-    def __init__(self, context: BrowserContext, url: str, screen: Screen) -> None:
-        self.context, self.url, self.screen = context, url, screen
+    def __init__(self, context: BrowserContext, screen: Screen) -> None:
+        self.context, self.screen = context, screen
+        self.url = ""
+        """The page's address, without a slash at the end."""
         self.problems = list[str]()
         """What must not happen but did."""
         self._allowed = list[str]()
         context.set_default_timeout(_TIMEOUT)
-        context.route(_FOREIGN, lambda route: route.abort())
         context.on("request", self._requested)
         context.on("console", self._logged)
         context.on("weberror", lambda error: self.problems.append(f"error: {error.error}"))
         context.on("dialog", self._dialog_opened)
         self.page = context.new_page()
+
+    def begin(self, url: str, theme: Theme) -> None:
+        self.url = url
+        self.problems.clear()
+        self._allowed.clear()
+        self.page.emulate_media(color_scheme=theme)
 
     def _requested(self, request: Request) -> None:
         if not _OWN.match(request.url):
@@ -126,14 +139,16 @@ class Visit:
         """Expect the browser's messages about connections that were closed or refused."""
         self._allowed.append("Failed to load resource: net::ERR_")
 
-    def close(self) -> None:
-        """Close the page. Fails if anything happened that must not happen."""
-        try:
-            self.page.evaluate("() => 0")  # the events until now have then arrived
-        finally:
-            self.context.close()
+    def end(self) -> None:
+        """Leave the page and forget everything. Fails if anything happened that must not happen."""
+        self.page.evaluate("() => localStorage.clear()")  # the events until now have then arrived
         unexpected = [p for p in self.problems if not any(allowed in p for allowed in self._allowed)]
         assert not unexpected, unexpected
+        for page in self.context.pages[1:]:
+            page.close()
+        self.context.clear_permissions()
+        self.page.goto("about:blank")
+        self.context.clear_cookies()
 
 
 class Chromium:
@@ -144,6 +159,7 @@ class Chromium:
 
     def __init__(self) -> None:
         self._path = find_chromium()
+        self._visits = dict[Screen, Visit]()
 
     def __enter__(self) -> Self:
         self._driver = sync_playwright().start()
@@ -163,13 +179,25 @@ class Chromium:
         self._browser.close()
         self._driver.stop()
 
-    def visit(self, url: str, screen: Screen = DESKTOP, theme: Theme = "light") -> Visit:
-        """Start a new profile, in which nothing is open yet."""
-        context = self._browser.new_context(
-            viewport={"width": screen.width, "height": screen.height},
-            has_touch=screen.is_phone,
-            is_mobile=screen.is_phone,
-            color_scheme=theme,
-            locale="en-US",
-        )
-        return Visit(context, url, screen)
+    @contextmanager
+    def visit(self, url: str, screen: Screen = DESKTOP, theme: Theme = "light") -> Iterator[Visit]:
+        """Use a profile in which nothing is stored. There is one for each screen, because making a profile
+        takes longer than most tests."""
+        if screen not in self._visits:
+            context = self._browser.new_context(
+                viewport={"width": screen.width, "height": screen.height},
+                has_touch=screen.is_phone,
+                is_mobile=screen.is_phone,
+                reduced_motion="reduce",
+                locale="en-US",
+            )
+            self._visits[screen] = Visit(context, screen)
+        visit = self._visits[screen]
+        try:
+            visit.begin(url, theme)
+            yield visit
+            visit.end()
+        except BaseException:
+            # Its state is not known.
+            self._visits.pop(screen).context.close()
+            raise

@@ -103,8 +103,7 @@ def users(chromium: Chromium, gateways: object) -> Iterator[Callable[..., PageUs
             address: str = "",
             **options: Any,
         ) -> PageUser:
-            visit = chromium.visit(gateway.url, screen, **options)
-            stack.callback(visit.close)
+            visit = stack.enter_context(chromium.visit(gateway.url, screen, **options))
             if key is not None:
                 visit.log_in(key)
             return PageUser(visit.open(address))

@@ -195,9 +195,11 @@ def test_the_buttons_do_not_lose_the_focus(users: Users, gateway: Gateway, cog: 
     assert user.focus_is_on() != "body"
 
 
-def test_every_stop_of_the_tab_key_is_visible(users: Users, gateway: Gateway, cog: FakeCog) -> None:
+def test_every_stop_of_the_tab_key_is_visible(
+    users: Users, gateway: Gateway, cog: FakeCog, screen: Screen
+) -> None:
     cog.rules.script = Script([MARKDOWN])
-    user = users(gateway)
+    user = users(gateway, screen)
     user.ask("Show everything")
     seen = list[str]()
     for view in ("Chat", "Inputs", "Usage"):
@@ -205,20 +207,22 @@ def test_every_stop_of_the_tab_key_is_visible(users: Users, gateway: Gateway, co
         user.page.locator("#skip").focus()
         while True:
             user.page.keyboard.press("Tab")
-            outline, size, name = user.page.evaluate(VISIBLE_FOCUS)
-            if name in ("body", "html") or f"{view} {name}" in seen:
+            name, outline, is_covered = user.page.evaluate(FOCUS)
+            if name == "body" or f"{view}: {name}" in seen:
                 break
-            seen.append(f"{view} {name}")
-            assert outline != "none", name
-            assert size > 0, name
+            seen.append(f"{view}: {name}")
+            assert outline != "none", f"{seen[-1]} looks the same without the focus"
+            assert not is_covered, f"{seen[-1]} is covered"
     assert len(seen) > 40
 
 
-VISIBLE_FOCUS = """() => {
+FOCUS = """() => {
     const focused = document.activeElement;
-    const { width, height } = focused.getBoundingClientRect();
+    if (focused === document.body) return ["body", "", false];
+    const { left, top, width, height } = focused.getBoundingClientRect();
     const name = [focused.tagName.toLowerCase(), focused.id, focused.ariaLabel, focused.textContent.slice(0, 40)];
-    return [getComputedStyle(focused).outlineStyle, width * height, focused === document.body ? "body" : name.join(" ")];
+    const seen = document.elementFromPoint(left + width / 2, Math.min(top + height / 2, innerHeight - 1));
+    return [name.join(" "), getComputedStyle(focused).outlineStyle, !focused.contains(seen)];
 }"""
 
 

@@ -24,8 +24,7 @@ def test_the_page_works_below_a_path(
         port = free.port
     url = f"http://127.0.0.1:{port}/llama"
     gateway = gateways(cog.url, public_url=url)
-    with WebThread(PrefixProxy("/llama", gateway.url), port=port):
-        visit = chromium.visit(url)
+    with WebThread(PrefixProxy("/llama", gateway.url), port=port), chromium.visit(url) as visit:
         user = PageUser(visit.open())
         user.page.get_by_label("Key").fill(KEY)
         user.press("Log in")
@@ -46,7 +45,6 @@ def test_the_page_works_below_a_path(
         user.press("Log out")
         expect(user.page.get_by_label("Key")).to_be_visible()
         assert visit.context.cookies() == []
-        visit.close()
 
 
 def test_a_gateway_without_keys_asks_for_none(

@@ -111,8 +111,6 @@ LONG = {
     "bidi": "\u202eright to left\u2066\u2067\u202d " * 200 + "\u0301" * 2000 + "\u200b\u2028\u2029" * 500,
     "quotes": ">" * 5000 + " deep",
     "lists": "\n".join(f"{'  ' * depth}- item" for depth in range(400)) + "\n" + "- " * 5000 + "deep",
-    "brackets": "[" * 20_000 + "]" * 20_000 + "(x)",
-    "emphasis": "*a _b " * 8000,
     "table": "|" + "a|" * 300 + "\n|" + "-|" * 300 + "\n|" + "b|" * 300,
     "headings": "# x\n" * 3000,
 }

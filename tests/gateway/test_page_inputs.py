@@ -170,7 +170,7 @@ def test_usage_agrees_with_the_predictions(
     user = users(gateway, screen, address="#/usage")
     totals = user.page.get_by_role("definition")
     expect(totals).to_have_text(
-        ["8", f"{inputs:,}", f"{outputs:,}", re.compile(r"[\d.]+"), f"${price}".rstrip("0")]
+        ["8", f"{inputs:,}", f"{outputs:,}", f"${price}".rstrip("0"), re.compile(r"[\d.]+")]
     )
     row = user.page.get_by_role("row").last
     assert row.get_by_role("rowheader").text_content() == datetime.now(UTC).date().isoformat()

@@ -16,7 +16,7 @@ STATIC = ROOT / "llama" / "gateway" / "page" / "static"
 MODULES = sorted(STATIC.glob("**/*.js"))
 STYLES = sorted(STATIC.glob("**/*.css"))
 PAGES = sorted(STATIC.glob("**/*.html"))
-IMPORT = re.compile(r"""^(?:import|export|\}) .*?from "(\./[^"]+)";$""", re.MULTILINE)
+IMPORT = re.compile(r"""^(?:import|export|\}) .*?from "(\.\.?/[^"]+)";$""", re.MULTILINE)
 LINES = 250
 
 # fmt: off
@@ -44,7 +44,7 @@ def test_the_functions_without_a_browser_pass_their_tests_in_node(node_clients: 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(STATIC).as_posix())
 def test_a_module_is_small_and_its_imports_exist(module: Path) -> None:
     source = module.read_text()
     assert source.count("\n") < LINES
@@ -53,7 +53,11 @@ def test_a_module_is_small_and_its_imports_exist(module: Path) -> None:
         assert (module.parent / name).is_file(), name
 
 
-@pytest.mark.parametrize("path", [*MODULES, *STYLES, *PAGES, STATIC / "icon.svg"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *STYLES, *PAGES, STATIC / "icon.svg"],
+    ids=lambda path: path.relative_to(STATIC).as_posix(),
+)
 def test_a_file_names_no_other_address(path: Path) -> None:
     addresses = set(re.findall(r"""(?:https?:)?//[\w-]+\.[\w.-]+[^\s"'`)]*""", path.read_text()))
     assert addresses <= {"http://www.w3.org/2000/svg"}
