@@ -10,20 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Protocol, TypeVar
 
+from llama.gateway.access.auth import Storage
 from llama.gateway.prediction import Prediction
 from llama.gateway.prices import Prices
 from llama.gateway.problems import over_budget
 from llama.gateway.storage.keys import Key
-from llama.gateway.storage.store import Store
 from llama.gateway.storage.usage_table import Tokens, day_of
-
-T = TypeVar("T")
-
-
-class Storage(Protocol):
-    async def run(self, function: Callable[[Store], T]) -> T: ...
 
 
 @dataclass(frozen=True)
