@@ -358,6 +358,18 @@ def test_a_request_that_is_given_up_does_not_disturb_the_next_one() -> None:
     run(scene)
 
 
+def test_a_process_that_the_system_killed_is_replaced() -> None:
+    async def scene(renderer: MarkdownRenderer) -> None:
+        await renderer.html_of("a")
+        process = renderer._process
+        assert process is not None
+        process.kill()
+        await process.wait()
+        assert await renderer.html_of("a") == "<p>a</p>\n"
+
+    run(scene)
+
+
 def test_the_process_ends_with_the_gateway_even_if_that_is_killed() -> None:
     code = """
 import asyncio, os

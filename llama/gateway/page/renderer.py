@@ -51,9 +51,10 @@ class MarkdownRenderer:
     async def html_of(self, text: str) -> str:
         """Return a text of at most MAX_CHARACTERS as HTML. Raises TooComplex."""
         async with self._rendering:
-            process = self._process = self._process or await self._start()
+            if self._process is None or self._process.returncode is not None:  # it may have been killed
+                self._process = await self._start()
             try:
-                return await _exchange(process, text)
+                return await _exchange(self._process, text)
             except (asyncio.IncompleteReadError, ConnectionError) as error:
                 if await self._stop() == -signal.SIGPROF:
                     raise TooComplex from error
