@@ -35,8 +35,8 @@ CertificateOption = Annotated[
     Path | None,
     typer.Option(
         "--tls-certificate",
-        help="A file with a certificate and its chain in PEM format, to serve HTTPS. A renewed file is used "
-        "without a restart.",
+        help="The file with the certificate and its chain, in PEM format, to serve HTTPS. A renewed file is "
+        "used without a restart.",
     ),
 ]
 KeyOption = Annotated[
@@ -71,7 +71,7 @@ def gateway(
         )
     tls = _certificate(certificate, key)
     prepared = _prepare(Addresses(server or (), servers), host, port, tls)
-    message = f"{prepared.invitation} Ctrl-C stops the gateway.\n{prepared.key_note}"
+    message = f"{prepared.page_note} Ctrl-C stops the gateway.\n{prepared.key_note}"
     prepared.run(message, reloads=servers is not None)
 
 
@@ -144,8 +144,8 @@ class _Prepared:
         )
 
     @property
-    def invitation(self) -> str:
-        """Where the page is, for a person who has just started the gateway."""
+    def page_note(self) -> str:
+        """The address of the page, for a person who has just started the gateway."""
         page = self.gateway.settings.public_url or self.url
         others = " The gateway listens on all addresses of this machine." if self._listens_on_all else ""
         return f"Open {page} in a browser.{others}"
@@ -171,7 +171,7 @@ class _Prepared:
 
 
 def _certificate(certificate: Path | None, key: Path | None) -> Certificate | None:
-    """Read the files of the options. Raises BadSettings if only one is given, or one cannot be used."""
+    """Read the certificate and its key. Raises BadSettings if only one is given, or one cannot be used."""
     from llama.gateway.http.tls import Certificate
 
     if certificate is None and key is None:
@@ -209,7 +209,7 @@ def _snippets(prepared: _Prepared) -> str:
     url, model = prepared.url, prepared.gateway.settings.model
     key = "YOUR_KEY" if prepared.needs_key else "any"
     return f"""\
-{prepared.invitation} Ctrl-C stops the server and the gateway.
+{prepared.page_note} Ctrl-C stops the server and the gateway.
 {prepared.key_note}
 
 With OpenAI's client (pip install openai):

@@ -54,7 +54,7 @@ def _limit_of(kind: type[int] | type[Decimal], text: str) -> Any:
     def parse(value: str) -> int | Decimal | str:
         if value == _NO_LIMIT:
             return value
-        with suppress(ValueError, InvalidOperation):  # the second one is also for NaN, which has no order
+        with suppress(ValueError, InvalidOperation):  # comparing NaN raises the second one
             number = kind(value)
             if 0 < number < _MAX_LIMIT:
                 return number
@@ -73,7 +73,7 @@ MonthlyTokens = Annotated[
     Any, _limit_of(int, "How many tokens, input and output together, the key may use in a month (UTC).")
 ]
 MonthlyDollars = Annotated[
-    Any, _limit_of(Decimal, "What the tokens that the key uses in a month (UTC) may cost, in dollars.")
+    Any, _limit_of(Decimal, "How many dollars the tokens of the key may cost in a month (UTC).")
 ]
 
 
@@ -86,8 +86,8 @@ def add(
     monthly_tokens: MonthlyTokens = None,
     monthly_dollars: MonthlyDollars = None,
 ) -> None:
-    """Add a key and print it. It cannot be shown again, because only a hash of it is stored. A limit that is
-    omitted does not apply."""
+    """Add a key and print it. It cannot be shown again, because only a hash of it is stored. There is
+    no limit unless an option sets one."""
     _check_name(name)
     key = new_key()
     limits = _changed(KeyLimits(), requests_per_minute, at_once, monthly_tokens, monthly_dollars)
@@ -109,7 +109,7 @@ def limit(
     monthly_tokens: MonthlyTokens = None,
     monthly_dollars: MonthlyDollars = None,
 ) -> None:
-    """Change limits of a key. Limits that are omitted stay; `none` removes one."""
+    """Change the limits of a key. A limit that is not given stays as it is; `none` removes it."""
     _check_name(name)
     given = (requests_per_minute, at_once, monthly_tokens, monthly_dollars)
     if given == (None, None, None, None):
@@ -156,7 +156,7 @@ def _check_name(name: str) -> None:
 
 
 def _changed(limits: KeyLimits, *given: int | Decimal | str | None) -> KeyLimits:
-    """Return the limits with those replaced that are given, in the order of the fields."""
+    """Return the limits after replacing those that are given. `given` is in the order of the fields."""
     names = (field.name for field in fields(KeyLimits))
     new: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
     return replace(limits, **{name: None if value == _NO_LIMIT else value for name, value in new.items()})

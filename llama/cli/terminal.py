@@ -117,7 +117,7 @@ def decoded(text: str, what: str, encoding: str = sys.getfilesystemencoding()) -
 
 
 def print_table(rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> None:
-    """Print rows of equal length. Cells from column `numbers_from` on are aligned at the right."""
+    """Print rows of equal length. Columns from `numbers_from` on are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

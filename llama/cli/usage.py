@@ -30,14 +30,16 @@ def usage(
     ] = None,
     by: Annotated[
         list[Column] | None,
-        typer.Option(help="What each line is for. Repeat it for combinations. The default is the key."),
+        typer.Option(
+            help="Print one line per key, day or model. Repeat it to combine them. The default is key."
+        ),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, with exact prices and no total.")] = False,
 ) -> None:
     """Print predictions, tokens, seconds and prices by key, day or model. A gateway may be running.
 
-    The seconds are those that servers worked. LLAMA_GATEWAY_INPUT_PRICE and LLAMA_GATEWAY_OUTPUT_PRICE are
-    the prices, also of earlier tokens.
+    The seconds are the time for which servers worked. The prices are LLAMA_GATEWAY_INPUT_PRICE and
+    LLAMA_GATEWAY_OUTPUT_PRICE; they also apply to earlier tokens.
     """
     prices = GatewaySettings.from_environment().prices
     columns = list(dict.fromkeys(by or [Column.KEY]))

@@ -1,4 +1,5 @@
-"""Ends predictions that should not go on: overdue ones, those of revoked keys, and others.
+"""Ends predictions that must not go on: overdue ones, those of revoked keys or of keys without budget, and
+those whose client is disconnected when the gateway stops.
 
 Knows the reasons. Knows nothing about how an end is stored.
 """
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class EarlyEnds:
-    """Looks through the predictions that have not ended."""
+    """Checks the predictions that have not ended."""
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
-"""The form of the gateway's log: text for a person, or JSON with one object per line for a log collector.
+"""The format of the gateway's log: text for a person, or JSON with one object per line for a log collector.
 
-Knows which fields a line has: never a prompt, an answer, a key, a cookie, a token of a stream or a query.
+Knows the fields of a line. None of them contains a prompt, an answer, a key, a cookie, a stream token or a
+query string.
 Knows nothing about when lines are written.
 """
 
@@ -17,7 +18,7 @@ from llama.gateway.prediction import Outcome, Prediction
 from llama.gateway.storage.usage_table import Tokens
 
 REQUESTS = logging.getLogger("llama.gateway.requests")
-"""The log of HTTP requests, which is written only as JSON: in a terminal, it would hide everything else."""
+"""The log of HTTP requests, which is written only as JSON: in a terminal, it would bury everything else."""
 
 PREDICTIONS = logging.getLogger("llama.gateway.predictions")
 """The log of predictions that have ended."""
@@ -48,7 +49,7 @@ class JsonLines(JsonFormatter):
 
 
 def configure(log_format: Literal["text", "json"]) -> None:
-    """Set the form of everything that this process logs. Call it after the root logger has its handlers."""
+    """Set the format of everything that this process logs. Call it after the root logger has its handlers."""
     as_json = log_format == "json"
     REQUESTS.setLevel(logging.INFO if as_json else logging.WARNING)
     if as_json:

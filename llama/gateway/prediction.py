@@ -58,7 +58,7 @@ class PredictionRequest:
     needs_client: bool = False
     """Whether the answer is useful only to the connection that asked for it, as in OpenAI's API."""
     request_id: str | None = None
-    """The `x-request-id` of the HTTP request, which also stands in the logs."""
+    """The `x-request-id` of the HTTP request, which is also in the logs."""
 
     @property
     def api(self) -> Literal["replicate", "openai"]:

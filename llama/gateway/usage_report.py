@@ -1,6 +1,6 @@
-"""Puts prices on usage. The page, the command line and `/metrics` show these numbers.
+"""Adds prices to usage. The page, the command line and `/metrics` show the result.
 
-Knows numbers. Knows nothing about how they are shown.
+Knows nothing about how it is shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Line(Usage):
     """A sum of usage with its price."""
 
     price: Decimal
-    """In dollars, at the prices of now."""
+    """In dollars, at the current prices."""
 
 
 def report(usage: Iterable[Usage], prices: Prices) -> list[Line]:

@@ -1,6 +1,6 @@
 """The monthly budgets of keys, in tokens and in dollars. A month is a calendar month in UTC.
 
-The tokens of running predictions count as far as their servers have reported them. Knows nothing about the
+Running predictions count with the tokens that their servers have reported so far. Knows nothing about the
 queue.
 """
 
@@ -27,7 +27,7 @@ class Spent:
     dollars: Decimal
 
     def excess(self, key: Key) -> str | None:
-        """Say which budget of the key is used up; None if none is."""
+        """Return which budget of the key is used up, as part of a sentence; None if none is."""
         tokens, dollars = key.limits.monthly_tokens, key.limits.monthly_dollars
         if tokens is not None and self.tokens >= tokens:
             return f"it has used {self.tokens} of its {tokens} tokens of this month"
@@ -37,7 +37,7 @@ class Spent:
 
 
 class Budgets:
-    """Compares what keys have used with their budgets."""
+    """Compares the usage of keys with their budgets."""
 
     def __init__(self, storage: Storage, prices: Prices, today: Callable[[], date] | None = None) -> None:
         """`today` returns the day in UTC. None means the system's clock."""

@@ -1,8 +1,8 @@
-"""Sessions of the page: what a browser has in a cookie instead of the key.
+"""Sessions of the page: the token that a browser keeps in a cookie instead of the key.
 
 A session is a signed token that names a key. It ends with the key, because the token depends on the key's
 hash, or after 30 days. Nothing is stored for a session, so a copied token stays valid after the browser has
-deleted its own. Knows tokens; knows nothing about cookies' attributes or requests.
+deleted its own. Knows tokens; knows nothing about the attributes of cookies, or about requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECONDS = 30 * 24 * 3600
 
 _SECRET = "session_secret"
 _SALT = "session-1"
-"""Change it if tokens get another form, so that the old ones are refused."""
+"""Change it if the format of tokens changes, so that old ones are refused."""
 
 
 class Sessions:
@@ -47,8 +47,8 @@ class Sessions:
     async def log_in(self, secret: str) -> str | None:
         """Return the token of a new session, or None if the gateway needs no key.
 
-        Raises Problem 401 if this is no key that is in use. Wrong attempts are not limited: a key of
-        `keys add` has 256 random bits, and the API answers as many attempts.
+        Raises Problem 401 if no key in use has this secret. Failed attempts are not limited, because those of
+        the API are not limited either, and a key that `keys add` made has 256 random bits.
         """
         if await self._keys.is_open():
             return None
@@ -81,7 +81,8 @@ class Sessions:
         )
 
     def _fingerprint(self, stored: StoredKey) -> str:
-        """What changes with the key's hash. The hash itself would help to guess a key that a person chose."""
+        """A value that changes with the key's hash. The hash itself would help to guess a key that a person
+        chose."""
         value = hmac.digest(self._secret.encode(), (stored.hash or "").encode(), "sha256")
         return value.hex()[:16]
 

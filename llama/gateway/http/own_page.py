@@ -17,10 +17,10 @@ _SAFE_METHODS = ("GET", "HEAD")
 
 def check_own_page(scope: Scope, settings: GatewaySettings) -> None:
     """Raises Problem 403 unless the gateway's own page sent the request. A GET or HEAD may also come from
-    the address bar, or from a browser that does not say where it comes from, because it changes nothing."""
+    the address bar, or from a browser that sends no origin, because it changes nothing."""
     headers, safe = Headers(scope=scope), scope["method"] in _SAFE_METHODS
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    if site is not None:  # the browser has compared the addresses, which a proxy cannot confuse
+    if site is not None:  # the browser has compared the origins, so a proxy cannot confuse it
         own = site == "same-origin" or (safe and site == "none")
     elif origin is not None:
         own = _is_own(origin.lower(), scope, settings)

@@ -41,8 +41,8 @@ _SWITCHED_OFF = (
     "window-management",
     "xr-spatial-tracking",
 )
-"""What browsers could allow a page, except `clipboard-write`: the page copies snippets. Features that only
-some browsers know are left out, because the others write a warning to the console."""
+"""The features that a page could use, except `clipboard-write`, which the Copy buttons need. Features that
+only some browsers know are left out, because the others write a warning to the console."""
 
 HEADERS = {
     "content-security-policy": _POLICY,

@@ -1,5 +1,5 @@
-"""What `/metrics` tells Prometheus about a gateway.
+"""The metrics that `/metrics` shows to Prometheus.
 
-`recorder.py` counts and times what happens, `state.py` reads what is the case now, and `usage.py` shows what
-the database has counted.
+`recorder.py` counts and times events, `state.py` reads the current state, and `usage.py` shows the counts of
+the database.
 """

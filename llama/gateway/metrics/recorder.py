@@ -1,7 +1,7 @@
-"""Counts and times what happens to predictions and requests, from the start of the gateway.
+"""Counts and times what happens to predictions and requests since the start of the gateway.
 
-Knows predictions. Knows nothing about queues, servers or the database. No method raises an error: a fault
-here must not break a prediction.
+Knows predictions. Knows nothing about queues, servers or the database. Errors are logged and not raised,
+because an error in a metric must not break a prediction.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ P = ParamSpec("P")
 
 PREFIX = "llama_gateway_"
 OTHER = "other"
-"""A label's value for everything that is not one of the known values."""
+"""The value of a label for everything that is not one of its known values."""
 
-# Seconds. The ranges hold a 70B model on GPUs as well as the small model on a CPU.
+# Seconds. The ranges suit a 70B model on GPUs as well as the small model on a CPU.
 _UNTIL_FIRST = (0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 300, 1800)
 _WAITING = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -56,7 +56,7 @@ class Metrics:
     """The counters and histograms of one gateway, in a registry of its own: a process can have several."""
 
     def __init__(self) -> None:
-        # Otherwise, counters and histograms have one more series with the time of their start.
+        # Otherwise, every counter and histogram has one more series, with the time of its creation.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -179,7 +179,7 @@ class Metrics:
 
     @_harmless
     def responded(self, method: str, route: str | None, status: int) -> None:
-        """A response has ended. `route` is the path of its route, in which names stand for values."""
+        """A response has ended. `route` is the path of its route, with names in place of values."""
         self._requests.labels(method if method in _METHODS else OTHER, route or OTHER, status).inc()
 
     @_harmless

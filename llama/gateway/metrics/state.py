@@ -1,7 +1,7 @@
-"""The gauges: what is the case at the moment of a scrape.
+"""The gauges: the state of the gateway at the moment of a scrape.
 
 Reads the queue and the servers when Prometheus asks, so nothing has to be kept up to date, and a server that
-is no longer on the list vanishes. Knows nothing about what has happened.
+is no longer on the list disappears. Knows nothing about past events.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Servers(Protocol):
 
 
 class State(Collector):
-    """The state of one gateway. `running` tells how many predictions run."""
+    """The state of one gateway. `running` returns the number of running predictions."""
 
     def __init__(self, model: str, queue: Queue, servers: Servers, running: Callable[[], int]) -> None:
         self._model, self._queue, self._servers, self._running = model, queue, servers, running

@@ -1,6 +1,6 @@
 """The counters that agree with the command `usage`, because they come from the same table of the database.
 
-They survive a restart. Knows sums by key and model. Does not know how the database is read.
+They survive a restart. Knows sums by key and model. Knows nothing about the database itself.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LABELS = [column.value for column in COLUMNS]
 
 
 def nothing_used(key: str, model: str) -> Usage:
-    """The usage of a key that has not been used. Prometheus sees an increase only if it knows the count
-    before, so a new key needs a zero."""
+    """The usage of a key that has not been used. Prometheus sees an increase only if it has seen the count
+    before it, so a new key needs a zero."""
     return Usage((key, model), 0, 0, 0, 0.0)
 
 

@@ -25,7 +25,7 @@ _TYPES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
 }
-"""The files with other endings, such as an editor's copies, are not served."""
+"""Files with other endings, such as the backup copies of an editor, are not served."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PageFile:
     content: bytes
     media_type: str
     etag: str
-    """It depends on the content only: packages give all files the same time."""
+    """It depends on the content only: in a package, all files have the same modification time."""
 
 
 @cache

@@ -30,9 +30,9 @@ SCHEMES = frozenset(("http", "https", "mailto"))
 LINK_ATTRIBUTES = {"rel": "noopener noreferrer nofollow", "target": "_blank"}
 LANGUAGE_CLASS = re.compile(r"language-[A-Za-z0-9_.+#-]{1,40}")
 _ABSOLUTE = re.compile(r"(https?://|mailto:).*", re.IGNORECASE | re.DOTALL)
-"""`https:path` is not: on a page with this scheme it is a relative address."""
+"""`https:path` is not absolute: on a page with this scheme it is a relative address."""
 
-_MAX_NESTING = 50  # the text inside of more lists or quotes is left out
+_MAX_NESTING = 50  # text that is nested more deeply in lists or quotes is left out
 
 
 def html_of(text: str) -> str:

@@ -1,8 +1,8 @@
 """Renders Markdown in a process of its own, so that no text can slow down or stop the gateway.
 
-The time to parse some texts grows with the square of their length, and Python's threads would share the time
-of the event loop. The process is started by the first text. It ends itself when the gateway has ended, and
-the system ends it when a text takes too long.
+The time to parse some texts grows with the square of their length, and a thread would take that time from the
+event loop. The process is started for the first text. It ends when the gateway ends, and the system kills it
+when a text takes too long.
 
 This file is also the program of that process: `python -m llama.gateway.page.renderer`.
 """
@@ -22,7 +22,7 @@ from llama.gateway.page.markdown import html_of
 
 MAX_CHARACTERS = 100_000
 _SECONDS = 3.0
-"""The processor time for one text. An ordinary answer takes a few hundredths of a second."""
+"""The processor time that one text may take. A usual answer takes a few hundredths of a second."""
 _LENGTH = 4  # bytes, before each text in both directions
 _FOLDER_OF_THE_PACKAGE = Path(__file__).parents[3]
 
@@ -59,7 +59,7 @@ class MarkdownRenderer:
                 if await self._stop() == -signal.SIGPROF:
                     raise TooComplex from error
                 raise RuntimeError("the process that renders Markdown has failed") from error
-            except BaseException:  # the rest of the answer would be taken for the next one
+            except BaseException:  # otherwise the next call would read the rest of this answer
                 await self._stop()
                 raise
 
@@ -95,7 +95,7 @@ async def _exchange(process: Process, text: str) -> str:
 
 
 def serve(texts: BinaryIO, answers: BinaryIO, seconds: float) -> None:
-    """Render texts until they end. A text that takes more processor time ends the process."""
+    """Render texts until the input ends. A text that takes more processor time ends the process."""
     while length := texts.read(_LENGTH):
         text = texts.read(int.from_bytes(length)).decode()
         signal.setitimer(signal.ITIMER_PROF, seconds)

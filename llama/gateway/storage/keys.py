@@ -25,7 +25,7 @@ class KeyLimits:
     monthly_tokens: int | None = None
     """How many tokens, input and output together, the key may use in a calendar month (UTC)."""
     monthly_dollars: Decimal | None = None
-    """What the tokens of a calendar month may cost."""
+    """How much the tokens of a calendar month may cost."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The table of usage: predictions, tokens and seconds by key, day (UTC) and model.
 
-Its rows are kept when predictions and keys are deleted or revoked. SQLite adds them up, because a year of
-many keys has more rows than a request should read. Knows nothing about prices.
+Its rows are kept when predictions are deleted and keys are revoked. SQLite adds them up, because many keys
+in a year have more rows than a request should read. Knows nothing about prices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llama.gateway.storage.database import Database
 
 
 class Column(StrEnum):
-    """What usage can be added up by."""
+    """The columns by which usage can be grouped."""
 
     KEY = "key"
     """The key's name. Only one key of this name is in use, but revoked ones may have had it, too."""
@@ -27,10 +27,10 @@ class Column(StrEnum):
 
 @dataclass(frozen=True)
 class Usage:
-    """A sum of counts."""
+    """The sum of the rows of one group."""
 
     of: tuple[str, ...]
-    """The values of the columns that the sum is for, such as a key's name and a day."""
+    """The values of the columns by which the rows were grouped, such as a key's name and a day."""
     predictions: int
     input_tokens: int
     output_tokens: int
@@ -59,7 +59,7 @@ _EXPRESSIONS = {Column.KEY: "keys.name", Column.DAY: "day", Column.MODEL: "model
 
 
 class UsageTable:
-    """All counts. A prediction is counted on the day on which it was created."""
+    """The counts of all keys. A prediction is counted on the day on which it was created."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -88,7 +88,7 @@ class UsageTable:
     ) -> list[Usage]:
         """Return a sum for each combination of values of the columns `by`, in the order of these values.
 
-        `by` has at least one column. The sums are those of one key or of all keys, from a day on.
+        `by` has at least one column. `key_id` limits the sums to one key, and `since` to this day and later.
         """
         columns = ", ".join(_EXPRESSIONS[column] for column in by)
         conditions: dict[str, Any] = {"key_id = ?": key_id, "day >= ?": since and since.isoformat()}
