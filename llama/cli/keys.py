@@ -119,6 +119,7 @@ def limit(
         if key is None:
             raise BadSettings(f"no key named {name} is in use; `keys list` lists all keys")
         store.keys.set_limits(key, _changed(key.limits, *given))
+    print(f"The limits of the key {name} are changed.", file=sys.stderr)
 
 
 @keys.command(name="list")
@@ -176,7 +177,7 @@ def _row(stored: StoredKey) -> tuple[str, ...]:
 
 
 def _limit(number: int | Decimal | None) -> str:
-    return "no limit" if number is None else str(number)
+    return "no limit" if number is None else f"{number:f}" if isinstance(number, Decimal) else str(number)
 
 
 def _date(seconds: float) -> str:
