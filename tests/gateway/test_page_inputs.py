@@ -177,7 +177,7 @@ def test_usage_agrees_with_the_predictions(
     assert row.get_by_role("cell").all_text_contents() == totals.all_text_contents()
     assert user.overflow() == 0
     user.field("Since").fill("2099-01-01")
-    expect(user.page.get_by_text("Nothing was used since this day.")).to_be_visible()
+    expect(user.page.get_by_text("There is no usage since this day.")).to_be_visible()
 
 
 def test_the_chat_shows_the_tokens_and_the_price_of_an_answer(

@@ -1,9 +1,9 @@
-/** The form that takes a key: a view of its own at first, and a dialog if the login ends while the page is used. */
+/** The form that asks for a key: a view of its own at first, and a dialog if the login ends while the page is used. */
 
 import { element } from "./common/dom.js";
 import { ApiError, describe } from "./gateway/errors.js";
 
-const HINT = "The gateway keeps it in a cookie that programs on this page cannot read.";
+const HINT = "The page does not store the key. The browser gets a login cookie that scripts cannot read.";
 
 /**
  * @param {import("./gateway/api.js").Api} api
@@ -52,7 +52,7 @@ export function loginForm(api, onDone, prefix) {
 }
 
 /**
- * Ask for the key in a dialog over the page, which keeps everything that was typed.
+ * Ask for the key in a dialog over the page. Everything that was typed stays.
  * @param {import("./gateway/api.js").Api} api
  * @returns {Promise<boolean>} whether there is a new login
  */

@@ -1,4 +1,4 @@
-/** The addresses of the views, after the # of the page's own address. Knows nothing about the DOM. */
+/** The addresses of the views: the part of the URL after the #. Knows nothing about the DOM. */
 
 /** @typedef {{view: "chat" | "predict" | "usage", id: string}} Route */
 
@@ -7,7 +7,7 @@ const CHAT = /^#\/chat\/([\w-]+)$/;
 
 /**
  * @param {string} hash
- * @returns {Route} the chat if the address is none of ours
+ * @returns {Route} the chat if the address is unknown
  */
 export function routeOf(hash) {
   const prediction = PREDICTIONS.exec(hash);

@@ -1,4 +1,4 @@
-/** The switch between the system's theme, light and dark. `saved_theme.js` applies the choice at the next load. */
+/** The choice between the system's theme, light and dark. `saved_theme.js` applies it at the next load. */
 
 const ITEM = "llama:theme";
 

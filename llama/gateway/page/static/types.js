@@ -1,7 +1,7 @@
 /**
- * The shapes of what the gateway sends, and of what the page stores. Types only; no module imports it at run time.
+ * The types of what the gateway sends and of what the page stores. No module imports this file at run time.
  *
- * @typedef {{input: number, output: number}} Prices Dollars for a million tokens.
+ * @typedef {{input: number, output: number}} Prices Dollars per million tokens.
  * @typedef {{key: string | null, needs_key: boolean, model: string, prices: Prices}} Session
  *
  * @typedef {"starting" | "processing" | "succeeded" | "failed" | "canceled"} Status

@@ -56,13 +56,13 @@ export class UsageView {
   /** @param {UsageReport} report */
   #elements({ rows, total, budget }) {
     const { input, output } = this.#prices;
-    const prices = `Prices: ${money(input)} for a million input tokens, ${money(output)} for a million output tokens.`;
+    const prices = `Prices: ${money(input)} per million input tokens, ${money(output)} per million output tokens.`;
     return [
       element("h2", {}, "Total"),
       totals(total),
       ...(budget ? [element("h2", {}, "Budget of this month"), ...meters(budget)] : []),
       element("h2", { id: "by-day" }, "By day"),
-      rows.length ? table(rows) : element("p", { class: "empty" }, "Nothing was used since this day."),
+      rows.length ? table(rows) : element("p", { class: "empty" }, "There is no usage since this day."),
       element("p", { class: "hint" }, prices),
     ];
   }

@@ -1,6 +1,6 @@
 /**
- * An answer as Markdown. New text is shown at once as plain text; the gateway renders the whole text from time to
- * time, and the result replaces what was rendered before. If it cannot be rendered, the plain text stays.
+ * An answer as Markdown. New text is shown at once as plain text. From time to time, the gateway renders the whole
+ * text, and the result replaces what was shown before. If the text cannot be rendered, it stays plain.
  *
  * `fragmentOf` is the only place of the page where HTML becomes elements.
  */
@@ -108,7 +108,7 @@ export class MarkdownView {
     this.#showRest();
   }
 
-  /** Show the text after what is rendered: a short one goes on in the last line, a long one in a block below. */
+  /** Show the text that is not rendered yet: in the last line if it is short, otherwise in a block below. */
   #showRest() {
     const rest = this.#text.slice(this.#renderedLength);
     const host = rest.length <= MAX_TAIL ? lastBlock(this.#rendered) : null;
@@ -144,7 +144,7 @@ export class MarkdownView {
 
 /**
  * @param {HTMLElement} root
- * @returns {Element | null} the block in which the last text stands
+ * @returns {Element | null} the block that contains the last text
  */
 function lastBlock(root) {
   let block = root.lastElementChild;

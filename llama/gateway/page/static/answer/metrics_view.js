@@ -1,4 +1,4 @@
-/** The line of numbers below an answer. */
+/** The line of metrics below an answer. */
 
 import { element } from "../common/dom.js";
 import { metricsLine } from "../common/format.js";

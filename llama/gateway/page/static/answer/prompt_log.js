@@ -1,5 +1,5 @@
 /**
- * Reads a prediction's log: the formatted prompt, which stands there as a Python string, and the other lines.
+ * Reads a prediction's log: the formatted prompt, which the log has as a Python string, and the other lines.
  */
 
 const PROMPT = /^formatted prompt: (["'])(.*)\1$/m;

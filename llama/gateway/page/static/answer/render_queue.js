@@ -1,6 +1,5 @@
 /**
- * Renders one text at a time. The text that was asked for last comes first, because the reader sees the end of a
- * dialogue.
+ * Renders one text at a time. The last request comes first, because the reader sees the end of a dialogue.
  */
 
 /** @typedef {(text: string) => Promise<string>} Render */

@@ -1,6 +1,6 @@
 /**
- * All chats of this browser. One that the browser cannot store is kept until the page is closed, and one that was
- * deleted can be brought back; the reader is told about both.
+ * All chats of this browser. A chat that the browser cannot store is kept until the page is closed, and a deleted
+ * one can be restored. A notice says so in both cases.
  */
 
 import { dismiss, notify } from "../common/notices.js";
@@ -11,7 +11,7 @@ import { dismiss, notify } from "../common/notices.js";
  */
 
 const FULL =
-  "The browser has no room to store this chat. It stays on the page until you close it. " +
+  "The browser has no room to store this chat. It is lost when you close the page. " +
   "Delete other chats to make room.";
 
 export class ChatArchive {
@@ -21,7 +21,7 @@ export class ChatArchive {
   #summaries = new Map();
   /** @type {Map<string, Dialogue>} */
   #notStored = new Map();
-  /** @type {Set<string>} the answer to a deleted chat may still be on its way */
+  /** @type {Set<string>} they must not be saved again: an answer may still be running */
   #deleted = new Set();
 
   /**

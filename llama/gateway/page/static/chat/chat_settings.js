@@ -9,7 +9,7 @@ import { changedInputs } from "../inputs/schema.js";
  * @typedef {import("../types.js").Dialogue} Dialogue
  */
 
-/** The chat sets these itself, or they have no use in it. */
+/** The chat sets these itself, or they are of no use in a chat. */
 const NOT_SHOWN = [
   ...["prompt", "messages", "system_prompt", "prompt_template", "debug", "log_performance_metrics"],
   ...["max_tokens", "min_tokens", "replicate_weights"],
@@ -57,8 +57,8 @@ export class ChatSettings {
   }
 
   /**
-   * Say whether all settings are valid, and show the errors.
-   * @returns {boolean}
+   * Show the errors of the settings.
+   * @returns {boolean} whether all settings are valid
    */
   check() {
     return this.#form === null || this.#form.read() !== null;

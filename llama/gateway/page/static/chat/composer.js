@@ -1,4 +1,4 @@
-/** The box for the next message. It also edits an earlier message, and then gives back what was there before. */
+/** The box for the next message. It also edits an earlier message, and restores the draft afterwards. */
 
 import { byId, element } from "../common/dom.js";
 
@@ -44,7 +44,7 @@ export class Composer {
     this.#box.focus();
   }
 
-  /** @param {boolean} busy whether an answer is on its way */
+  /** @param {boolean} busy whether an answer is running */
   setBusy(busy) {
     const hadFocus = document.activeElement === this.#send || document.activeElement === this.#stop;
     this.#busy = busy;
@@ -71,7 +71,7 @@ export class Composer {
       { type: "button", class: "quiet", click: () => this.cancelEdit() },
       "Cancel",
     );
-    this.#state.replaceChildren("You are editing a message. What follows it will be replaced. ", cancel);
+    this.#state.replaceChildren("You are editing a message. Everything after it will be replaced. ", cancel);
     this.#state.hidden = false;
     this.#onEdit(index);
     this.#box.focus();
@@ -84,7 +84,7 @@ export class Composer {
     this.#box.focus();
   }
 
-  /** Give back after a reload what was typed before it. */
+  /** Restore the draft after a reload. */
   #keepDraft() {
     try {
       this.#fill(sessionStorage.getItem(DRAFT) ?? "");

@@ -27,8 +27,8 @@ export function titleFrom(text) {
 }
 
 /**
- * The turns as the input `messages`. The model wants users and assistants in turn, so an answer without any text
- * is left out, and the messages before and after it become one.
+ * The turns as the input `messages`. The roles must alternate, so an answer without any text is left out, and the
+ * messages before and after it become one.
  * @param {Turn[]} turns
  * @returns {{role: "user" | "assistant", content: string}[]}
  */

@@ -44,7 +44,7 @@ export class DialogueList {
   show(dialogues, current) {
     this.#heading.textContent = current.title || "New chat";
     if (this.#form.hidden) this.#renameButton.hidden = this.#deleteButton.hidden = current.turns.length === 0;
-    // The list is shown again at every change of the chat; it must then not lose the focus.
+    // This is called at every change of the chat. Replacing the list would lose the focus.
     const shown = JSON.stringify([current.id, dialogues.map(({ id, title }) => [id, title])]);
     if (shown === this.#shown) return;
     this.#shown = shown;

@@ -1,6 +1,6 @@
 /**
- * The dialogues that this browser keeps: one item of the storage for each, so that two tabs do not overwrite each
- * other's, below the page's path and the key's name, so that each person sees their own.
+ * The dialogues that this browser stores. Each has an item of its own, so that two tabs do not overwrite each
+ * other's dialogues. The item's name contains the page's path and the key's name, so that each key has its own.
  */
 
 import { isDialogue } from "./dialogue.js";

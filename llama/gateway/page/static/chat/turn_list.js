@@ -1,4 +1,4 @@
-/** The turns of the conversation that is shown. It keeps the elements of turns that have not changed. */
+/** The turns of the conversation that is shown. Elements of turns that have not changed are kept. */
 
 import { byId, element } from "../common/dom.js";
 import { AnswerView, UserView } from "./turn_view.js";
@@ -15,21 +15,21 @@ export class TurnList {
   #root = byId("turns", HTMLElement);
   /** @type {(UserView | AnswerView)[]} */
   #views = [];
-  #around;
+  #dependencies;
   #events;
 
   /**
-   * @param {import("./turn_view.js").Surroundings} surroundings
+   * @param {import("./turn_view.js").Dependencies} dependencies
    * @param {{onEdit: (index: number) => void, onRetry: () => void, onExample: (text: string) => void}} events
    */
-  constructor(surroundings, events) {
-    this.#around = surroundings;
+  constructor(dependencies, events) {
+    this.#dependencies = dependencies;
     this.#events = events;
   }
 
   /**
    * @param {Turn[]} turns
-   * @param {boolean} busy whether an answer is on its way
+   * @param {boolean} busy whether an answer is running
    */
   show(turns, busy) {
     let same = 0;
@@ -76,7 +76,7 @@ export class TurnList {
    */
   #build(turn, index) {
     if (turn.role === "user") return new UserView(turn, () => this.#events.onEdit(index));
-    return new AnswerView(turn, this.#around, () => this.#events.onRetry());
+    return new AnswerView(turn, this.#dependencies, () => this.#events.onRetry());
   }
 }
 

@@ -1,4 +1,4 @@
-/** The turns of a dialogue as elements: a message of the user, and an answer that grows. */
+/** The turns of a dialogue as elements: a message of the user, and an answer, which may still grow. */
 
 import { copyButton } from "../common/clipboard.js";
 import { element } from "../common/dom.js";
@@ -10,7 +10,7 @@ import { promptDisclosure } from "../answer/prompt_view.js";
  * @typedef {import("../types.js").AnswerTurn} AnswerTurn
  * @typedef {import("../types.js").UserTurn} UserTurn
  *
- * @typedef {Object} Surroundings
+ * @typedef {Object} Dependencies
  * @property {import("../gateway/api.js").Api} api
  * @property {import("../types.js").Prices} prices
  * @property {import("../answer/render_queue.js").RenderQueue} rendering
@@ -51,7 +51,7 @@ export class UserView {
 export class AnswerView {
   turn;
   element;
-  #around;
+  #dependencies;
   #text;
   #state = element("p", { class: "state" });
   #details = element("div", { class: "details" });
@@ -63,13 +63,13 @@ export class AnswerView {
 
   /**
    * @param {AnswerTurn} turn
-   * @param {Surroundings} surroundings
+   * @param {Dependencies} dependencies
    * @param {() => void} onRetry
    */
-  constructor(turn, surroundings, onRetry) {
+  constructor(turn, dependencies, onRetry) {
     this.turn = turn;
-    this.#around = surroundings;
-    this.#text = new MarkdownView((text) => surroundings.rendering.render(text));
+    this.#dependencies = dependencies;
+    this.#text = new MarkdownView((text) => dependencies.rendering.render(text));
     this.#retry = element("button", { type: "button", class: "quiet", click: onRetry }, "Retry");
     this.#actions = element(
       "div",
@@ -110,7 +110,7 @@ export class AnswerView {
     else this.#show("The connection was lost. Connecting again …");
   }
 
-  /** @param {boolean} possible whether this is the last answer, and nothing runs */
+  /** @param {boolean} possible whether this is the last answer, and no answer is running */
   allow(possible) {
     this.#retry.hidden = !possible;
   }
@@ -122,9 +122,9 @@ export class AnswerView {
     this.#actions.hidden = false;
     const { error, status, metrics, predictionId } = this.turn;
     this.#show(endText(this.turn), status === "failed" || status === "interrupted" ? (error ?? "") : "");
-    this.#details.replaceChildren(metricsList(metrics ?? {}, this.#around.prices));
+    this.#details.replaceChildren(metricsList(metrics ?? {}, this.#dependencies.prices));
     this.#log.remove();
-    this.#log = promptDisclosure(() => this.#around.api.prediction(predictionId));
+    this.#log = promptDisclosure(() => this.#dependencies.api.prediction(predictionId));
     this.#actions.append(this.#log);
   }
 
@@ -159,7 +159,7 @@ function isRunning(turn) {
 function endText({ status, content, metrics }) {
   if (status === "failed") return "The answer failed. Retry, or edit the message.";
   if (status === "canceled") return "The answer was stopped.";
-  if (status === "interrupted") return "The answer was interrupted. Retry to get it again.";
+  if (status === "interrupted") return "The answer was interrupted. Retry to get another one.";
   if (metrics?.finish_reason === "length") return "The answer reached the maximum number of tokens.";
   return content === "" ? "The answer is empty." : "";
 }

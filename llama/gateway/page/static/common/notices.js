@@ -1,4 +1,4 @@
-/** Messages at the top of the page: errors, and what can be undone. Each stays until it is closed or replaced. */
+/** Notices at the top of the page, such as errors. Each stays until it is dismissed or replaced. */
 
 import { byId, element } from "./dom.js";
 

@@ -1,5 +1,5 @@
 /**
- * Follows a prediction to its end: reads its event stream, then asks for the prediction until it has ended.
+ * Follows a prediction to its end: reads its event stream, then polls the prediction until it has ended.
  *
  * EventSource reconnects by itself and names the last event that it has seen.
  */

@@ -9,7 +9,7 @@ import { asEntered, limits, readEntered } from "./schema.js";
  * @typedef {{field: Field, control: Control, error: HTMLElement}} Row
  */
 
-/** @type {Record<string, number>} lines of a text's box; 1 for the others */
+/** @type {Record<string, number>} the height of a text box in lines; 1 for the others */
 const LINES = { prompt: 5, system_prompt: 3, messages: 4, prompt_template: 2 };
 
 export class FieldForm {
@@ -58,7 +58,7 @@ export class FieldForm {
     return Object.keys(errors).length ? null : values;
   }
 
-  /** The values that are valid, without a word about the others. */
+  /** The values that are valid. Shows no errors about the others. */
   get values() {
     return this.#read().values;
   }

@@ -1,4 +1,4 @@
-/** The form of the model's inputs: runs them, shows the output, and the request as programs. */
+/** The form with the model's inputs. It runs them, and shows the output and the request as programs. */
 
 import { announce, byId, element } from "../common/dom.js";
 import { ApiError, describe } from "../gateway/errors.js";
@@ -70,7 +70,7 @@ export class InputsView {
     this.#fill(this.#loaded);
   }
 
-  /** @param {string} id of a prediction, or "" to go on with the form as it is */
+  /** @param {string} id of a prediction, or "" to leave the form as it is */
   async open(id) {
     if (id === "" || id === this.#shown) return;
     if (this.#run) return notify("request", "A prediction is running. Stop it before you open another one.");

@@ -1,4 +1,4 @@
-/** The output of a prediction: its text as it is, how it ended, its measurements, its price and its log. */
+/** The output of a prediction: its text without Markdown, how it ended, its metrics, its price and its log. */
 
 import { copyButton } from "../common/clipboard.js";
 import { element } from "../common/dom.js";
@@ -11,7 +11,7 @@ import { outputText } from "../gateway/stream.js";
 /** @typedef {import("../types.js").Prediction} Prediction */
 
 const REMOVED =
-  "The gateway has deleted the inputs, the output and the log of this prediction, as it does some time after the end.";
+  "The gateway has deleted the inputs, the output and the log. It does so some time after a prediction has ended.";
 /** @type {Record<string, string>} */
 const STATES = {
   starting: "Waiting for the first token …",
@@ -97,7 +97,7 @@ export class OutputView {
   /** @param {Prediction} prediction */
   #log(prediction) {
     if (prediction.data_removed) return [element("p", { class: "hint" }, REMOVED)];
-    const hint = "Check debug to see the formatted prompt here.";
+    const hint = "Select debug and run again to see the formatted prompt here.";
     return [
       element("h3", {}, "Log"),
       ...logElements(prediction),

@@ -42,7 +42,7 @@ export function readFields(document) {
 }
 
 /**
- * Say which values a number can have, and the default of any other input than a text.
+ * Describe which values an input can have, and the default of a number.
  * @param {Field} field
  */
 export function limits(field) {

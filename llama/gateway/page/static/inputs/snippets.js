@@ -1,5 +1,5 @@
 /**
- * A request as a program to copy: curl, Python and JavaScript. Each runs as it is.
+ * A request as a program to copy, in curl, Python and JavaScript. Each program is complete.
  *
  * A gateway without keys accepts any text as the key; otherwise the key comes from REPLICATE_API_TOKEN.
  */

@@ -7,7 +7,7 @@ import { snippets } from "./snippets.js";
 /** @typedef {import("./snippets.js").Request} Request */
 
 const KEY_NEEDED = "Set REPLICATE_API_TOKEN to your key before you run it.";
-const NO_KEY = "This gateway needs no key, so the program sends any text as the key.";
+const NO_KEY = "This gateway needs no key. The program sends a placeholder.";
 
 export class SnippetsView {
   #tabs;
