@@ -8,7 +8,7 @@ from pathlib import Path
 from chromium import Screen
 from gateways import KEY, Gateway
 from page_user import PageUser
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
@@ -128,6 +128,32 @@ def test_a_restart_of_the_gateway_interrupts_the_answer_and_not_the_page(
     cog.rules.script = Script(["One", " two", " three"])
     user.press("Retry")
     expect(user.answer).to_have_text("One two three")
+
+
+def test_two_tabs_do_not_try_again_in_turn(users: Users, gateway: Gateway, cog: FakeCog) -> None:
+    cog.rules.script = Script(["One", " two"], hold_after=1)
+    user = users(gateway)
+    user.visit.allow_status(403)
+    user.visit.allow_lost_connections()
+    user.send("Count")
+    expect(user.answer).to_have_text("One")
+    other = PageUser(user.visit, user.visit.context.new_page())
+    other.page.goto(user.page.url)
+    expect(other.answer).to_have_text("One")
+    asked = list[str]()
+
+    def refuse(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(status=403, json={"title": "Forbidden", "detail": "Not now"})
+
+    user.visit.context.route("**/v1/predictions/*", refuse)
+    cog.release()
+    for tab in (user, other):
+        expect(tab.button("Retry")).to_be_visible()
+        expect(tab.answers).to_contain_text("The answer was interrupted")
+    user.visit.context.unroute("**/v1/predictions/*")
+    other.page.evaluate("() => localStorage.length")
+    assert len(asked) <= 4
 
 
 def test_a_gateway_that_cannot_be_reached_is_explained(users: Users, gateway: Gateway, cog: FakeCog) -> None:

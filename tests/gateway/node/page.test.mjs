@@ -9,7 +9,7 @@ const { inputsFor, isDialogue, messagesOf, titleFrom, withoutLastAnswer } = awai
 );
 const { Dialogues, NotStored } = await import(`${STATIC}/chat/dialogues.js`);
 const { ApiError, describe } = await import(`${STATIC}/gateway/errors.js`);
-const { money, priceOf } = await import(`${STATIC}/common/format.js`);
+const { metricsLine, money, priceOf } = await import(`${STATIC}/common/format.js`);
 const { readLog, splitControlTokens } = await import(`${STATIC}/answer/prompt_log.js`);
 const { routeOf } = await import(`${STATIC}/router.js`);
 const { snippets } = await import(`${STATIC}/inputs/snippets.js`);
@@ -198,10 +198,17 @@ for (const [status, problem, retryAfter, text] of [
   [429, { detail: "Too many." }, 1, /in 1 second\.$/],
   [503, { title: "Not ready", detail: "Wait." }, null, /Not ready: Wait \(HTTP 503\)\.$/],
   [418, {}, null, /HTTP 418/],
+  [400, { title: { a: 1 }, detail: ["from a proxy"], invalid_fields: "x" }, null, /^No reason was given/],
 ]) {
   test(`the refusal ${status} is explained`, () =>
     assert.match(describe(new ApiError(status, problem, retryAfter)), text));
 }
+
+test("a measurement that is not a number is left out", () => {
+  const metrics = { input_token_count: 1, time_to_first_token: null, tokens_per_second: "fast" };
+  const names = metricsLine(metrics, { input: 1, output: 1 }).map(({ name }) => name);
+  assert.deepEqual(names, ["input tokens", "price"]);
+});
 
 test("prices are exact to a millionth of a dollar", () => {
   const prices = { input: 0.65, output: 2.75 };

@@ -109,8 +109,11 @@ export class ChatView {
     });
   }
 
-  /** @param {Conversation} conversation */
-  #show(conversation) {
+  /**
+   * @param {Conversation} conversation
+   * @param {boolean} [again] whether to try again with an answer that the page has lost
+   */
+  #show(conversation, again = true) {
     const previous = this.#current;
     previous.view = null;
     if (!previous.isBusy) this.#conversations.delete(previous.dialogue.id);
@@ -124,7 +127,7 @@ export class ChatView {
     this.#composer.setBusy(conversation.isBusy);
     this.#scroll.follow();
     this.#showList();
-    void conversation.resume();
+    void conversation.resume(again);
   }
 
   /**
@@ -215,7 +218,8 @@ export class ChatView {
     this.#conversations.delete(id); // what is in the storage now is newer
     if (id !== this.#current.dialogue.id) return;
     const stored = this.#archive.get(id);
-    if (stored) this.#show(this.#conversation(stored));
+    // Two tabs that cannot get an answer would otherwise tell each other to try again, without end.
+    if (stored) this.#show(this.#conversation(stored), false);
   }
 
   /** @param {KeyboardEvent} event */

@@ -72,11 +72,15 @@ export class Conversation {
     this.#run?.stop();
   }
 
-  /** Go on with the last answer if the page was closed or lost the gateway before its end. */
-  async resume() {
+  /**
+   * Go on with the last answer if the page was closed or lost the gateway before its end.
+   * @param {boolean} again whether to try again with an answer that the page has lost
+   */
+  async resume(again) {
     const answer = this.dialogue.turns.at(-1);
     if (this.#run || answer?.role !== "assistant") return;
-    if (answer.isGone || !["starting", "processing", "interrupted"].includes(answer.status)) return;
+    const unfinished = ["starting", "processing", ...(again ? ["interrupted"] : [])];
+    if (answer.isGone || !unfinished.includes(answer.status)) return;
     answer.status = "processing";
     const run = this.#begin(answer);
     try {

@@ -42,13 +42,19 @@ export function priceOf(metrics, prices) {
  * @returns {{name: string, value: string}[]}
  */
 export function metricsLine(metrics, prices) {
-  const { input_token_count: input, output_token_count: output, predict_time: seconds } = metrics;
-  const first = metrics.time_to_first_token;
-  const speed = metrics.tokens_per_second ?? (seconds && output ? output / seconds : undefined);
+  const [input, output, seconds, first, given] = [
+    metrics.input_token_count,
+    metrics.output_token_count,
+    metrics.predict_time,
+    metrics.time_to_first_token,
+    metrics.tokens_per_second,
+  ].map((value) => (typeof value === "number" ? value : undefined)); // a server can give any metric a text
+  const speed = given ?? (seconds && output ? output / seconds : undefined);
+  const price = priceOf({ input_token_count: input, output_token_count: output }, prices);
   const parts = [];
   if (input !== undefined) parts.push({ name: "input tokens", value: count(input) });
   if (output !== undefined) parts.push({ name: "output tokens", value: count(output) });
-  if (input !== undefined) parts.push({ name: "price", value: money(priceOf(metrics, prices)) });
+  if (input !== undefined) parts.push({ name: "price", value: money(price) });
   if (first !== undefined) parts.push({ name: "to the first token", value: duration(first) });
   if (speed !== undefined) parts.push({ name: "tokens/s", value: speed.toFixed(1) });
   return parts;

@@ -6,15 +6,18 @@
 export class ApiError extends Error {
   /**
    * @param {number} status 0 if the gateway could not be reached
-   * @param {{title?: string, detail?: string, invalid_fields?: InvalidField[]}} problem
+   * @param {{title?: unknown, detail?: unknown, invalid_fields?: InvalidField[]}} problem a proxy's may be of any form
    * @param {number | null} retryAfter seconds
    */
   constructor(status, problem = {}, retryAfter = null) {
-    super(problem.detail || problem.title || `HTTP ${status}`);
+    const [title = "", detail = ""] = [problem.title, problem.detail].map((text) =>
+      typeof text === "string" ? text : "",
+    );
+    super(detail || title || `HTTP ${status}`);
     this.status = status;
-    this.title = problem.title ?? "";
-    this.detail = problem.detail ?? "";
-    this.invalidFields = problem.invalid_fields ?? [];
+    this.title = title;
+    this.detail = detail;
+    this.invalidFields = Array.isArray(problem.invalid_fields) ? problem.invalid_fields : [];
     this.retryAfter = retryAfter;
   }
 
