@@ -100,6 +100,13 @@ def test_what_cannot_be_an_address_is_refused(text: str) -> None:
         Addresses([text])
 
 
+@pytest.mark.parametrize("text", ["http://ann:secret@host", "http://:secret@host", "http:/ann:secret@host"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(BadSettings, match="no user name or password") as raised:
+        Addresses([text])
+    assert "secret" not in str(raised.value)
+
+
 def test_a_file_has_one_address_per_line_with_comments(tmp_path: Path) -> None:
     file = tmp_path / "servers.txt"
     file.write_text("# ours\nhttp://10.0.0.1:5000\n\n  http://10.0.0.2:5000/  \r\n")

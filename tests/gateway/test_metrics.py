@@ -227,6 +227,14 @@ def test_the_scrape_is_readable_in_both_formats(tmp_path: Path) -> None:
         assert (head.status_code, head.content) == (200, b"")
 
 
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=x", "text/plain; version=1.x"])
+def test_a_format_that_does_not_exist_gets_the_default(measured: Gateway, accept: str) -> None:
+    with measured.client_of(METRICS_KEY) as client:
+        response = client.get("/metrics", headers={"Accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
 def test_names_follow_the_rules_of_prometheus(tmp_path: Path) -> None:
     with busy_gateway(tmp_path / "gateway.sqlite3") as gateway:
         found = scrape(gateway)

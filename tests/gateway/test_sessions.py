@@ -363,6 +363,17 @@ class TestProxies:
         with pytest.raises(AssertionError, match="403"):
             set_cookie(gateway, host="gw.example", origin="https://gw.example:8443")
 
+    @pytest.mark.parametrize("origin", ["http://[", "http://a]b", "https://gw.example/x; Domain=gw.example"])
+    def test_the_cookie_takes_nothing_but_the_scheme_from_the_origin(
+        self, gateway: Gateway, origin: str
+    ) -> None:
+        cookie = set_cookie(gateway, origin=origin, sec_fetch_site="same-origin")
+        assert "; Path=/;" in cookie
+        assert "Domain" not in cookie
+
+    def test_a_host_that_is_no_address_gets_a_cookie(self, gateway: Gateway) -> None:
+        assert "; Path=/;" in set_cookie(gateway, host="[:::]", sec_fetch_site="same-origin")
+
     def test_the_cookie_belongs_to_the_path_of_the_public_url(
         self, cog: FakeCog, gateways: Callable[..., Gateway]
     ) -> None:

@@ -270,6 +270,26 @@ def test_a_renewal_that_keeps_the_size_and_the_time_of_the_files_is_noticed(
     assert "was renewed" in caplog.text
 
 
+def test_a_file_that_vanishes_while_it_is_read_leaves_the_old_certificate(
+    files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Vanishing(type(files.key)):  # type: ignore[misc]
+        """A key that its renewal moves away after the gateway has looked at it."""
+
+        def read_bytes(self) -> bytes:
+            content: bytes = super().read_bytes()
+            if vanishes:
+                self.unlink()
+            return content
+
+    vanishes = False
+    certificate = Certificate(files.certificate, Vanishing(files.key))
+    vanishes = True
+    files.key.touch()
+    certificate.reload_if_changed()
+    assert "the old certificate stays in use" in caplog.text
+
+
 def encrypt(key: Path) -> None:
     loaded = serialization.load_pem_private_key(key.read_bytes(), None)
     key.write_bytes(

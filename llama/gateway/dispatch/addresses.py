@@ -38,10 +38,15 @@ async def resolve(name: str) -> list[str]:
 
 def checked_url(text: str) -> str:
     """Return a server's URL without a slash at its end. Raises BadSettings if the text is not one."""
+    if "@" in text:  # not quoted, because it may contain a password
+        raise BadSettings(
+            "the address of a server contains an @, but it can have no user name or password; write it like "
+            "http://127.0.0.1:5000"
+        )
     try:
         parts = urlsplit(text.strip())
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        valid = valid and not (parts.query or parts.fragment or parts.username)
+        valid = valid and not (parts.query or parts.fragment)
         valid = valid and _can_be_host(parts.hostname or "") and ".." not in unquote(parts.path).split("/")
         valid = valid and not any(character.isspace() for character in text.strip())  # urlsplit drops some
     except ValueError:

@@ -1,6 +1,6 @@
 """The certificate of a gateway that speaks HTTPS itself, without a proxy.
 
-Knows PEM files and their renewal. Knows nothing about connections and requests.
+Knows PEM files and their renewal. Knows nothing about connections or requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MARKS = {"certificate": b"-----BEGIN CERTIFICATE-----", "key": b"PRIVATE KEY---
 
 
 class _EncryptedKey(Exception):
-    """A password would be needed. OpenSSL would ask for it on the terminal."""
+    """The key has a passphrase, for which OpenSSL would ask on the terminal."""
 
 
 class Certificate:
@@ -31,7 +31,7 @@ class Certificate:
         self.context = self._new_context()
 
     def reload_if_changed(self) -> None:
-        """Use renewed files for new connections. As long as they cannot be used, the old ones stay in use.
+        """Use renewed files for new connections. While they cannot be used, the old certificate stays in use.
 
         A renewal may replace the two files one after the other, so that they do not match for a moment.
         """
@@ -48,7 +48,7 @@ class Certificate:
             logger.info("the certificate %s was renewed", self._certificate)
 
     def _read_stamps(self) -> list[tuple[int, int, int] | None]:
-        """What changes when the files change. None stands for a file that cannot be read."""
+        """Return values that change whenever the files change. None stands for a file that cannot be read."""
         return [_stamp(path) for path in (self._certificate, self._key)]
 
     def _new_context(self) -> ssl.SSLContext:
@@ -67,8 +67,9 @@ class Certificate:
             raise BadSettings(
                 f"the key {self._key} is encrypted; give --tls-key a key without a passphrase"
             ) from None
-        except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
+        except OSError as error:  # an SSLError, or a file was replaced after the check
+            reason = getattr(error, "reason", None)
+            if reason == "KEY_VALUES_MISMATCH":
                 raise BadSettings(
                     f"the key {self._key} does not belong to the certificate {self._certificate}; give "
                     "--tls-key the key that the certificate was made with. If the file has several "
@@ -76,7 +77,7 @@ class Certificate:
                 ) from error
             raise BadSettings(
                 f"the certificate {self._certificate} or its key {self._key} cannot be used "
-                f"({error.reason or error}); give --tls-certificate and --tls-key files in PEM format"
+                f"({reason or error}); give --tls-certificate and --tls-key files in PEM format"
             ) from error
 
 
@@ -100,5 +101,5 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
         status = path.stat()
     except OSError:
         return None
-    # Its ctime, because a hook of the renewal may correct the owner or the mode after a moment.
+    # The ctime, because a renewal hook may change the owner or the mode of the file a moment later.
     return status.st_ctime_ns, status.st_ino, status.st_size

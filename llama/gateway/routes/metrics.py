@@ -1,4 +1,4 @@
-"""`GET /metrics`: the numbers of the gateway for Prometheus, which also name all keys and servers.
+"""`GET /metrics`: the metrics of the gateway for Prometheus, which name all keys and servers.
 
 They need no key on a gateway that needs none. Otherwise they need a key of their own, because clients must
 not see each other's names.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from llama.gateway.access.auth import unauthenticated
 from llama.gateway.gateway import Gateway
@@ -36,8 +37,15 @@ async def metrics(request: Request, gateway: CurrentGateway) -> Response:
     if not await gateway.keys.is_open():
         _check_key(gateway, request.headers.get("authorization", ""))
     scrape = Scrape(gateway.metrics.registry, await _usage(gateway))
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    encode, content_type = _encoder(request.headers.get("accept", ""))
     return Response(encode(scrape), headers={"Content-Type": content_type})
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    try:
+        return choose_encoder(accept)
+    except TypeError:  # a version of a format that is not a number
+        return choose_encoder("")
 
 
 def _check_key(gateway: Gateway, authorization: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, Response
 
@@ -42,7 +41,7 @@ async def get_page_file(name: str, request: Request) -> Response:
 def _file(request: Request, file: PageFile | None) -> Response:
     if file is None:
         raise not_found()
-    # Browsers ask at every use whether there is a new version.
+    # Browsers then ask at every use whether there is a new version.
     headers = {"ETag": file.etag, "Cache-Control": "no-cache"}
     known = request.headers.get("if-none-match", "").split(",")
     if file.etag in (tag.strip().removeprefix("W/") for tag in known):
@@ -52,7 +51,7 @@ def _file(request: Request, file: PageFile | None) -> Response:
 
 @router.get("/favicon.ico")
 async def get_favicon() -> Response:
-    """Browsers ask for it at every address that is not the page, whose icon is among its files."""
+    """Browsers request this icon at every address except the page's own, which names another icon."""
     return Response(status_code=204, headers={"Cache-Control": "max-age=86400"})
 
 
@@ -78,7 +77,7 @@ async def _key_name(request: Request, gateway: Gateway) -> str | None:
 
 @router.post("/page/login")
 async def log_in(request: Request, gateway: CurrentGateway) -> Response:
-    # Another site must not log a browser in either: it could then read what its user asks the model.
+    # Another site must not log in a browser with its own key: it could then read what the user asks.
     check_own_page(request.scope, gateway.settings)
     token = await gateway.sessions.log_in((await _text(request, "key")).strip())
     response = Response(status_code=204)
@@ -97,12 +96,13 @@ async def log_out(request: Request, gateway: CurrentGateway) -> Response:
 
 def _cookie_attributes(request: Request) -> dict[str, Any]:
     """The attributes of a cookie for the address at which the browser shows the page."""
-    address, origin = urlsplit(base_url(request)), urlsplit(request.headers.get("origin", ""))
+    scheme, _, address = base_url(request).partition("://")
+    host, _, path = address.partition("/")
+    origin = request.headers.get("origin", "").lower()
     # The page may be open at another address than LLAMA_GATEWAY_PUBLIC_URL, or a proxy may end TLS silently.
-    if origin.netloc and origin.geturl().lower() != f"{address.scheme}://{address.netloc}".lower():
-        address = origin
-    secure, path = address.scheme == "https", address.path or "/"
-    return {"secure": secure, "path": path, "httponly": True, "samesite": "strict"}
+    if origin.startswith(("http://", "https://")) and origin != f"{scheme}://{host}".lower():
+        scheme, path = origin.partition("://")[0], ""
+    return {"secure": scheme.lower() == "https", "path": f"/{path}", "httponly": True, "samesite": "strict"}
 
 
 @router.post("/page/markdown")
@@ -120,7 +120,7 @@ async def render_markdown(request: Request, _: CurrentKey) -> dict[str, str]:
 
 
 async def _text(request: Request, name: str) -> str:
-    """Return a member of the body. Raises Problem 422 if it is not a text."""
+    """Return a member of the body. Raises Problem 422 if it is not a string."""
     body = await json_body(request)
     text = body.get(name) if isinstance(body, dict) else None
     if not isinstance(text, str):
