@@ -1,4 +1,4 @@
-"""What a browser sends to a gateway's page, and what the tests need to take sessions apart.
+"""What a browser sends to a gateway's page, and what the tests need to inspect sessions.
 
 All requests are real HTTP. Knows headers and cookies; knows nothing about the page's contents.
 """

@@ -1,4 +1,4 @@
-"""A reverse proxy that shows a gateway below a path, as nginx or Caddy do. Knows nothing about its API."""
+"""A reverse proxy that serves a gateway below a path, as nginx or Caddy can. Knows nothing about its API."""
 
 from __future__ import annotations
 

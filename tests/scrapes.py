@@ -1,4 +1,4 @@
-"""What a gateway tells Prometheus, and a gateway that has something of everything to tell."""
+"""Reads `/metrics` as Prometheus does, and starts a gateway whose metrics all have samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files in deploy/monitoring: they fit each other, and the metrics of a gateway that has served requests."""
+"""The files in deploy/monitoring match each other, and the metrics of a gateway that has served requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""deploy/kubernetes.yaml: checked against the schemas of Kubernetes, and whether its parts fit together."""
+"""deploy/kubernetes.yaml follows the schemas of Kubernetes, and its parts fit together."""
 
 from __future__ import annotations
 

@@ -71,4 +71,4 @@ def test_two_tabs_show_the_same_chats(users: Users, gateway: Gateway) -> None:
     other.press("Delete")
     expect(other.answers).to_have_count(0)
     user.page.reload()
-    expect(user.page.get_by_text("This browser has no such chat.")).to_be_visible()
+    expect(user.page.get_by_text("This chat is not stored in this browser.")).to_be_visible()

@@ -1,4 +1,4 @@
-"""Texts that attack the page, as everything that a model or a user can say, in a real browser.
+"""Texts that attack the page, in every place where it shows what a model or a user wrote, in a real browser.
 
 After each of them, no script has run, no request has left for another address, no dialog is open, and the
 page still works.

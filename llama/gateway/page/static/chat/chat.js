@@ -93,7 +93,8 @@ export class ChatView {
     const isShown = this.#current.view !== null && this.address === (id ? `#/chat/${id}` : "#/chat");
     if (isShown) return this.#composer.focus();
     const stored = id ? this.#archive.get(id) : null;
-    if (id && !stored && !this.#conversations.has(id)) notify("chat", "This browser has no such chat.");
+    if (id && !stored && !this.#conversations.has(id))
+      notify("chat", "This chat is not stored in this browser.");
     const dialogue = stored ?? newDialogue();
     this.#show(this.#conversations.get(id) ?? this.#conversation(dialogue));
     this.#composer.focus();

@@ -1,6 +1,6 @@
 /**
  * A dialogue and the prediction that answers it. Knows nothing about the DOM: a view that shows the conversation
- * sets `view` and is told what changes. It goes on without a view, so that another dialogue can be shown meanwhile.
+ * sets `view` and is told what changes. Without a view, it continues, so that another dialogue can be shown meanwhile.
  */
 
 import { inputsFor, titleFrom, withoutLastAnswer } from "./dialogue.js";
@@ -22,7 +22,7 @@ import { hasEnded, outputText } from "../gateway/stream.js";
  * @property {(connected: boolean) => void} onConnection
  * @property {(error: unknown) => void} onProblem a request was refused
  *
- * @typedef {Object} Surroundings
+ * @typedef {Object} Dependencies
  * @property {import("../gateway/api.js").Api} api
  * @property {string} model
  * @property {() => string | null} defaultSystemPrompt null if it is not known
@@ -35,18 +35,18 @@ export class Conversation {
   /** @type {View | null} */
   view = null;
   dialogue;
-  #around;
+  #dependencies;
   /** @type {Run | null} */
   #run = null;
   #saveTimer = 0;
 
   /**
    * @param {Dialogue} dialogue
-   * @param {Surroundings} surroundings
+   * @param {Dependencies} dependencies
    */
-  constructor(dialogue, surroundings) {
+  constructor(dialogue, dependencies) {
     this.dialogue = dialogue;
-    this.#around = surroundings;
+    this.#dependencies = dependencies;
   }
 
   get isBusy() {
@@ -84,7 +84,7 @@ export class Conversation {
     answer.status = "processing";
     const run = this.#begin(answer);
     try {
-      await this.#follow(run, await this.#around.api.prediction(answer.predictionId), answer);
+      await this.#follow(run, await this.#dependencies.api.prediction(answer.predictionId), answer);
     } catch (error) {
       answer.isGone = error instanceof ApiError && error.status === 404;
       this.#interrupt(answer, answer.isGone ? "The gateway no longer has this prediction." : describe(error));
@@ -96,7 +96,7 @@ export class Conversation {
     clearTimeout(this.#saveTimer);
     this.#saveTimer = 0;
     this.dialogue.updated = Date.now();
-    this.#around.save(this.dialogue);
+    this.#dependencies.save(this.dialogue);
   }
 
   /** Store what has not been stored yet, because the page is being closed. */
@@ -119,7 +119,7 @@ export class Conversation {
     const run = this.#begin(answer);
     let prediction;
     try {
-      const { model, defaultSystemPrompt } = this.#around;
+      const { model, defaultSystemPrompt } = this.#dependencies;
       prediction = await run.create(model, inputsFor(this.dialogue, turns, defaultSystemPrompt()));
     } catch (error) {
       this.#end();
@@ -138,7 +138,7 @@ export class Conversation {
   /** @param {AnswerTurn} answer */
   #begin(answer) {
     let seen = 0;
-    this.#run = new Run(this.#around.api, {
+    this.#run = new Run(this.#dependencies.api, {
       onPiece: (piece) => {
         // After a reload, the stream repeats what is already shown.
         seen += piece.length;

@@ -1,5 +1,6 @@
-"""The books agree: what clients were told, the command `usage`, the page and `/metrics` show the same tokens and
-prices, after 500 predictions of three keys that succeeded, failed, were cancelled, or lost their client.
+"""The API, the command `usage`, the page and `/metrics` show the same tokens and prices.
+
+Three keys create 500 predictions, which succeed, fail, are cancelled, or lose their client.
 """
 
 from __future__ import annotations
