@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama.gateway.access.auth import Keys
 from llama.gateway.access.sessions import Sessions
-from llama.gateway.http.own_page import check_own_page
+from llama.gateway.http.same_origin import check_same_origin
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.keys import Key
 
@@ -59,6 +59,6 @@ async def key_of(scope: Scope, gateway: Gateway) -> Key:
     if authorization is None and not await gateway.keys.is_open():
         key = await gateway.sessions.identify(connection.cookies)
         if key is not None:
-            check_own_page(scope, gateway.settings)
+            check_same_origin(scope, gateway.settings)
             return key
     return await gateway.keys.identify(authorization)

@@ -15,7 +15,7 @@ from llama.gateway.access.budgets import has_budget
 from llama.gateway.access.sessions import SECONDS
 from llama.gateway.gateway import Gateway
 from llama.gateway.http.authentication import key_of
-from llama.gateway.http.own_page import check_own_page
+from llama.gateway.http.same_origin import check_same_origin
 from llama.gateway.page.files import INDEX, PageFile, page_files
 from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex
 from llama.gateway.problems import Problem, not_found
@@ -78,7 +78,7 @@ async def _key_name(request: Request, gateway: Gateway) -> str | None:
 @router.post("/page/login")
 async def log_in(request: Request, gateway: CurrentGateway) -> Response:
     # Another site must not log in a browser with its own key: it could then read what the user asks.
-    check_own_page(request.scope, gateway.settings)
+    check_same_origin(request.scope, gateway.settings)
     token = await gateway.sessions.log_in((await _text(request, "key")).strip())
     response = Response(status_code=204)
     if token is not None:
@@ -88,7 +88,7 @@ async def log_in(request: Request, gateway: CurrentGateway) -> Response:
 
 @router.post("/page/logout")
 async def log_out(request: Request, gateway: CurrentGateway) -> Response:
-    check_own_page(request.scope, gateway.settings)
+    check_same_origin(request.scope, gateway.settings)
     response = Response(status_code=204)
     response.delete_cookie(gateway.sessions.cookie, **_cookie_attributes(request))
     return response

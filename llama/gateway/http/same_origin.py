@@ -15,7 +15,7 @@ from llama.gateway.settings import GatewaySettings
 _SAFE_METHODS = ("GET", "HEAD")
 
 
-def check_own_page(scope: Scope, settings: GatewaySettings) -> None:
+def check_same_origin(scope: Scope, settings: GatewaySettings) -> None:
     """Raises Problem 403 unless the gateway's own page sent the request. A GET or HEAD may also come from
     the address bar, or from a browser that sends no origin, because it changes nothing."""
     headers, safe = Headers(scope=scope), scope["method"] in _SAFE_METHODS
