@@ -159,7 +159,7 @@ class Chromium:
 
     def __init__(self) -> None:
         self._path = find_chromium()
-        self._visits = dict[Screen, Visit]()
+        self._unused = dict[Screen, Visit]()
 
     def __enter__(self) -> Self:
         self._driver = sync_playwright().start()
@@ -181,23 +181,24 @@ class Chromium:
 
     @contextmanager
     def visit(self, url: str, screen: Screen = DESKTOP, theme: Theme = "light") -> Iterator[Visit]:
-        """Use a profile in which nothing is stored. There is one for each screen, because making a profile
-        takes longer than most tests."""
-        if screen not in self._visits:
-            context = self._browser.new_context(
-                viewport={"width": screen.width, "height": screen.height},
-                has_touch=screen.is_phone,
-                is_mobile=screen.is_phone,
-                reduced_motion="reduce",
-                locale="en-US",
-            )
-            self._visits[screen] = Visit(context, screen)
-        visit = self._visits[screen]
+        """Use a profile in which nothing is stored. Profiles are used again, because making one takes longer
+        than most tests."""
+        visit = self._unused.pop(screen, None) or self._new(screen)
         try:
             visit.begin(url, theme)
             yield visit
             visit.end()
         except BaseException:
-            # Its state is not known.
-            self._visits.pop(screen).context.close()
+            visit.context.close()
             raise
+        self._unused[screen] = visit
+
+    def _new(self, screen: Screen) -> Visit:
+        context = self._browser.new_context(
+            viewport={"width": screen.width, "height": screen.height},
+            has_touch=screen.is_phone,
+            is_mobile=screen.is_phone,
+            reduced_motion="reduce",
+            locale="en-US",
+        )
+        return Visit(context, screen)
