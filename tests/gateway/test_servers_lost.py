@@ -281,6 +281,29 @@ def test_what_a_server_says_that_is_not_json_makes_it_unavailable(document: str,
         asyncio.run(ask())
 
 
+@pytest.mark.parametrize("head", ["transfer-encoding: chunked", "content-length: 1", "sesame\0: 1"])
+def test_what_a_server_sends_is_not_in_the_reason_of_its_loss(head: str) -> None:
+    """The reason is logged, and aiohttp's own errors quote the bytes that it cannot read."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{head}\r\n\r\n".encode())
+        writer.write(b"zz an answer with sesame\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def predict() -> None:
+        server = await asyncio.start_server(respond, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        async with server, CogClient() as client:
+            async for _ in client.predict(f"http://{host}:{port}", host, "{}"):
+                pass
+
+    with pytest.raises(Unavailable) as raised:
+        asyncio.run(predict())
+    assert "sesame" not in str(raised.value)
+
+
 def test_the_predictions_of_a_server_that_ends_have_as_much_time_as_they_need(
     gateways: Callable[..., Gateway],
 ) -> None:

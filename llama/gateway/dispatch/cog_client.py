@@ -104,7 +104,9 @@ class CogClient:
                             await asyncio.wait_for(response.content.read(), _END_TIMEOUT)
                         return
         except _FAILURES as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
+            # The message of any other error is left out: it may quote what the server has sent, an answer.
+            reason = f": {error}" if isinstance(error, OSError) else ""
+            raise Unavailable(f"{type(error).__name__}{reason}") from None
         raise Unavailable("the stream ended without its last event")
 
 

@@ -94,9 +94,10 @@ def _outcome(data: Mapping[str, Any], prediction: Prediction) -> Outcome:
     if status != Status.FAILED or found is None or found[1] == "2":
         # Not the fault of the caller: the worker was killed, the engine failed, or the server is ending.
         if not prediction.pieces:
-            # The error itself is not logged, because it may quote a prompt.
+            # What the server sent is not logged, because it may quote a prompt.
+            known = status if status in tuple(Status) else "unknown"
             raise Unavailable(
-                f"the prediction ended as {status}, {found[0].split(':')[0] if found else 'no code'}"
+                f"the prediction ended as {known}, {found[0].split(':')[0] if found else 'no code'}"
             )
         error = error or "the server stopped the prediction early"
     # Leave out what Cog's server puts before an error.
