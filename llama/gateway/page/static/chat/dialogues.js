@@ -79,7 +79,7 @@ export class Dialogues {
  */
 export function browserStorage() {
   try {
-    return localStorage;
+    return localStorage ?? memoryStorage(); // an app that shows web pages may have switched it off
   } catch {
     return memoryStorage();
   }
