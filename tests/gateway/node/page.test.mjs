@@ -199,9 +199,13 @@ for (const [status, problem, retryAfter, text] of [
   [503, { title: "Not ready", detail: "Wait." }, null, /Not ready: Wait \(HTTP 503\)\.$/],
   [418, {}, null, /HTTP 418/],
   [400, { title: { a: 1 }, detail: ["from a proxy"], invalid_fields: "x" }, null, /^No reason was given/],
+  [422, { invalid_fields: [null, { field: 1 }] }, null, /an input is invalid/],
 ]) {
-  test(`the refusal ${status} is explained`, () =>
-    assert.match(describe(new ApiError(status, problem, retryAfter)), text));
+  test(`the refusal ${status} is explained`, () => {
+    const error = new ApiError(status, problem, retryAfter);
+    assert.match(describe(error), text);
+    assert.deepEqual(errorsByField(fields, error.invalidFields), { byField: {}, others: [] });
+  });
 }
 
 test("a measurement that is not a number is left out", () => {

@@ -101,8 +101,8 @@ export class Composer {
     if (this.#busy || text.trim() === "") return;
     const editing = this.#editing;
     this.#box.readOnly = true;
-    const accepted = await this.#onSend(text, editing?.index ?? null);
-    this.#box.readOnly = false;
+    const sent = this.#onSend(text, editing?.index ?? null);
+    const accepted = await sent.finally(() => (this.#box.readOnly = false));
     if (!accepted) return;
     this.#fill(editing?.draft ?? "");
     if (editing) this.#endEdit();

@@ -17,7 +17,8 @@ export class ApiError extends Error {
     this.status = status;
     this.title = title;
     this.detail = detail;
-    this.invalidFields = Array.isArray(problem.invalid_fields) ? problem.invalid_fields : [];
+    const fields = Array.isArray(problem.invalid_fields) ? problem.invalid_fields : [];
+    this.invalidFields = fields.filter((one) => typeof one?.field === "string");
     this.retryAfter = retryAfter;
   }
 
