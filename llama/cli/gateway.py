@@ -100,7 +100,7 @@ def up(
         ending, died = Event(), Event()
         Thread(target=_end_with, args=(server.process, ending, died), daemon=True).start()
         try:
-            prepared.run(_snippets(prepared))
+            prepared.run(_snippets(prepared, embedded_model="LLAMA_WEIGHTS" not in environment))
         except SystemExit:
             if not died.is_set():
                 raise
@@ -205,12 +205,13 @@ def _prepare(addresses: Addresses, host: str, port: int, certificate: Certificat
     return _Prepared(prepare(settings, addresses, address), address, port, url, certificate)
 
 
-def _snippets(prepared: _Prepared) -> str:
+def _snippets(prepared: _Prepared, *, embedded_model: bool) -> str:
     url, model = prepared.url, prepared.gateway.settings.model
+    warning = "A small test model answers, often wrongly. Set LLAMA_WEIGHTS to serve another one.\n"
     key = "YOUR_KEY" if prepared.needs_key else "any"
     return f"""\
 {prepared.page_note} Ctrl-C stops the server and the gateway.
-{prepared.key_note}
+{warning if embedded_model else ""}{prepared.key_note}
 
 With OpenAI's client (pip install openai):
 

@@ -86,8 +86,10 @@ def add(
     monthly_tokens: MonthlyTokens = None,
     monthly_dollars: MonthlyDollars = None,
 ) -> None:
-    """Add a key and print it. It cannot be shown again, because only a hash of it is stored. There is
-    no limit unless an option sets one."""
+    """Add a key and print it.
+
+    It cannot be shown again, because only a hash of it is stored. Without options, it has no limits.
+    """
     _check_name(name)
     key = new_key()
     limits = _changed(KeyLimits(), requests_per_minute, at_once, monthly_tokens, monthly_dollars)

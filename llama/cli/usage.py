@@ -67,4 +67,4 @@ def _exact(line: Line) -> list[str]:
 
 def _readable(line: Line) -> list[str]:
     counts = (line.predictions, line.input_tokens, line.output_tokens)
-    return [*(f"{count:,}" for count in counts), f"{line.seconds:,.1f}", f"{line.price:,.4f}"]
+    return [*(f"{count:,}" for count in counts), f"{line.seconds:,.1f}", f"{line.price:,.6f}"]

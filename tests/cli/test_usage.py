@@ -56,9 +56,9 @@ def test_usage_shows_a_line_per_key_and_a_total(database: Path) -> None:
     head, *lines = table(database=database)
     assert " ".join(head) == "KEY PREDICTIONS INPUT TOKENS OUTPUT TOKENS SECONDS DOLLARS"
     assert lines == [
-        ["ann", "2", "1,000,010", "2,000,001", "5.0", "6.1500"],
-        ["bob", "1", "20", "2", "2.5", "0.0000"],
-        ["total", "3", "1,000,030", "2,000,003", "7.5", "6.1500"],
+        ["ann", "2", "1,000,010", "2,000,001", "5.0", "6.150009"],
+        ["bob", "1", "20", "2", "2.5", "0.000018"],
+        ["total", "3", "1,000,030", "2,000,003", "7.5", "6.150028"],
     ]
 
 

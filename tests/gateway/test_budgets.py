@@ -62,7 +62,8 @@ def test_a_key_may_exceed_its_budget_with_its_last_prediction_only(
     assert refused.json() == {
         "title": "Insufficient credit",
         "detail": "The monthly budget of this key is used up: it has used 42 of its 30 tokens of this month. "
-        "Ask for a larger one.",
+        "It begins again on the first day of the next month (UTC). Ask the operator of the gateway for a "
+        "larger one.",
         "status": 402,
     }
     assert len(cog.predictions) == 2

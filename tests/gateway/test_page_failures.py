@@ -191,3 +191,23 @@ def test_a_chat_that_the_browser_cannot_store_stays_on_the_page(users: Users, ga
     user.ask("Hello " + "x" * 500)
     expect(user.alert).to_contain_text("no room to store this chat")
     expect(user.answer).to_contain_text("Paris")
+
+
+def test_a_gateway_that_is_being_stopped_ends_the_answer_on_the_page(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    """It ends running predictions in their streams, and accepts no more requests."""
+    cog.rules.script = Script(["One", " two", " three"], hold_after=2)
+    user = users(gateway)
+    user.visit.allow_lost_connections()
+    user.send("Count")
+    expect(user.answer).to_have_text("One two")
+    user.visit.context.route("**/v1/predictions/*", lambda route: route.abort())
+
+    async def stop() -> None:
+        gateway.inside.stop_starting()
+
+    gateway.run(stop())
+    expect(user.answers).to_contain_text("E4002 GatewayRestarted")
+    expect(user.button("Retry")).to_be_visible()
+    expect(user.answer).to_have_text("One two")

@@ -59,7 +59,10 @@ class Budgets:
         if not has_budget(key):
             return
         if excess := (await self.spent(key, unfinished)).excess(key):
-            raise over_budget(f"The monthly budget of this key is used up: {excess}. Ask for a larger one.")
+            raise over_budget(
+                f"The monthly budget of this key is used up: {excess}. It begins again on the first day of "
+                "the next month (UTC). Ask the operator of the gateway for a larger one."
+            )
 
 
 def has_budget(key: Key) -> bool:

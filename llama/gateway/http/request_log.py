@@ -68,7 +68,7 @@ class RequestLog:
             "complete": response.complete,
             "key": key.name if key is not None else None,
         }
-        REQUESTS.info("%s %s: %d", method, route, response.status, extra=fields)
+        REQUESTS.info("%s %s: %d", method, route or "(no route)", response.status, extra=fields)
 
 
 class _Response:

@@ -123,7 +123,9 @@ async function loadFields(model, users) {
 async function logOut() {
   try {
     await api.logout();
-    byId("message", HTMLTextAreaElement).value = ""; // otherwise the next person would find it
+    // Otherwise the next person would find the text and the address of the chat.
+    byId("message", HTMLTextAreaElement).value = "";
+    history.replaceState(null, "", "#/chat");
     location.reload();
   } catch (error) {
     notify("session", describe(error));

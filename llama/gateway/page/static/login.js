@@ -3,7 +3,9 @@
 import { element } from "./common/dom.js";
 import { ApiError, describe } from "./gateway/errors.js";
 
-const HINT = "The page does not store the key. The browser gets a login cookie that scripts cannot read.";
+const HINT =
+  "The operator of this gateway gives out keys. The page does not store the key: " +
+  "the browser gets a login cookie that scripts cannot read.";
 
 /**
  * @param {import("./gateway/api.js").Api} api

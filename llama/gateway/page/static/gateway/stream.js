@@ -16,7 +16,7 @@ import { ApiError } from "./errors.js";
  */
 
 const SECONDS_WITHOUT_CONNECTION = 30;
-const MAX_FAILURES = 15; // of polling, about half a minute
+const MAX_FAILURES = 15; // of polling in a row, about half a minute
 
 /** @param {Prediction} prediction */
 export function hasEnded(prediction) {
@@ -36,26 +36,35 @@ export function outputText(prediction) {
  */
 export async function follow(api, prediction, listener) {
   const token = prediction.urls.stream?.split("/").pop();
-  if (!hasEnded(prediction) && token) await readStream(token, listener);
-  return await untilEnded(api, prediction.id, listener);
+  const read = !hasEnded(prediction) && token ? await readStream(token, listener) : { text: "", error: null };
+  try {
+    return await untilEnded(api, prediction.id, listener, read.error === null ? MAX_FAILURES : 0);
+  } catch (problem) {
+    if (read.error === null) throw problem;
+    // A gateway that is being stopped has reported the end in the stream, and accepts no more requests.
+    return { ...prediction, status: "failed", error: read.error, output: read.text };
+  }
 }
 
 /**
  * Resolves after the event `done`, or when the stream is lost for good.
  * @param {string} token
  * @param {Listener} listener
- * @returns {Promise<void>}
+ * @returns {Promise<{text: string, error: string | null}>} the output, and why the prediction failed
  */
 function readStream(token, listener) {
   return new Promise((resolve) => {
     const source = new EventSource(`v1/stream/${token}`);
     let count = 0;
     let timer = 0;
+    let text = "";
+    /** @type {string | null} */
+    let error = null;
 
     const end = () => {
       clearTimeout(timer);
       source.close();
-      resolve();
+      resolve({ text, error });
     };
     source.addEventListener("open", () => {
       clearTimeout(timer);
@@ -66,11 +75,15 @@ function readStream(token, listener) {
       const index = Number(event.lastEventId.split(":")[1]);
       if (index < count) return; // sent again after a reconnect
       count = index + 1;
+      text += event.data;
       listener.onPiece(event.data);
     });
     source.addEventListener("done", end);
     source.addEventListener("error", (event) => {
-      if (event instanceof MessageEvent) return; // the prediction has failed; `done` follows
+      if (event instanceof MessageEvent) {
+        error = JSON.parse(event.data).detail; // the prediction has failed; `done` follows
+        return;
+      }
       if (source.readyState === EventSource.CLOSED) return end();
       listener.onConnection(false);
       timer ||= setTimeout(end, SECONDS_WITHOUT_CONNECTION * 1000);
@@ -82,9 +95,10 @@ function readStream(token, listener) {
  * @param {import("./api.js").Api} api
  * @param {string} id
  * @param {Listener} listener
+ * @param {number} maxFailures in a row
  * @returns {Promise<Prediction>}
  */
-async function untilEnded(api, id, listener) {
+async function untilEnded(api, id, listener, maxFailures) {
   let failures = 0;
   for (let wait = 200; ; wait = Math.min(wait * 1.5, 2000)) {
     try {
@@ -94,7 +108,7 @@ async function untilEnded(api, id, listener) {
       listener.onText(outputText(prediction));
       if (hasEnded(prediction)) return prediction;
     } catch (error) {
-      if (!(error instanceof ApiError && error.isTemporary) || ++failures > MAX_FAILURES) throw error;
+      if (!(error instanceof ApiError && error.isTemporary) || ++failures > maxFailures) throw error;
       listener.onConnection(false);
     }
     await new Promise((resolve) => setTimeout(resolve, wait));
