@@ -13,10 +13,15 @@ from llama.settings import expanded
 
 
 @contextmanager
-def open_store() -> Iterator[Store]:
-    """Open the database that LLAMA_GATEWAY_DATABASE names. Raises BadSettings if it cannot be used."""
+def open_store(*, create: bool = True) -> Iterator[Store]:
+    """Open the database that LLAMA_GATEWAY_DATABASE names. Raises BadSettings if it cannot be used, or if it
+    does not exist and `create` is false."""
     settings = GatewaySettings.from_environment()
     path = expanded(settings.database, "LLAMA_GATEWAY_DATABASE")
+    if not create and not path.exists():
+        raise BadSettings(
+            f"there is no database {path}; start a gateway, or set LLAMA_GATEWAY_DATABASE to the file of one"
+        )
     store = Store(path)
     try:
         yield store

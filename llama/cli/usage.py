@@ -43,7 +43,7 @@ def usage(
     """
     prices = GatewaySettings.from_environment().prices
     columns = list(dict.fromkeys(by or [Column.KEY]))
-    with open_store() as store:
+    with open_store(create=False) as store:
         lines = report(store.usage.sums(columns, since=since and since.date()), prices)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")

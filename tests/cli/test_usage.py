@@ -92,6 +92,14 @@ def test_without_usage_it_says_so(database: Path) -> None:
     assert empty.stdout == "key,predictions,input_tokens,output_tokens,seconds,dollars\n"
 
 
+def test_usage_of_a_missing_database_is_an_error_and_creates_none(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.sqlite3"
+    refused = run(missing, "usage")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "there is no database" in refused.stderr
+    assert not missing.exists()
+
+
 @pytest.mark.parametrize("arguments", [("--since", "yesterday"), ("--since", "2026-02-30"), ("--by", "hour")])
 def test_a_wrong_option_is_refused(database: Path, arguments: tuple[str, ...]) -> None:
     refused = run(database, "usage", *arguments)

@@ -79,7 +79,7 @@ def checked(html: str) -> Checker:
         ("", ""),
         ("plain & simple", "<p>plain &amp; simple</p>\n"),
         ("*a* **b** ~~c~~ `d`", "<p><em>a</em> <strong>b</strong> <s>c</s> <code>d</code></p>\n"),
-        ("# A\n###### B", "<h1>A</h1>\n<h6>B</h6>\n"),
+        ("# A\n###### B", "<h3>A</h3>\n<h6>B</h6>\n"),
         ("a\nb  \nc", "<p>a<br>\nb<br>\nc</p>\n"),
         ("> a\n\n---", "<blockquote>\n<p>a</p>\n</blockquote>\n<hr>\n"),
         ("- a\n  - b", "<ul>\n<li>a\n<ul>\n<li>b</li>\n</ul>\n</li>\n</ul>\n"),

@@ -19,7 +19,7 @@ from markdown_it.utils import EnvType, OptionsDict
 
 # fmt: off
 TAGS = frozenset((
-    "a", "blockquote", "br", "code", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre",
+    "a", "blockquote", "br", "code", "em", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre",
     "s", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
 ))
 # fmt: on
@@ -32,6 +32,7 @@ LANGUAGE_CLASS = re.compile(r"language-[A-Za-z0-9_.+#-]{1,40}")
 _ABSOLUTE = re.compile(r"(https?://|mailto:).*", re.IGNORECASE | re.DOTALL)
 """`https:path` is not absolute: on a page with this scheme it is a relative address."""
 
+_PAGE_LEVELS = 2  # of headings, which the page itself uses
 _MAX_NESTING = 50  # text that is nested more deeply in lists or quotes is left out
 
 
@@ -45,6 +46,7 @@ def _parser() -> MarkdownIt:
         "js-default", {"html": False, "breaks": True, "linkify": False, "maxNesting": _MAX_NESTING}
     )
     parser.core.ruler.push("alignment", _align)
+    parser.core.ruler.push("levels", _lower_headings)
     parser.add_render_rule("image", _image)
     return parser
 
@@ -55,6 +57,13 @@ def _align(state: StateCore) -> None:
         style = token.attrs.pop("style", None) if token.type in ("th_open", "td_open") else None
         if style is not None:
             token.attrs["align"] = str(style).removeprefix("text-align:")
+
+
+def _lower_headings(state: StateCore) -> None:
+    """Let headings begin below those of the page, which screen readers list together with them."""
+    for token in state.tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(int(token.tag[1]) + _PAGE_LEVELS, 6)}"
 
 
 def _image(

@@ -17,7 +17,7 @@ const MAX_TAIL = 2000; // characters
 const MAX_FAILURES = 4; // in a row
 const SHARE = 5; // the pause is at least this many times as long as the browser took to show the last one
 
-const BLOCKS = "p, li, blockquote, h1, h2, h3, h4, h5, h6, td, th, pre > code";
+const BLOCKS = "p, li, blockquote, h3, h4, h5, h6, td, th, pre > code";
 
 export class MarkdownView {
   element = element("div", { class: "answer-text" });
