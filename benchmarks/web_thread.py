@@ -102,6 +102,11 @@ class WebThread:
         def close() -> None:
             for server in self._server.servers:
                 server.close()
+            shut_down()
+            # Again, because a connection may have been accepted and not have been counted yet.
+            asyncio.get_running_loop().call_later(0.2, shut_down)
+
+        def shut_down() -> None:
             for connection in list(self._server.server_state.connections):
                 connection.shutdown()
 

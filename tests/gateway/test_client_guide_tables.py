@@ -19,7 +19,7 @@ from llama.gateway.openai.errors import failure
 from llama.gateway.openai.members import CHAT_VALUES, TEXT_VALUES, WITHOUT_EFFECT
 from llama.gateway.openai.request import DEFAULT_TEXT_TOKENS, MAX_STOP_CHARACTERS, MAX_STOPS, ChatBody
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
-from llama.gateway.problems import throttled
+from llama.gateway.problems import over_budget, throttled
 from llama.gateway.settings import GatewaySettings
 from llama.serving.schema import input_properties
 from predict import Predictor
@@ -101,7 +101,7 @@ def test_the_guide_has_the_status_and_the_code_of_every_error() -> None:
         outcomes = [Outcome(Status.FAILED, f"{error} Name: what happened") for error in codes(errors)]
         for outcome in outcomes or [Outcome(Status.CANCELED)]:
             problem = failure(failed(outcome), is_chat=True)
-            assert (problem.status, problem.code) == (int(status), codes(code)[0]), errors
+            assert (problem.openai_status, problem.code) == (int(status), codes(code)[0]), errors
         documented |= set(codes(errors))
     assert documented == error_codes(UserError, EngineError, GatewayError)
 
@@ -139,8 +139,8 @@ def test_the_guide_has_the_titles_and_the_codes_of_refused_requests(
     without_key = gateways(cog.url, key=None, database=tmp_path / "without-key.sqlite3")
     response = without_key.client.get("/v1/models", headers={"Host": "other.example"})
     seen[str(response.status_code)] = names(response)
-    problem = throttled("", 1)
-    seen[str(problem.status)] = {problem.title, str(problem.code)}
+    for problem in (throttled("", 1), over_budget("")):
+        seen[str(problem.status)] = {problem.title, str(problem.code)}
 
     table = rows(section("Errors and limits"), "status")
     documented = {row[0]: set(codes(row[1]) + codes(row[2])) for row in table}

@@ -355,7 +355,7 @@ def test_a_stream_that_is_not_read_is_dropped_and_its_prediction_goes_on(
 
 
 def test_a_client_that_reads_slowly_is_kept(start: Start, cog: FakeCog) -> None:
-    running = start(reading=0.5)
+    running = start(reading=2.0)
     long_answer(cog)
     created = running.client.post(f"/v1/models/{MODEL}/predictions", json={"input": {"prompt": "Hi"}}).json()
     path = created["urls"]["stream"].removeprefix(running.url)
