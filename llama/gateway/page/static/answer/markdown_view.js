@@ -169,15 +169,11 @@ function fragmentOf(html) {
 }
 
 /**
- * Open links in a new tab, leave out images, and add Copy buttons to code blocks.
+ * Add Copy buttons to code blocks, and let wide tables scroll. The gateway has already left out images, and
+ * made links open in a new tab.
  * @param {HTMLElement} root
  */
 function complete(root) {
-  for (const image of root.querySelectorAll("img")) image.replaceWith(image.alt);
-  for (const link of root.querySelectorAll("a")) {
-    link.target = "_blank";
-    link.rel = "noopener noreferrer";
-  }
   for (const code of root.querySelectorAll("pre")) {
     const language = /language-(\S+)/.exec(code.firstElementChild?.className ?? "")?.[1];
     codeBlock(code, { label: language, copyName: "Copy code" });
