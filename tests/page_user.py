@@ -5,6 +5,8 @@ Finds everything by the names that a screen reader says. Knows the page's conten
 
 from __future__ import annotations
 
+import re
+
 from chromium import Visit
 from playwright.sync_api import Locator, Page, expect
 
@@ -75,6 +77,8 @@ class PageUser:
     def open_panel(self, name: str) -> None:
         """Show the panel "Chats" or "Settings", which a narrow window hides."""
         toggle = self.page.locator(f"#{name.lower()}-toggle")
+        # The page's script sets the attribute when it has started. A click before that would do nothing.
+        expect(toggle).to_have_attribute("aria-expanded", re.compile("true|false"))
         if toggle.is_visible() and toggle.get_attribute("aria-expanded") == "false":
             self.touch(toggle)
         expect(self.page.get_by_role("complementary", name=name)).to_be_visible()
