@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.process import PeerProcess, Spec
+from benchmarks.process import Limits, PeerProcess, Spec, time_limit
 from benchmarks.protocol import Request
 from benchmarks.workload import prompt
 from llama import ROOT
@@ -24,6 +24,7 @@ from llama.serving.server import CogServer
 from predict import Predictor
 
 _ROUNDS = 3
+_LIMITS = Limits()
 
 
 def cold_start(model: Path | None) -> dict[str, float]:
@@ -38,10 +39,11 @@ def cold_start(model: Path | None) -> dict[str, float]:
         with CogServer({"LLAMA_WEIGHTS": str(model or "")}) as server:
             server.wait_until_ready()
             ready.append(time.perf_counter() - started)
-            for name, _ in server.stream({"prompt": "Hi", "temperature": 0, "max_new_tokens": 4}):
-                if name == "output":
-                    first.append(time.perf_counter() - started)
-                    break
+            with time_limit(server.process.pid, _LIMITS.run):
+                for name, _ in server.stream({"prompt": "Hi", "temperature": 0, "max_new_tokens": 4}):
+                    if name == "output":
+                        first.append(time.perf_counter() - started)
+                        break
     return {"ready": median(ready), "first_token": median(first)}
 
 
@@ -57,18 +59,20 @@ def cold_start_of_peer(spec: Spec, log: Path) -> dict[str, float]:
     return {"ready": median(ready), "first_token": median(first)}
 
 
-def load(folder: Path, quantization: str) -> dict[str, Any]:
+def load(folder: Path, quantization: str, rounds: int) -> dict[str, Any]:
     """Return the seconds that reading the files of a checkpoint takes, and those that loading it takes."""
     files = sorted(folder.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     reading, loading = list[float](), list[float]()
     _read(files)  # so that every measurement finds the files in the page cache
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         reading.append(_seconds(lambda: _read(files)))
         command = [sys.executable, "-m", "benchmarks.cold_start", str(folder), quantization]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=_LIMITS.run
+        )
         loading.append(json.loads(done.stdout))
-    return {"bytes": size, "reading": median(reading), "loading": median(loading), "rounds": _ROUNDS}
+    return {"bytes": size, "reading": median(reading), "loading": median(loading), "rounds": rounds}
 
 
 def _read(files: list[Path]) -> None:

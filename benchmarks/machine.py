@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+_NAMES = {
+    "amx_bf16": "AMX-BF16",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512f": "AVX512",
+    "avx2": "AVX2",
+}
 
 
 def usable_cores() -> int:
     """The number of cores that this process may run on. Linux can restrict them; macOS cannot."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def vector_instructions(machine: Mapping[str, Any]) -> str:
+    """Name the widest vector instructions of a machine that `describe` has described."""
+    flags = machine["instructions"]
+    return next((name for flag, name in _NAMES.items() if flag in flags), "none")
 
 
 def describe() -> dict[str, object]:

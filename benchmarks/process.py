@@ -1,26 +1,29 @@
-"""Run a peer in a child process that answers one list of requests after the other."""
+"""Run a peer in a child process that answers one list of requests after the other.
+
+A peer that ends, hangs, raises or answers something else than times is killed with its child processes.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Timer
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.protocol import Request, Times, to_line
 from llama import ROOT
 
-_TIMEOUT = 600.0  # seconds: no peer needs this long to load or to answer
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +32,42 @@ class Spec:
 
     name: str
     module: str
-    """The name of a module in `benchmarks.peers`."""
+    """The module that is run as a program, such as `benchmarks.peers.ours`."""
     model: str
     variables: Mapping[str, str] = field(default_factory=dict)
     python: str = sys.executable
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many seconds a peer may take."""
+
+    load: float = 600.0
+    run: float = 120.0
+    """For one list of requests, and to end."""
+
+
 class CannotDo(Exception):
-    """The peer does not support the requests, or its process has ended; the message has the reason."""
+    """The peer does not support the requests; the message has the reason. It still runs."""
+
+
+class PeerFailed(Exception):
+    """The peer ended, hung, raised or gave an invalid answer; the message has the reason. It was killed."""
 
 
 class PeerProcess:
     """A context manager that starts a peer, waits until it has loaded, and ends it."""
 
-    def __init__(self, spec: Spec, log: Path) -> None:
+    def __init__(self, spec: Spec, log: Path, limits: Limits | None = None) -> None:
         """The output of the peer is appended to the file `log`."""
-        self.spec, self._log = spec, log
+        self.spec, self._log, self._limits = spec, log, limits or Limits()
 
     def __enter__(self) -> Self:
+        """Raises PeerFailed."""
         started = time.perf_counter()
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [self.spec.python, "-m", f"benchmarks.peers.{self.spec.module}", self.spec.model],
+                [self.spec.python, "-m", self.spec.module, self.spec.model],
                 cwd=ROOT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", **self.spec.variables},
                 stdin=subprocess.PIPE,
@@ -58,59 +75,97 @@ class PeerProcess:
                 stderr=log,
                 text=True,
             )
-        try:
-            self.versions: dict[str, str] = self._answer()
-        except BaseException:
-            self._kill()
-            self._process.communicate()
-            raise
+        self.versions = self._exchange(None, self._limits.load, TypeAdapter(dict[str, str]))
         self.seconds_to_load = time.perf_counter() - started
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._timeout():
+        with time_limit(self._process.pid, self._limits.run), suppress(BrokenPipeError):
             self._process.communicate()  # closes its input, which makes it exit
 
     def run(self, requests: Sequence[Request]) -> Times:
-        """Answer all requests and return the times of their tokens. Raises CannotDo."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the process has ended, and `_answer` raises CannotDo
-            self._process.stdin.write(to_line(requests))
-            self._process.stdin.flush()
-        answer: Times | dict[str, str] = self._answer()
-        if isinstance(answer, dict):
-            raise CannotDo(answer["cannot"])
-        return answer
+        """Answer all requests and return the times of their tokens. Raises CannotDo or PeerFailed."""
+        times = self._exchange(to_line(requests), self._limits.run, TypeAdapter(Times))
+        # A server may send several tokens in one piece, which then has one time.
+        if len(times) != len(requests) or not all(
+            0 < len(mine) <= request.new_tokens for mine, request in zip(times, requests, strict=True)
+        ):
+            self._kill()
+            raise PeerFailed("the times in its answer do not fit the requests")
+        return times
 
     @property
     def resident_memory(self) -> int:
         """The resident memory of the process, in bytes, without its child processes."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
-    def _kill(self) -> None:
-        """Kill the process, and the servers that it started."""
-        with suppress(psutil.NoSuchProcess):
-            peer = psutil.Process(self._process.pid)
-            for process in [*peer.children(recursive=True), peer]:
-                process.kill()
-
-    @contextmanager
-    def _timeout(self) -> Iterator[None]:
-        """Kill the peer if the body takes too long."""
-        timer = Timer(_TIMEOUT, self._kill)
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _answer(self) -> Any:
-        """Read and decode one line. Raises CannotDo."""
+    def _exchange(self, line: str | None, seconds: float, expected: TypeAdapter[_Answer]) -> _Answer:
+        """Send a line if there is one, and decode the line of the answer. Raises CannotDo or PeerFailed."""
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with self._timeout():
-            line = self._process.stdout.readline()
-        if not line:
-            raise CannotDo(f"the process ended or did not answer within {_TIMEOUT:.0f} s; see {self._log}")
-        return json.loads(line)
+        try:
+            with time_limit(self._process.pid, seconds) as expired:
+                if line is not None:
+                    with suppress(BrokenPipeError):  # the process has ended, so there is no answer either
+                        self._process.stdin.write(line)
+                        self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+            if not answer:
+                raise PeerFailed(f"no answer within {seconds:g} s" if expired() else "its process ended")
+            return _decoded(answer, expected)
+        except CannotDo:
+            raise
+        except BaseException:  # also Ctrl-C
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        kill_tree(self._process.pid)
+        self._process.wait()
+
+
+def _decoded(answer: str, expected: TypeAdapter[_Answer]) -> _Answer:
+    """Raises CannotDo, or PeerFailed if the peer failed or the answer is not the expected one."""
+    with suppress(ValidationError):
+        refusal = TypeAdapter(dict[str, str]).validate_json(answer)
+        if "cannot" in refusal:
+            raise CannotDo(refusal["cannot"])
+        if "failed" in refusal:
+            raise PeerFailed(refusal["failed"])
+    try:
+        return expected.validate_json(answer)
+    except ValidationError as error:
+        raise PeerFailed(f"its answer is invalid: {answer[:60].strip()!r}") from error
+
+
+@contextmanager
+def time_limit(pid: int, seconds: float) -> Iterator[Callable[[], bool]]:
+    """Kill a process and its child processes if the body takes too long.
+
+    The body gets a function that tells whether this has happened.
+    """
+    expired = False
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        kill_tree(pid)
+
+    timer = Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda: expired
+    finally:
+        timer.cancel()
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for child in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -75,21 +76,37 @@ def in_threads(answer: Callable[[Request, Clock], list[float]], requests: Sequen
 
 
 def serve(load: Callable[[str], Peer]) -> None:
-    """Run a peer: load the model that the only argument names, then answer lines until the input ends."""
+    """Run a peer: load the model that the only argument names, then answer lines until the input ends.
+
+    An error ends the process, after its last answer has told the benchmark the reason.
+    """
     # Libraries may print to stdout, so it becomes stderr, and the answers use a copy of the original stdout.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    peer = load(sys.argv[1])
-    print(json.dumps(peer.versions), file=answers)
     try:
-        for line in sys.stdin:
-            requests = [Request(**request) for request in json.loads(line)]
-            try:
-                print(json.dumps(peer.run(requests)), file=answers)
-            except NotImplementedError as error:
-                print(json.dumps({"cannot": str(error)}), file=answers)
-    finally:
-        peer.close()
+        peer = load(sys.argv[1])
+        print(json.dumps(peer.versions), file=answers)
+        try:
+            for line in sys.stdin:
+                requests = [Request(**request) for request in json.loads(line)]
+                try:
+                    print(json.dumps(peer.run(requests)), file=answers)
+                except NotImplementedError as error:
+                    print(json.dumps({"cannot": str(error)}), file=answers)
+        finally:
+            peer.close()
+    except Exception as error:
+        traceback.print_exc()
+        print(json.dumps({"failed": _summary(error)}), file=answers)
+        # Threads of a library may still run, and would keep the process alive.
+        answers.flush()
+        os._exit(1)
+
+
+def _summary(error: Exception) -> str:
+    """Return the type of an error and the first line of its message."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def to_line(requests: Sequence[Request]) -> str:

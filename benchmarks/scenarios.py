@@ -6,7 +6,6 @@ machine affects all of them. Knows requests and times; knows nothing about the e
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import count, pairwise
@@ -15,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.process import CannotDo, PeerProcess
+from benchmarks.attempts import Attempts, log
+from benchmarks.process import PeerProcess
 from benchmarks.protocol import Request, Times
 from benchmarks.tables import counted
 from benchmarks.workload import NEW_TOKENS, PROMPT_TOKENS, prompt
@@ -24,6 +24,9 @@ CONCURRENCY = (1, 8, 32)
 ARRIVAL_INTERVAL = 0.05  # seconds
 LONG_PROMPT = 2000
 HISTORY = 1500
+MIXED = {"long_prompt_tokens": 3000, "short_prompts": 15, "short_prompt_tokens": 100, "new_tokens": 128}
+"""One long prompt and several short ones that arrive together. With this number of new tokens, decoding takes
+longer than reading the prompts, and the long request is decoded beside the short ones all the time."""
 _IDLE = 10.0  # percent: a lower CPU usage counts as idle
 _IDLE_TIMEOUT = 5.0  # seconds to wait for an idle CPU
 
@@ -31,17 +34,19 @@ _seeds = count()
 Row = dict[str, Any]
 
 
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def fresh(tokens: int = PROMPT_TOKENS, **request: Any) -> Request:
     """Return a request with a prompt that was not used before."""
     return Request(prompt(tokens, next(_seeds)), **{"new_tokens": NEW_TOKENS, **request})
 
 
-def _ask(peer: PeerProcess, requests: Sequence[Request]) -> Times:
-    """Wait until the CPU is idle, then send the requests to a peer. Raises CannotDo.
+def ask(peer: PeerProcess, requests: Sequence[Request]) -> Times:
+    """Wait until the CPU is idle, then send the requests to a peer. Raises CannotDo or PeerFailed."""
+    wait_until_idle(peer.spec.name)
+    return peer.run(requests)
+
+
+def wait_until_idle(name: str) -> None:
+    """Wait for a few seconds until the CPU is idle, before the engine `name` is measured.
 
     vLLM's processes poll for work for one second after their last request, which would slow down the next
     peer.
@@ -49,67 +54,93 @@ def _ask(peer: PeerProcess, requests: Sequence[Request]) -> Times:
     deadline = time.monotonic() + _IDLE_TIMEOUT
     while (busy := psutil.cpu_percent(interval=0.1)) > _IDLE:
         if time.monotonic() > deadline:
-            log(f"{peer.spec.name}: the CPU is not idle ({busy:.0f}% used by other programs)")
+            log(f"{name}: the CPU is not idle ({busy:.0f}% used by other programs)")
             break
-    return peer.run(requests)
 
 
 def warm_up(peer: PeerProcess) -> None:
     for batch in CONCURRENCY:
-        _ask(peer, [fresh(16, new_tokens=4) for _ in range(batch)])
+        ask(peer, [fresh(16, new_tokens=4) for _ in range(batch)])
 
 
-def throughput(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
+def throughput(attempts: Attempts, peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
     """Measure `batch` requests that arrive together. Return one row per peer."""
-    return _in_rounds(peers, counted(batch, "request"), lambda: [fresh() for _ in range(batch)])
+    return in_rounds(attempts, peers, counted(batch, "request"), lambda peer: _together(peer, batch))
 
 
-def side_by_side(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
+def side_by_side(attempts: Attempts, peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
     """Measure the same as `throughput` in more rounds, so that small differences become visible."""
     title = f"comparison of servers, {counted(batch, 'request')}"
-    return _in_rounds(peers, title, lambda: [fresh() for _ in range(batch)], rounds=12, seconds=120.0)
+    return in_rounds(attempts, peers, title, lambda peer: _together(peer, batch), rounds=8, seconds=30.0)
 
 
-def arriving(peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
+def arriving(attempts: Attempts, peers: Sequence[PeerProcess], batch: int) -> dict[str, Row]:
     """Measure `batch` requests that arrive one after the other. Return one row per peer."""
-    return _in_rounds(
-        peers,
-        f"{counted(batch, 'request')}, {ARRIVAL_INTERVAL * 1000:.0f} ms apart",
-        lambda: [fresh(at=index * ARRIVAL_INTERVAL) for index in range(batch)],
-    )
+
+    def measure(peer: PeerProcess) -> Row:
+        requests = [fresh(at=index * ARRIVAL_INTERVAL) for index in range(batch)]
+        return figures(requests, ask(peer, requests))
+
+    title = f"{counted(batch, 'request')}, {ARRIVAL_INTERVAL * 1000:.0f} ms apart"
+    return in_rounds(attempts, peers, title, measure)
 
 
-def _in_rounds(
+def mixed(attempts: Attempts, peers: Sequence[PeerProcess]) -> dict[str, Row]:
+    """Measure the requests of `MIXED`. Return one row per peer."""
+
+    def measure(peer: PeerProcess) -> Row:
+        new_tokens = MIXED["new_tokens"]
+        long = fresh(MIXED["long_prompt_tokens"], new_tokens=new_tokens)
+        short = [
+            fresh(MIXED["short_prompt_tokens"], new_tokens=new_tokens) for _ in range(MIXED["short_prompts"])
+        ]
+        times = ask(peer, [long, *short])
+        return {
+            **figures([long, *short], times),
+            "time_to_first_token_of_long": times[0][0],
+            "time_to_first_token_of_short": fmean(mine[0] for mine in times[1:]),
+        }
+
+    return in_rounds(attempts, peers, "mixed lengths", measure, rounds=3, at_least=1)
+
+
+def _together(peer: PeerProcess, batch: int) -> Row:
+    requests = [fresh() for _ in range(batch)]
+    return figures(requests, ask(peer, requests))
+
+
+def in_rounds(
+    attempts: Attempts,
     peers: Sequence[PeerProcess],
     title: str,
-    requests: Callable[[], list[Request]],
+    measure: Callable[[PeerProcess], Row],
     *,
     rounds: int = 4,
-    seconds: float = 25.0,
+    at_least: int = 2,
+    seconds: float = 12.0,
 ) -> dict[str, Row]:
     """Measure all peers once per round, in reverse order in every other round. Return medians by peer.
 
-    After the second round, a peer that has used more than `seconds` in total is left out.
+    After `at_least` rounds, a peer that has used more than `seconds` in total is not measured again. A peer
+    that cannot do it, or fails, has a row of the rounds before, if there were any.
     """
     rows: dict[str, list[Row]] = {peer.spec.name: [] for peer in peers}
     left = list(peers)
     for number in range(1, rounds + 1):
         for peer in left[:: 1 if number % 2 else -1]:
-            turn = requests()
-            try:
-                figures = _figures(turn, _ask(peer, turn))
-            except CannotDo as reason:
-                log(f"{title}: {peer.spec.name} skipped ({reason})")
+            name = peer.spec.name
+            row = attempts.attempt(name, title, measure, peer)
+            if row is None:
                 left.remove(peer)
                 continue
-            rows[peer.spec.name].append(figures)
-            log(f"{title}, round {number}: {peer.spec.name} {figures['tokens_per_second']:.1f} tokens/s")
-            if number > 1 and sum(row["seconds"] for row in rows[peer.spec.name]) > seconds:
+            rows[name].append(row)
+            log(f"{title}, round {number}: {name} {row['tokens_per_second']:.1f} tokens/s")
+            if number >= at_least and sum(row["seconds"] for row in rows[name]) > seconds:
                 left.remove(peer)
-    return {name: _medians(turns) for name, turns in rows.items() if turns}
+    return {name: medians(turns) for name, turns in rows.items() if turns}
 
 
-def _figures(requests: Sequence[Request], times: Times) -> Row:
+def figures(requests: Sequence[Request], times: Times) -> Row:
     """Return the figures of one measurement. The time of each request counts from its arrival."""
     seconds = max(mine[-1] for mine in times)
     return {
@@ -127,7 +158,7 @@ def _figures(requests: Sequence[Request], times: Times) -> Row:
     }
 
 
-def _medians(turns: list[Row]) -> Row:
+def medians(turns: list[Row]) -> Row:
     speeds = [turn["tokens_per_second"] for turn in turns]
     return {
         **{name: median(turn[name] for turn in turns) for name in turns[0]},
@@ -138,15 +169,18 @@ def _medians(turns: list[Row]) -> Row:
 
 
 def long_prompt_beside(peer: PeerProcess, streams: int) -> Row:
-    """Measure the time between tokens of `streams` answers, before and while a long prompt is read."""
+    """Measure the time between tokens of `streams` answers, before and while a long prompt is read.
+
+    Tokens that a caller receives together count as one.
+    """
     arrival = 2.0
     beside = [fresh(new_tokens=600) for _ in range(streams)]
     long = fresh(LONG_PROMPT, new_tokens=2, at=arrival)
-    times = _ask(peer, [*beside, long])
+    times = ask(peer, [*beside, long])
     read = times[-1][0]
     before, during = list[float](), list[float]()
     for mine in times[:-1]:
-        for earlier, later in pairwise(mine):
+        for earlier, later in pairwise(sorted(set(mine))):
             if arrival <= earlier and later <= read:
                 during.append(later - earlier)
             elif later < arrival and earlier > arrival / 2:
@@ -167,9 +201,9 @@ def next_turn(peer: PeerProcess, rounds: int = 3) -> Row:
     cold, warm = list[float](), list[float]()
     for _ in range(rounds):
         history = fresh(HISTORY, new_tokens=8)
-        cold.append(_ask(peer, [history])[0][0])
+        cold.append(ask(peer, [history])[0][0])
         turn = Request([*history.prompt, *fresh(65).prompt[1:]], new_tokens=8)
-        warm.append(_ask(peer, [turn])[0][0])
+        warm.append(ask(peer, [turn])[0][0])
     return {"history_tokens": HISTORY, "cold": median(cold), "next_turn": median(warm), "rounds": rounds}
 
 
@@ -180,7 +214,7 @@ def soak(peer: PeerProcess, total: int = 2000, at_once: int = 200) -> Row:
         requests = [
             fresh(16, new_tokens=8, leave_after=2 if index % 10 == 0 else None) for index in range(at_once)
         ]
-        times = _ask(peer, requests)
+        times = ask(peer, requests)
         assert all(
             len(mine) == 8 or request.leave_after for request, mine in zip(requests, times, strict=True)
         )

@@ -38,3 +38,7 @@ def by_batch_table(by_batch: dict[str, Any], figure: Callable[[dict[str, Any]], 
 def counted(number: int | str, noun: str) -> str:
     """Return "1 request", "8 requests", and so on."""
     return f"{number} {noun}{'' if int(number) == 1 else 's'}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.0f}"

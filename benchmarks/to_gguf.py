@@ -1,4 +1,4 @@
-"""Convert the workload's model to a GGUF file for llama.cpp.
+"""Convert a small Llama, such as the workload's model, to a GGUF file for llama.cpp.
 
 Knows llama.cpp's tensor names and its order of rotary channels; knows nothing about speed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -30,8 +31,10 @@ def write_gguf(folder: Path, path: Path, kind: Kind) -> None:
     for name, tensor in load_file(folder / "model.safetensors").items():
         stem = name.removesuffix(".weight")
         values = tensor.float().numpy()
-        if stem.endswith(("q_proj", "k_proj")):
+        if stem.endswith("q_proj"):
             values = _in_pairs(values, config["num_attention_heads"])
+        elif stem.endswith("k_proj"):
+            values = _in_pairs(values, config["num_key_value_heads"])
         stored = Kind.F32 if values.ndim == 1 else kind
         writer.add_tensor(
             f"{names.get_name(stem)}.weight", gguf.quants.quantize(values, stored), raw_dtype=stored
@@ -43,7 +46,7 @@ def write_gguf(folder: Path, path: Path, kind: Kind) -> None:
     part.rename(path)
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, int]) -> None:
+def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     heads, vocabulary = config["num_attention_heads"], config["vocab_size"]
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -53,6 +56,7 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, int]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"t{i}".encode() for i in range(vocabulary)])

@@ -11,6 +11,10 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama import ROOT
+
+OUT = ROOT / "benchmarks" / "out"
+"""The folder of generated models, logs and unfinished results, which git ignores."""
 VOCABULARY = 32000
 CONTEXT = 4096
 PROMPT_TOKENS = 128

