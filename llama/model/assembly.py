@@ -6,6 +6,9 @@ nothing about files.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,6 +30,12 @@ from llama.model.quantized_layers import (
 # and only one layout exists.
 _IGNORED = (".rotary_emb.inv_freq", ".weight_format")
 
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+TakeLayer = Callable[[nn.ModuleList, int], object]
+"""Takes the decoder layer with an index out of the list. Its linear layers may use the memory of a mapped
+file, so whoever takes it must copy their weights and then release them."""
+
 
 class ModelAssembler:
     def __init__(
@@ -34,9 +43,11 @@ class ModelAssembler:
         model: LlamaForCausalLM,
         names: frozenset[str],
         placement: Placement,
+        take_layer: TakeLayer | None = None,
     ) -> None:
+        """`take_layer` is called for each decoder layer as soon as it is complete."""
         self._model, self._names = model, names
-        self._placement = placement
+        self._placement, self._take_layer = placement, take_layer
         self._comes_quantized = any(name.endswith(tuple(STORED_SCALE.values())) for name in names)
         # Modules that own parameters directly, not only through their children.
         self._missing = {
@@ -45,6 +56,8 @@ class ModelAssembler:
         if not model.config.tie_word_embeddings:
             self._missing["lm_head"] = model.lm_head
         self._known = frozenset(self._missing)
+        self._missing_in_layer = Counter(map(_layer_of, self._missing))
+        self._borrowed = dict[str, nn.Module]()  # modules whose weights lie in a mapped file
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._unexpected = list[str]()
         self._wrong_shapes = dict[str, str]()
@@ -59,10 +72,22 @@ class ModelAssembler:
                 self._unexpected.append(name)
             return
         parts = self._parts.setdefault(owner, {})
-        # A tensor lives in the file's mapping, so it is copied, unless quantizing it makes a copy anyway.
-        parts[part] = tensor.to(self._placement.device, copy=not self._is_quantized_here(owner))
-        if wanted <= parts.keys():
-            self._place(owner, self._missing.pop(owner), self._parts.pop(owner))
+        # A tensor lives in the file's mapping, so it is copied, unless it is quantized or lent.
+        lent = self._is_lent(owner, wanted)
+        parts[part] = tensor.to(self._placement.device, copy=not (lent or self._is_quantized_here(owner)))
+        if not wanted <= parts.keys():
+            return
+        self._place(owner, self._missing.pop(owner), self._parts.pop(owner))
+        if lent:
+            self._borrowed[owner] = self._model.get_submodule(owner)
+        self._hand_over(owner)
+
+    def end_file(self) -> None:
+        """Copy what still lies in the mapping of the file whose tensors have been added."""
+        for module in self._borrowed.values():
+            assert isinstance(module.weight, Tensor)
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        self._borrowed.clear()
 
     def check_complete(self, folder: Path) -> None:
         """Raises BadCheckpoint if tensors were missing, unexpected, or had the wrong shape."""
@@ -84,6 +109,29 @@ class ModelAssembler:
                     f"the checkpoint in {folder} {problem.format(count)}{', such as' if several else ':'} "
                     f"{min(examples)}; copy config.json and the weights of the same model"
                 )
+
+    def _hand_over(self, owner: str) -> None:
+        """Let a decoder layer be taken if `owner` was the last of its modules."""
+        layer = _layer_of(owner)
+        if layer is None or self._take_layer is None:
+            return
+        self._missing_in_layer[layer] -= 1
+        if self._missing_in_layer[layer] or any(_layer_of(name) == layer for name in self._wrong_shapes):
+            return
+        for name in [name for name in self._borrowed if _layer_of(name) == layer]:
+            del self._borrowed[name]
+        self._take_layer(self._model.model.layers, layer)
+
+    def _is_lent(self, owner: str, wanted: frozenset[str]) -> bool:
+        """Whether the weight of this module stays in the mapped file until its layer is taken."""
+        return (
+            self._take_layer is not None
+            and self._placement.device.type == "cpu"
+            and _layer_of(owner) is not None
+            and wanted == {"weight"}
+            and isinstance(self._model.get_submodule(owner), nn.Linear)
+            and not self._is_quantized_here(owner)
+        )
 
     def _split(self, name: str) -> tuple[str, str]:
         """The module that a tensor belongs to, and the tensor's name in it, which may contain dots."""
@@ -145,3 +193,9 @@ class ModelAssembler:
         quantized already. Then the layers that it leaves in 16 bits stay so."""
         layer = owner.startswith("model.layers.") and isinstance(self._model.get_submodule(owner), nn.Linear)
         return layer and self._placement.quantization != "none" and not self._comes_quantized
+
+
+def _layer_of(name: str) -> int | None:
+    """The index of the decoder layer that a module or tensor belongs to."""
+    found = _IN_LAYER.match(name)
+    return None if found is None else int(found[1])

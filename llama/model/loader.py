@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama.errors import BadCheckpoint, BadConfig, DoesNotFit
-from llama.model.assembly import ModelAssembler
+from llama.model.assembly import ModelAssembler, TakeLayer
 from llama.model.checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from llama.model.placement import Placement
 from llama.weights.progress import progress
@@ -38,9 +38,12 @@ def empty_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
     return model.requires_grad_(False).eval()
 
 
-def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> LlamaForCausalLM:
+def load_model(
+    folder: Path, config: LlamaConfig, placement: Placement, take_layer: TakeLayer | None = None
+) -> LlamaForCausalLM:
     """Load the model onto its device layer by layer, without ever holding the whole checkpoint twice.
 
+    `take_layer` is called for each decoder layer as soon as it is complete. On a CPU, this saves a copy.
     Raises BadCheckpoint (which names the file or tensor at fault), BadConfig or DoesNotFit.
     """
     checkpoint = Checkpoint(folder)
@@ -60,7 +63,7 @@ def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> Llama
             f"transformers cannot create the model that config.json in {folder} describes "
             f"({type(error).__name__}: {error}); copy config.json again"
         ) from error
-    assembler = ModelAssembler(model, checkpoint.names, placement)
+    assembler = ModelAssembler(model, checkpoint.names, placement, take_layer)
     name, done = "", 0
     try:
         with progress(checkpoint.size, 0) as show:
@@ -69,6 +72,7 @@ def load_model(folder: Path, config: LlamaConfig, placement: Placement) -> Llama
                     assembler.add(renamed.get(name, name), tensor)
                     done += tensor.nbytes
                     show(done)
+                assembler.end_file()
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"the model in {folder} does not fit on {placement.device} with quantization "

@@ -7,6 +7,7 @@ about attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from llama.errors import DoesNotFit
 from llama.model.placement import Placement
-from llama.torch_engine.linears import joined, packed
+from llama.torch_engine.linears import Scratch, packed, packed_together
 
 
 class Norm:
@@ -73,23 +74,30 @@ class ModelParts:
 
 
 @torch.inference_mode()
-def take_apart(model: LlamaForCausalLM, placement: Placement) -> ModelParts:
-    """Return the parts of a model that was loaded with `placement`. The model cannot be used afterwards."""
+def take_apart(
+    model: LlamaForCausalLM, placement: Placement, layers: Sequence[Layer] | None = None
+) -> ModelParts:
+    """Return the parts of a model that was loaded with `placement`. The model cannot be used afterwards.
+
+    `layers` are its decoder layers if they have been taken out before.
+    """
     dtype, device = placement.arithmetic, placement.device
     cos, sin, stretched_from = _rotary_tables(model, placement.context, dtype)
-    scale = model.model.layers[0].self_attn.scaling
+    if layers is None:
+        scratch, modules = Scratch(), model.model.layers
+        layers = [take_layer(modules, index, dtype, scratch) for index in range(len(modules))]
     return ModelParts(
         embedding=model.get_input_embeddings(),
         cos=cos,
         sin=sin,
         stretched_from=stretched_from,
-        layers=[_take_layer(model.model.layers, index, dtype) for index in range(len(model.model.layers))],
+        layers=list(layers),
         norm=Norm(model.model.norm, dtype),
         head=packed(model.lm_head, dtype),
         heads=model.config.num_attention_heads,
         dtype=dtype,
         device=device,
-        scale=scale,
+        scale=model.config.head_dim**-0.5,
     )
 
 
@@ -120,17 +128,19 @@ def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> 
     return cos, sin, stretched_from
 
 
-def _take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype) -> Layer:
+@torch.inference_mode()
+def take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype, scratch: Scratch) -> Layer:
+    """Take a decoder layer out of a model, to compute in `dtype`."""
     layer: Any = layers[index]
     attention, mlp = layer.self_attn, layer.mlp
     taken = Layer(
         attention_norm=Norm(layer.input_layernorm, dtype),
-        qkv=packed(joined([attention.q_proj, attention.k_proj, attention.v_proj]), dtype),
-        output=packed(attention.o_proj, dtype),
+        qkv=packed_together([attention.q_proj, attention.k_proj, attention.v_proj], dtype, scratch),
+        output=packed_together([attention.o_proj], dtype, scratch),
         mlp_norm=Norm(layer.post_attention_layernorm, dtype),
-        gate_up=packed(joined([mlp.gate_proj, mlp.up_proj]), dtype),
+        gate_up=packed_together([mlp.gate_proj, mlp.up_proj], dtype, scratch),
         activation=mlp.act_fn,
-        down=packed(mlp.down_proj, dtype),
+        down=packed_together([mlp.down_proj], dtype, scratch),
     )
     layers[index] = nn.Identity()  # releases the weights that were copied
     # Before the next layer: otherwise its joined weights would fragment the free memory, and a cache needs

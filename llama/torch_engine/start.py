@@ -13,7 +13,6 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadSettings
-from llama.model.loader import load_model
 from llama.model.memory import available_memory
 from llama.model.placement import Placement, place
 from llama.model.precision_plan import RESERVE
@@ -23,7 +22,8 @@ from llama.torch_engine.attention import Chunk
 from llama.torch_engine.batch import MOST_PROMPT_TOKENS, Batch
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
-from llama.torch_engine.layers import ModelParts, take_apart
+from llama.torch_engine.layer_packing import load_parts
+from llama.torch_engine.layers import ModelParts
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
 from llama.torch_engine.thread_count import ThreadCount
@@ -46,10 +46,8 @@ def start_engine(
 
     def load() -> Batch:
         with times.part("weights"):
-            model = load_model(folder, config, placement)
+            parts = load_parts(folder, config, placement)
         logger.info("loaded %s: %s", folder.resolve().name, placement)
-        parts = take_apart(model, placement)
-        del model  # so that joined and packed weights are in memory only once
         batch = Batch(
             parts,
             _make_cache(parts, config, placement, settings),

@@ -1,0 +1,68 @@
+"""Loads a model as the parts of a step. On a CPU, decoder layers are packed while the next ones are read.
+
+A layer is packed straight from the mapped file, so its weights are copied only once. Packing one layer on
+each core takes less time than one layer on all cores. Knows threads; knows nothing about files or kernels.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import local
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from llama.model.loader import load_model
+from llama.model.placement import Placement
+from llama.torch_engine.layers import Layer, ModelParts, take_apart, take_layer
+from llama.torch_engine.linears import Scratch
+
+
+def load_parts(folder: Path, config: LlamaConfig, placement: Placement) -> ModelParts:
+    """Load a model and take it apart.
+
+    Raises BadCheckpoint (which names the file or tensor at fault), BadConfig or DoesNotFit.
+    """
+    if placement.device.type != "cpu":
+        return take_apart(load_model(folder, config, placement), placement)
+    cores = torch.get_num_threads()
+    packer = _Packer(placement.arithmetic, cores)
+    try:
+        model = load_model(folder, config, placement, packer.take)
+        layers = packer.finish()
+    finally:
+        packer.close()
+        torch.set_num_threads(cores)  # the packer's threads have changed the number for new threads
+    return take_apart(model, placement, layers)
+
+
+class _Packer:
+    """Packs `cores` layers at a time, each on one thread."""
+
+    def __init__(self, arithmetic: torch.dtype, cores: int) -> None:
+        self._arithmetic, self._cores = arithmetic, cores
+        self._pool = ThreadPoolExecutor(cores, "llama-packer", torch.set_num_threads, (1,))
+        self._of_thread = local()
+        self._layers: dict[int, Future[Layer]] = {}
+
+    def take(self, layers: nn.ModuleList, index: int) -> None:
+        """Start to pack a layer. Wait if many are being packed, so that few weights stay mapped."""
+        self._layers[index] = self._pool.submit(self._pack, layers, index)
+        waiting = [layer for layer in self._layers.values() if not layer.done()]
+        if len(waiting) > self._cores:
+            waiting[0].result()
+
+    def finish(self) -> list[Layer]:
+        """Return all layers. Raises what packing has raised."""
+        return [self._layers[index].result() for index in sorted(self._layers)]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _pack(self, layers: nn.ModuleList, index: int) -> Layer:
+        if not hasattr(self._of_thread, "scratch"):
+            self._of_thread.scratch = Scratch()
+        scratch: Scratch = self._of_thread.scratch
+        return take_layer(layers, index, self._arithmetic, scratch)
