@@ -5,8 +5,10 @@ Knows which module does what; knows nothing about tensors or requests.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,7 +52,7 @@ def load_llama(settings: Settings) -> Llama:
     Raises a WeightsError, which names the file or setting at fault.
     """
     times = SetupTimes()
-    with times.part("imports"):
+    with times.part("imports"), _without_collecting_garbage():
         from llama.model.config import load_config
         from llama.text.load_tokenizer import fit_tokenizer, load_tokenizer
         from llama.weights.folder import folder_to_serve
@@ -73,6 +75,20 @@ def load_llama(settings: Settings) -> Llama:
     logger.info("context %d tokens, room for %d requests at once", engine.context_length, engine.max_requests)
     logger.info("ready after %s", times)
     return Llama(tokenizer, engine, settings.max_concurrency)
+
+
+@contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    """Run imports, which take 0.5 s less if the garbage collector does not look at what they create.
+
+    All of it stays, so later collections leave it out too.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _engine_starter(settings: Settings) -> EngineStarter:
