@@ -41,16 +41,8 @@ class Placement:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """The dtype of keys and values, in which attention is also computed.
-
-        Attention of one layer of the benchmark model, for 32 requests of 192 tokens, in ms:
-
-            CPU                fused, bfloat16   two products, bfloat16   two products, float32
-            Xeon with AMX      1.3               2.9                      -
-            EPYC without AMX   5.0               -                        2.2
-        """
-        wide = self.device.type == "cpu" and not has_matrix_units()
-        return torch.float32 if wide else self.arithmetic
+        """The dtype of keys and values: that of the weights before they are quantized."""
+        return self.dtype
 
     def __str__(self) -> str:
         precision = str(self.dtype).removeprefix("torch.")

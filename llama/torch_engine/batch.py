@@ -19,6 +19,7 @@ from llama.engine import TokenStream, check_token_ids
 from llama.errors import GenerationFailed
 from llama.sampling_params import SamplingParams
 from llama.torch_engine.attention import Chunk
+from llama.torch_engine.cpu_compiler import Kernels
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import ModelParts
 from llama.torch_engine.rows import Rows
@@ -48,10 +49,12 @@ class Batch:
         vocabulary: int,
         eos_token_ids: Collection[int],
         prefix_reuse: bool = True,
+        kernels: Kernels | None = None,
         threads: ThreadCount | None = None,
     ) -> None:
-        """Ids from `vocabulary` on are not tokens: a checkpoint may pad its embedding table. `threads` adapts
-        the number of CPU threads to the durations of decode steps."""
+        """Ids from `vocabulary` on are not tokens: a checkpoint may pad its embedding table. Without
+        `kernels`, torch computes everything. `threads` adapts the number of CPU threads to the durations of
+        decode steps."""
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
         self._stretched_from, self._device = parts.stretched_from, parts.device
         self._threads = threads
@@ -59,7 +62,7 @@ class Batch:
         self.generated = 0
         """The number of tokens generated so far, over all requests."""
         rows = Rows(cache)
-        self._runner = Runner(parts, rows)
+        self._runner = Runner(parts, rows, kernels)
         self._sampler = Sampler(rows, vocabulary, self._eos)
         self._scheduler = Scheduler(cache.shape.rows, rows, prefix_reuse=prefix_reuse)
 

@@ -7,9 +7,9 @@ about attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +21,17 @@ from llama.model.placement import Placement
 from llama.torch_engine.linears import Scratch, packed, packed_together
 
 
-class Norm:
-    """A LlamaRMSNorm that uses torch's own kernel."""
+class Norm(NamedTuple):
+    """A root-mean-square norm."""
 
-    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
-        self._weight, self._epsilon = norm.weight.detach().to(dtype), norm.variance_epsilon
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
+    weight: Tensor
+    """[hidden]"""
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer. Each call takes [N, its input width] and returns [N, its output width]."""
+    """One decoder layer. Each linear layer takes [N, its input width] and returns [N, its output width]."""
 
     attention_norm: Norm
     qkv: nn.Module
@@ -41,13 +39,10 @@ class Layer:
     output: nn.Module
     mlp_norm: Norm
     gate_up: nn.Module
-    activation: nn.Module
+    """Returns gates and up-projections, concatenated."""
+    activation: Callable[[Tensor], Tensor]
+    """The function of the gates. It is `F.silu` itself if the model uses that."""
     down: nn.Module
-
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        result: Tensor = self.down(self.activation(gate) * up)
-        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ def take_apart(
         sin=sin,
         stretched_from=stretched_from,
         layers=list(layers),
-        norm=Norm(model.model.norm, dtype),
+        norm=_norm(model.model.norm, dtype),
         head=packed(model.lm_head, dtype),
         heads=model.config.num_attention_heads,
         dtype=dtype,
@@ -134,12 +129,12 @@ def take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype, scratch: S
     layer: Any = layers[index]
     attention, mlp = layer.self_attn, layer.mlp
     taken = Layer(
-        attention_norm=Norm(layer.input_layernorm, dtype),
+        attention_norm=_norm(layer.input_layernorm, dtype),
         qkv=packed_together([attention.q_proj, attention.k_proj, attention.v_proj], dtype, scratch),
         output=packed_together([attention.o_proj], dtype, scratch),
-        mlp_norm=Norm(layer.post_attention_layernorm, dtype),
+        mlp_norm=_norm(layer.post_attention_layernorm, dtype),
         gate_up=packed_together([mlp.gate_proj, mlp.up_proj], dtype, scratch),
-        activation=mlp.act_fn,
+        activation=F.silu if attention.config.hidden_act == "silu" else mlp.act_fn,
         down=packed_together([mlp.down_proj], dtype, scratch),
     )
     layers[index] = nn.Identity()  # releases the weights that were copied
@@ -147,3 +142,7 @@ def take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype, scratch: S
     # large blocks. Has no effect if CUDA is not in use.
     torch.cuda.empty_cache()
     return taken
+
+
+def _norm(module: Any, dtype: torch.dtype) -> Norm:
+    return Norm(module.weight.detach().to(dtype), module.variance_epsilon)

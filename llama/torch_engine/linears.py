@@ -7,15 +7,21 @@ attention or requests.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llama.model.fp8_linear import Fp8Linear
 from llama.model.quantized_layers import linear
 
+Array = Any  # a numpy array
+
+PANEL = 64
+"""The number of outputs whose weights are side by side in a packed weight."""
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _BATCH_HINT = 32  # the number of rows for which oneDNN packs a weight; results are correct for any number
 
@@ -89,7 +95,7 @@ def packed_together(modules: Sequence[nn.Module], arithmetic: torch.dtype, scrat
     if weights[0].dtype is not arithmetic and _has_half_kernel() and all(map(_fits_half, weights)):
         return _HalfLinear(scratch.joined(weights, torch.float32), bias)
     weight = scratch.joined(weights, arithmetic)
-    return _OneDNNLinear(weight, bias) if torch._C._has_mkldnn else linear(weight.clone(), bias)
+    return OneDNNLinear(weight, bias) if torch._C._has_mkldnn else linear(weight.clone(), bias)
 
 
 def _fits_half(weight: Tensor) -> bool:
@@ -112,17 +118,41 @@ class _HalfLinear(nn.Module):
         return result
 
 
-class _OneDNNLinear(nn.Module):
+class OneDNNLinear(nn.Module):
     """oneDNN with inputs, weights and outputs of one type, and weights in the layout of its kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT)
         self._bias = bias
+        self.outputs = len(weight)
+        self.panels = None if bias is not None else panels_of(self._packed, weight)
+        """The packed weight as `cpu_kernels.linear_row` reads it, or None if it cannot."""
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return result
+
+
+def panels_of(packed: Tensor, weight: Tensor) -> Array | None:
+    """Return the memory of a packed weight as an array [outputs / PANEL, inputs / 2, PANEL] of pairs of
+    bfloat16 numbers, or None if it has another layout.
+
+    oneDNN chooses the layout by processor and shape, and does not document it. So the first and the last
+    panel are compared with the weight.
+    """
+    outputs, inputs = weight.shape
+    if weight.dtype is not torch.bfloat16 or outputs % PANEL or inputs % 2:
+        return None
+    if torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+        return None
+    memory = (ctypes.c_uint32 * (outputs * inputs // 2)).from_address(torch.ops.mkldnn.data_ptr(packed))
+    panels = np.ctypeslib.as_array(memory).reshape(outputs // PANEL, inputs // 2, PANEL)
+    pairs = weight.view(torch.uint16).numpy().view(np.uint32)
+    for rows, panel in ((pairs[:PANEL], panels[0]), (pairs[-PANEL:], panels[-1])):
+        if not np.array_equal(rows.T, panel):
+            return None
+    return panels
 
 
 class _SideBySide(nn.Module):

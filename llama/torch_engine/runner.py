@@ -7,21 +7,19 @@ host. Knows tensors, positions and rows; knows nothing about requests. The tests
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llama.errors import EngineNotStarted
-from llama.torch_engine.attention import Chunk, attention_for
+from llama.torch_engine.attention import Attend, Attention, Chunk, torch_attention
+from llama.torch_engine.cpu_attention import CompiledAttention
+from llama.torch_engine.cpu_compiler import Kernels
 from llama.torch_engine.cuda_graphs import StepGraphs
-from llama.torch_engine.layers import Layer, ModelParts
+from llama.torch_engine.layers import ModelParts
+from llama.torch_engine.operators import CompiledOperators, Operators, TorchOperators
 from llama.torch_engine.rows import Rows
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Takes a layer's cache, queries [N, heads, D], and keys and values [N, 2, KV heads, D]; returns
-[N, heads x D]."""
 
 _ROUND_UP = 16  # the number of cached positions is rounded up to a multiple of this, so that few shapes occur
 
@@ -32,26 +30,28 @@ class Runner:
     N is the number of tokens in a step, V the vocabulary size, and D the head dimension.
     """
 
-    def __init__(self, parts: ModelParts, rows: Rows) -> None:
+    def __init__(self, parts: ModelParts, rows: Rows, kernels: Kernels | None = None) -> None:
+        """Without `kernels`, everything is computed by torch."""
         self._parts, self._cache = parts, rows.cache
-        self._attention = attention_for(rows.cache, parts.heads, parts.scale)
+        self._attention: Attention = (
+            CompiledAttention(parts, rows.cache, kernels) if kernels else torch_attention(parts, rows.cache)
+        )
+        self._operators: Operators = CompiledOperators(kernels) if kernels else TorchOperators()
         self._last = rows.cache.shape.length - 1  # the position of rows that are not decoding
         self._tokens = rows.tensor(dtype=torch.long)
         self._positions = rows.tensor(dtype=torch.long, idle=self._last)
         # Added to a position to get its index in the rotary tables.
         self._stretches = rows.tensor(dtype=torch.long)
-        _, _, self._kv_heads, _, self._head_dim = rows.cache.layers[0].shape
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Read each chunk into its row, and return the logits of each chunk's last token: [chunks, V]."""
-        metadata = self._attention.prefill_metadata(chunks)
-        positions = torch.cat([self._rotary_positions(chunk) for chunk in chunks])
-        token_ids = torch.cat([chunk.token_ids for chunk in chunks])
-        ends = torch.tensor(metadata.lengths, device=positions.device).cumsum(0) - 1
-        attend = partial(self._attention.prefill, metadata)
-        return self._logits(self._hidden(token_ids, positions, attend)[ends])
+        attend = self._attention.prefill(chunks)
+        hidden = self._hidden(torch.cat([chunk.token_ids for chunk in chunks]), attend)
+        lengths = torch.tensor([len(chunk.token_ids) for chunk in chunks], device=self._parts.device)
+        ends = lengths.cumsum(0) - 1
+        return self._logits(*(part[ends] for part in hidden))
 
     @torch.inference_mode()
     def decode(self, batch_size: int, longest: int) -> Tensor:
@@ -93,47 +93,25 @@ class Runner:
                 "which is slower, or choose another LLAMA_QUANTIZATION"
             ) from error
 
-    def _rotary_positions(self, chunk: Chunk) -> Tensor:
-        """Return the indices of a chunk's tokens in the rotary tables: [N]."""
-        first = chunk.start + chunk.stretched * self._parts.stretched_from
-        return torch.arange(first, first + len(chunk.token_ids), device=self._parts.device)
-
     def _step(self, batch_size: int, length: int) -> Tensor:
         positions = self._positions[:batch_size]
-        attend = partial(self._attention.decode, self._attention.decode_metadata(positions, length))
-        if self._parts.stretched_from:
-            positions = positions + self._stretches[:batch_size]
-        return self._logits(self._hidden(self._tokens[:batch_size], positions, attend))
+        angles = positions + self._stretches[:batch_size] if self._parts.stretched_from else positions
+        attend = self._attention.decode(positions, angles, length)
+        return self._logits(*self._hidden(self._tokens[:batch_size], attend))
 
-    def _hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Return the hidden states after the last layer, before the final norm: [N, hidden]."""
-        parts = self._parts
-        cos, sin = parts.cos[positions], parts.sin[positions]
+    def _hidden(self, token_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Return the hidden states of the last layer, [N, hidden], as a residual and what to add to it."""
+        parts, operators = self._parts, self._operators
         x: Tensor = parts.embedding(token_ids).to(parts.dtype)
-        for layer, cached in zip(parts.layers, self._cache.layers, strict=True):
-            queries, keys_values = self._projected(layer, x, cos, sin)
-            x = x + layer.output(attend(cached, queries, keys_values).to(x.dtype))
-            x = x + layer.mlp(x)
-        return x
+        delta = torch.zeros_like(x)
+        for index, layer in enumerate(parts.layers):
+            x, normed = operators.add_and_norm(x, delta, layer.attention_norm)
+            attended = attend(index, operators.linear(layer.qkv, normed))
+            x, normed = operators.add_and_norm(x, operators.linear(layer.output, attended), layer.mlp_norm)
+            gated = operators.gated(layer, operators.linear(layer.gate_up, normed))
+            delta = operators.linear(layer.down, gated)
+        return x, delta
 
-    def _projected(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries [N, heads, D], and keys and values [N, 2, KV heads, D], in the type of the cache.
-
-        Queries and keys are rotated by their positions.
-        """
-        kv_heads = self._kv_heads
-        heads = layer.qkv(layer.attention_norm(x)).view(len(x), -1, self._head_dim)
-        turned = _rotated(heads[:, :-kv_heads], cos, sin)
-        queries, keys = turned[:, :-kv_heads], turned[:, -kv_heads:]
-        keys_values = torch.stack((keys, heads[:, -kv_heads:]), dim=1)
-        return queries.to(self._cache.dtype), keys_values.to(self._cache.dtype)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._parts.head(self._parts.norm(hidden))
-        return logits.float()
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embedding to [N, heads, D], in the half-split layout of transformers."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
+        _, normed = self._operators.add_and_norm(x, delta, self._parts.norm)
+        return self._operators.linear(self._parts.head, normed).float()

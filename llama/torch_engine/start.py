@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from llama.settings import Settings
 from llama.setup_times import SetupTimes
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.batch import MOST_PROMPT_TOKENS, Batch
+from llama.torch_engine.cpu_compiler import Kernels, compile_in_background, use_threads
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
 from llama.torch_engine.layer_packing import load_parts
@@ -43,6 +45,7 @@ def start_engine(
     """Load the weights in `folder` according to the settings, and start an engine. Raises a WeightsError."""
     _refuse_settings_of_vllm(settings)
     placement = place(settings, config)
+    kernels = _kernels(placement, settings)
 
     def load() -> Batch:
         with times.part("weights"):
@@ -54,6 +57,7 @@ def start_engine(
             vocabulary=vocabulary,
             eos_token_ids=eos_token_ids,
             prefix_reuse=settings.prefix_reuse,
+            kernels=kernels.result(),
             threads=_thread_count(placement, settings),
         )
         if placement.device.type == "cuda":
@@ -80,14 +84,22 @@ def _refuse_settings_of_vllm(settings: Settings) -> None:
             )
 
 
+def _kernels(placement: Placement, settings: Settings) -> Future[Kernels | None]:
+    """Start to compile the kernels of a CPU. The result is None on a GPU."""
+    if placement.device.type == "cpu":
+        return compile_in_background(placement.arithmetic, placement.cache_dtype, settings.cache_dir)
+    none: Future[Kernels | None] = Future()
+    none.set_result(None)
+    return none
+
+
 def _thread_count(placement: Placement, settings: Settings) -> ThreadCount | None:
-    """Return None if the number of CPU threads is fixed or has no effect."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    """Set the number of CPU threads. Return None if it is fixed or has no effect."""
+    count = settings.threads or torch.get_num_threads()
+    use_threads(count)
+    if settings.threads is not None or placement.device.type != "cpu":
         return None
-    if placement.device.type != "cpu":
-        return None
-    return ThreadCount(torch.get_num_threads(), torch.set_num_threads)
+    return ThreadCount(count, use_threads)
 
 
 def _make_cache(parts: ModelParts, config: LlamaConfig, placement: Placement, settings: Settings) -> KVCache:

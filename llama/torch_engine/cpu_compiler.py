@@ -1,0 +1,152 @@
+"""Compiles the kernels of a CPU with numba while a model is being loaded.
+
+Compiling takes some seconds, so the compiled code is kept in the cache folder. If numba, its OpenMP layer or
+the code cannot be had, the engine computes the same with torch alone, more slowly. Knows numba; knows nothing
+about what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[..., None]
+
+_STORED = {torch.bfloat16: "uint16", torch.float16: "int16", torch.float32: "float32"}
+"""By type of a tensor, the type of the numbers in its array (`cpu_arithmetic.py`)."""
+# With this threading layer, numba uses the OpenMP library that torch has loaded, and so the same team of
+# threads. The other layers have their own threads, and `workqueue` must not be used by two threads at once.
+_LAYER = "omp"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The compiled functions of `cpu_kernels.py`, for one type of computation and one type of cache."""
+
+    attend_rows: Kernel
+    store_chunk: Kernel
+    add_and_norm: Kernel
+    swiglu: Kernel
+    linear_rows: Kernel | None = None
+    """None unless the inputs are in bfloat16."""
+
+
+def as_array(tensor: Tensor) -> Any:
+    """Return a tensor on the CPU as an array for the kernels, which shares its memory."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    if tensor.dtype is torch.float16:
+        return tensor.view(torch.int16).numpy()
+    return tensor.numpy()
+
+
+def compile_in_background(
+    arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path
+) -> Future[Kernels | None]:
+    """Start to compile the kernels for inputs of type `arithmetic` and keys and values of type `cached`.
+
+    The result is None if they cannot be had. Compiled code is kept in a folder below `cache_dir`.
+    """
+    compiled: Future[Kernels | None] = Future()
+
+    def work() -> None:
+        try:
+            compiled.set_result(_compile(arithmetic, cached, cache_dir))
+        except Exception as error:
+            logger.warning(
+                "no compiled kernels, so the engine is slower: %s: %s", type(error).__name__, error
+            )
+            compiled.set_result(None)
+
+    threading.Thread(target=work, name="llama-compiler", daemon=True).start()
+    return compiled
+
+
+def use_threads(count: int) -> None:
+    """Let torch and the kernels use `count` threads. Call this on the thread that computes."""
+    torch.set_num_threads(count)
+    if "numba" in sys.modules:
+        numba = sys.modules["numba"]
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> Kernels:
+    import numba
+
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set")
+    numba.config.THREADING_LAYER = _LAYER
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_dir / "numba") / _version()
+    numba.config.CACHE_DIR = str(folder)
+    signatures = _signatures(_STORED[arithmetic], _STORED[cached])
+    if _is_writable(folder):
+        try:
+            return _kernels(signatures, kept=True)
+        except Exception as error:  # numba does not check what it reads
+            logger.warning("the compiled kernels in %s cannot be used (%s); delete the folder", folder, error)
+    return _kernels(signatures, kept=False)
+
+
+def _kernels(signatures: dict[str, tuple[str, bool]], *, kept: bool) -> Kernels:
+    import numba
+
+    from llama.torch_engine import cpu_kernels
+    from llama.torch_engine.cpu_arithmetic import OPTIONS
+
+    compiled = {}
+    for name, (signature, in_parallel) in signatures.items():
+        compiler = partial(numba.njit, signature, parallel=in_parallel, nogil=True, cache=kept, **OPTIONS)
+        compiled[name] = compiler()(getattr(cpu_kernels, name))
+    if (layer := numba.threading_layer()) != _LAYER:
+        raise RuntimeError(f"numba uses the threading layer {layer} in this process, not {_LAYER}")
+    return Kernels(**compiled)
+
+
+def _signatures(x: str, cached: str) -> dict[str, tuple[str, bool]]:
+    """Return the signature of each kernel, and whether it runs on several threads."""
+    cache = f"{cached}[:,:,:,:,::1]"
+    rows, row, numbers = f"{x}[:,::1]", f"{x}[::1]", "int64[::1]"
+    tables = f"{rows}, {rows}"
+    signatures = {
+        "attend_rows": (f"({rows}, {tables}, {numbers}, {cache}, {numbers}, float32, {rows})", True),
+        "store_chunk": (f"({rows}, {tables}, int64, {cache}, int64, int64, {rows})", True),
+        "add_and_norm": (f"({rows}, {rows}, {row}, float32, {rows})", False),
+        "swiglu": (f"({rows}, {rows})", False),
+    }
+    if x == _STORED[torch.bfloat16]:
+        signatures["linear_rows"] = f"(uint32[:,:,::1], {rows}, {rows})", True
+    return signatures
+
+
+def _version() -> str:
+    """Name the sources of the kernels: numba's cache notices changes of one file only."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in ("cpu_arithmetic.py", "cpu_compiler.py", "cpu_kernels.py"):
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        logger.info("compiled kernels are not kept, because %s cannot be written (%s)", folder, error)
+        return False
