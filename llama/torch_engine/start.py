@@ -6,18 +6,18 @@ Knows settings and memory; knows nothing about requests.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
+from llama.engine import Vocabulary
 from llama.errors import BadSettings
 from llama.model.memory import available_memory
 from llama.model.placement import Placement, place
 from llama.model.precision_plan import RESERVE
-from llama.settings import Settings
+from llama.settings import Settings, expanded
 from llama.setup_times import SetupTimes
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.batch import MOST_PROMPT_TOKENS, Batch
@@ -38,9 +38,7 @@ def start_engine(
     config: LlamaConfig,
     settings: Settings,
     times: SetupTimes,
-    *,
-    vocabulary: int,
-    eos_token_ids: Collection[int],
+    vocabulary: Future[Vocabulary],
 ) -> TorchEngine:
     """Load the weights in `folder` according to the settings, and start an engine. Raises a WeightsError."""
     _refuse_settings_of_vllm(settings)
@@ -48,26 +46,26 @@ def start_engine(
     kernels = _kernels(placement, settings)
 
     def load() -> Batch:
-        with times.part("weights"):
-            parts = load_parts(folder, config, placement)
-        logger.info("loaded %s: %s", folder.resolve().name, placement)
-        batch = Batch(
-            parts,
-            _make_cache(parts, config, placement, settings),
-            vocabulary=vocabulary,
-            eos_token_ids=eos_token_ids,
-            prefix_reuse=settings.prefix_reuse,
-            kernels=kernels.result(),
-            threads=_thread_count(placement, settings),
-        )
-        if placement.device.type == "cuda":
-            if settings.cuda_graphs:
-                batch.capture_graphs()
-            batch.run_largest_prefill()
-        return batch
+        with times.part("engine"):
+            with times.part("weights"):
+                parts = load_parts(folder, config, placement, vocabulary)
+            logger.info("loaded %s: %s", folder.resolve().name, placement)
+            batch = Batch(
+                parts,
+                _make_cache(parts, config, placement, settings),
+                vocabulary=vocabulary.result().size,
+                eos_token_ids=vocabulary.result().eos_token_ids,
+                prefix_reuse=settings.prefix_reuse,
+                kernels=kernels.result(),
+                threads=_thread_count(placement, settings),
+            )
+            if placement.device.type == "cuda":
+                if settings.cuda_graphs:
+                    batch.capture_graphs()
+                batch.run_largest_prefill()
+            return batch
 
-    with times.part("engine"):
-        return TorchEngine(load)
+    return TorchEngine(load)
 
 
 def _refuse_settings_of_vllm(settings: Settings) -> None:
@@ -87,7 +85,9 @@ def _refuse_settings_of_vllm(settings: Settings) -> None:
 def _kernels(placement: Placement, settings: Settings) -> Future[Kernels | None]:
     """Start to compile the kernels of a CPU. The result is None on a GPU."""
     if placement.device.type == "cpu":
-        return compile_in_background(placement.arithmetic, placement.cache_dtype, settings.cache_dir)
+        return compile_in_background(
+            placement.arithmetic, placement.cache_dtype, expanded(settings.cache_dir, "LLAMA_CACHE_DIR")
+        )
     none: Future[Kernels | None] = Future()
     none.set_result(None)
     return none

@@ -1,0 +1,45 @@
+"""How many prompt tokens a step may read while answers are running.
+
+A step reads prompts and then decodes, so a running answer waits for both. The number of prompt tokens
+follows from what decoding and reading have taken lately on this machine. Knows seconds and numbers of
+tokens; knows nothing about requests or tensors.
+"""
+
+from __future__ import annotations
+
+_SLOWDOWN = 1.5  # reading may take this many times as long as decoding, so a token takes 2.5 times as long
+_FEWEST = 16  # tokens: with fewer, a step spends its time on reading the weights
+_WEIGHT = 0.3  # of the latest step in the averages
+
+
+class PromptShare:
+    """Chooses the number of prompt tokens of each step."""
+
+    def __init__(self, most: int) -> None:
+        """No step reads more than `most` tokens."""
+        self._most = most
+        self._decode: float | None = None  # seconds for decoding one token of every running answer
+        self._per_token: float | None = None  # seconds for reading one prompt token
+
+    def tokens(self, decoding: bool, waiting: int) -> int:
+        """Return how many prompt tokens the next step may read. `decoding` is whether an answer is running.
+
+        Every one of `waiting` requests without a row adds the same share again: if many wait, reading prompts
+        together is more important than the speed of single answers.
+        """
+        if not decoding or self._decode is None or self._per_token is None:
+            return self._most
+        tokens = _SLOWDOWN * self._decode * (1 + waiting) / self._per_token
+        return max(_FEWEST, min(int(tokens), self._most))
+
+    def observe_reading(self, tokens: int, seconds: float) -> None:
+        """Record how long a step has taken to read this number of prompt tokens."""
+        self._per_token = _average(self._per_token, seconds / tokens)
+
+    def observe_decoding(self, seconds: float) -> None:
+        """Record how long a step has taken to decode."""
+        self._decode = _average(self._decode, seconds)
+
+
+def _average(average: float | None, latest: float) -> float:
+    return latest if average is None else average + _WEIGHT * (latest - average)
