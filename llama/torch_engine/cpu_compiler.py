@@ -80,9 +80,14 @@ def compile_in_background(
 def use_threads(count: int) -> None:
     """Let torch and the kernels use `count` threads. Call this on the thread that computes."""
     torch.set_num_threads(count)
-    if "numba" in sys.modules:
-        numba = sys.modules["numba"]
-        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    numba = sys.modules.get("numba")
+    if numba is None:
+        return
+    try:
+        numba.threading_layer()
+    except ValueError:  # it has no threads, because there are no kernels
+        return
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> Kernels:
@@ -91,10 +96,12 @@ def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> K
     if numba.config.DISABLE_JIT:
         raise RuntimeError("NUMBA_DISABLE_JIT is set")
     numba.config.THREADING_LAYER = _LAYER
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_dir / "numba") / _version()
-    numba.config.CACHE_DIR = str(folder)
+    numba.get_num_threads()  # starts its threads
+    if (layer := numba.threading_layer()) != _LAYER:
+        raise RuntimeError(f"numba uses the threading layer {layer} in this process, not {_LAYER}")
     signatures = _signatures(_STORED[arithmetic], _STORED[cached])
-    if _is_writable(folder):
+    if folder := _cache_folder(cache_dir, signatures):
+        numba.config.CACHE_DIR = str(folder)
         try:
             return _kernels(signatures, kept=True)
         except Exception as error:  # numba does not check what it reads
@@ -112,8 +119,6 @@ def _kernels(signatures: dict[str, tuple[str, bool]], *, kept: bool) -> Kernels:
     for name, (signature, in_parallel) in signatures.items():
         compiler = partial(numba.njit, signature, parallel=in_parallel, nogil=True, cache=kept, **OPTIONS)
         compiled[name] = compiler()(getattr(cpu_kernels, name))
-    if (layer := numba.threading_layer()) != _LAYER:
-        raise RuntimeError(f"numba uses the threading layer {layer} in this process, not {_LAYER}")
     return Kernels(**compiled)
 
 
@@ -133,20 +138,29 @@ def _signatures(x: str, cached: str) -> dict[str, tuple[str, bool]]:
     return signatures
 
 
-def _version() -> str:
-    """Name the sources of the kernels: numba's cache notices changes of one file only."""
+def _version(signatures: dict[str, tuple[str, bool]]) -> str:
+    """Name what compiled code depends on.
+
+    numba's cache notices changes of one source file only. And if two processes write to one folder at the
+    same time, it may take the code of one signature or processor for that of another.
+    """
+    from numba.core.registry import cpu_target
+
     here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in ("cpu_arithmetic.py", "cpu_compiler.py", "cpu_kernels.py"):
+    digest = hashlib.sha256(repr((signatures, cpu_target.target_context.codegen().magic_tuple())).encode())
+    for name in ("cpu_arithmetic.py", "cpu_compiler.py", "cpu_kernels.py", "linears.py"):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _is_writable(folder: Path) -> bool:
+def _cache_folder(cache_dir: Path, signatures: dict[str, tuple[str, bool]]) -> Path | None:
+    """Create the folder for the compiled code. Return None if it cannot be written."""
+    parent = os.environ.get("NUMBA_CACHE_DIR") or cache_dir / "numba"
     try:
+        folder = Path(parent).expanduser() / _version(signatures)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        logger.info("compiled kernels are not kept, because %s cannot be written (%s)", folder, error)
-        return False
+            return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home directory is unknown
+        logger.info("compiled kernels are not kept, because %s cannot be written (%s)", parent, error)
+        return None
