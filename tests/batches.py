@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from llama.engine import TokenStream
 from llama.model.placement import Placement
 from llama.sampling_params import SamplingParams
+from llama.settings import Settings
 from llama.torch_engine.batch import Batch
+from llama.torch_engine.cpu_compiler import Kernels, compile_in_background
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
@@ -42,14 +47,25 @@ class Head(torch.nn.Module):
         return logits
 
 
+@cache
+def compiled_kernels(arithmetic: torch.dtype, cached: torch.dtype) -> Kernels:
+    """Compile the kernels once for all tests. Skips the test on machines other than Linux without OpenMP."""
+    kernels = compile_in_background(arithmetic, cached, Settings().cache_dir).result()
+    if kernels is None and sys.platform != "linux":
+        pytest.skip("numba has no OpenMP layer here")
+    assert kernels is not None
+    return kernels
+
+
 def batch_of(
     model: LlamaForCausalLM,
     rows: int = 8,
     eos: tuple[int, ...] = (EOS,),
     prefix_reuse: bool = True,
     head: Head | None = None,
+    compiled: bool = True,
 ) -> Batch:
-    """Return a batch without a thread, which the test steps."""
+    """Return a batch without a thread, which the test steps. Torch computes all of it unless `compiled`."""
     taken = copy.deepcopy(model)  # a batch takes its model apart
     if head is not None:
         head.inner, taken.lm_head = taken.lm_head, head
@@ -60,6 +76,7 @@ def batch_of(
         vocabulary=model.config.vocab_size,
         eos_token_ids=eos,
         prefix_reuse=prefix_reuse,
+        kernels=compiled_kernels(placement.arithmetic, placement.cache_dtype) if compiled else None,
     )
 
 

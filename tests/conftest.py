@@ -6,10 +6,17 @@ model, which must be installed.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from small_models import train_sentencepiece, write_model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all engines of the tests, also those in other processes, share the code that numba compiles."""
+    if config.cache is not None:
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(config.cache.mkdir("numba")))
 
 
 @pytest.fixture(scope="session")
