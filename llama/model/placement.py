@@ -134,7 +134,9 @@ def has_fast_bfloat16() -> bool:
     """
     capabilities = torch.cpu.get_capabilities()
     amd = str(capabilities.get("cpu_name")).startswith("AMD")
-    return bool(torch._C._has_mkldnn and (has_matrix_units() or (amd and capabilities.get("avx512_bf16"))))
+    fast = has_matrix_units() or (amd and capabilities.get("avx512_bf16"))
+    # ONEDNN_MAX_CPU_ISA can forbid oneDNN to use the instructions that the CPU has.
+    return bool(torch._C._has_mkldnn and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_matrix_units() -> bool:
