@@ -7,7 +7,8 @@ a caller's thread. Neither knows text, stop sequences or metrics.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Literal, Protocol
 
@@ -19,6 +20,16 @@ FinishReason = Literal["stop", "length", "cancelled"]
 # Cog's server drops a stream whose reader is 1,024 events behind, and every list of tokens makes two events:
 # text and a metric. With this many seconds between two lists, a reader may pause for 16 seconds.
 _PACE = 1 / 32
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The token ids that a model may generate."""
+
+    size: int
+    """Ids below this are valid."""
+    eos_token_ids: Collection[int]
+    """Ids that end an answer."""
 
 
 class TokenStream:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llama.engine import Engine
+from llama.engine import Engine, Vocabulary
 from llama.errors import BadCheckpoint, BadSettings, BadTokenizer, EngineError
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
@@ -36,13 +37,12 @@ class EngineStarter(Protocol):
         config: LlamaConfig,
         settings: Settings,
         times: SetupTimes,
-        *,
-        vocabulary: int,
-        eos_token_ids: Collection[int],
+        vocabulary: Future[Vocabulary],
     ) -> Engine:
         """Load `folder` according to the settings and start an engine.
 
-        Token ids below `vocabulary` are valid. Raises a WeightsError.
+        The tokenizer, and with it the `vocabulary`, may be loaded at the same time. Raises a WeightsError,
+        also that of the tokenizer.
         """
 
 
@@ -54,27 +54,25 @@ def load_llama(settings: Settings) -> Llama:
     times = SetupTimes()
     with times.part("imports"), _without_collecting_garbage():
         from llama.model.config import load_config
-        from llama.text.load_tokenizer import fit_tokenizer, load_tokenizer
         from llama.weights.folder import folder_to_serve
 
         start_engine = _engine_starter(settings)
     with times.part("folder"):
         folder = folder_to_serve(settings)
-    with times.part("tokenizer"):
         config = load_config(folder)
-        tokenizer = load_tokenizer(folder)
-        fit_tokenizer(tokenizer, config.vocab_size, folder)
-    ends = _ends(folder, config, tokenizer)
-    engine = start_engine(folder, config, settings, times, vocabulary=tokenizer.size, eos_token_ids=ends)
+    with ThreadPoolExecutor(1, "llama-tokenizer") as pool:
+        loading = pool.submit(_load_tokenizer, folder, config, times)
+        vocabulary = pool.submit(lambda: _vocabulary(folder, config, loading.result()))
+        engine = start_engine(folder, config, settings, times, vocabulary)
     with times.part("warm-up"):
         try:
-            _warm_up(engine, min(ends), folder)
+            _warm_up(engine, min(vocabulary.result().eos_token_ids), folder)
         except BaseException:
             engine.close()
             raise
     logger.info("context %d tokens, room for %d requests at once", engine.context_length, engine.max_requests)
     logger.info("ready after %s", times)
-    return Llama(tokenizer, engine, settings.max_concurrency)
+    return Llama(loading.result(), engine, settings.max_concurrency)
 
 
 @contextmanager
@@ -107,8 +105,17 @@ def _engine_starter(settings: Settings) -> EngineStarter:
     return start_vllm_engine
 
 
-def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
-    """The token ids that end an answer. Raises BadTokenizer if the vocabulary has none."""
+def _load_tokenizer(folder: Path, config: LlamaConfig, times: SetupTimes) -> Tokenizer:
+    from llama.text.load_tokenizer import fit_tokenizer, load_tokenizer
+
+    with times.part("tokenizer"):
+        tokenizer = load_tokenizer(folder)
+        fit_tokenizer(tokenizer, config.vocab_size, folder)
+    return tokenizer
+
+
+def _vocabulary(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> Vocabulary:
+    """Raises BadTokenizer if the vocabulary has no token that ends an answer."""
     from llama.model.config import eos_token_ids
 
     named = eos_token_ids(folder, config) | {tokenizer.eos_token_id}
@@ -117,7 +124,7 @@ def _ends(folder: Path, config: LlamaConfig, tokenizer: Tokenizer) -> set[int]:
             f"the tokens that end an answer (ids {sorted(named)}) are all outside the vocabulary: vocab_size "
             f"in {folder / 'config.json'} is {config.vocab_size}; copy the model's own tokenizer files"
         )
-    return ends
+    return Vocabulary(tokenizer.size, ends)
 
 
 def _warm_up(engine: Engine, token_id: int, folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.protocol import Clock, Request, Times, in_threads, serve
+from llama.engine import Vocabulary
 from llama.model.config import load_config
 from llama.sampling_params import SamplingParams
 from llama.settings import Settings
@@ -19,13 +21,10 @@ class Ours:
     def __init__(self, model: str) -> None:
         self.versions = {name: version(name) for name in ("torch", "transformers")}
         folder = Path(model)
+        vocabulary: Future[Vocabulary] = Future()
+        vocabulary.set_result(Vocabulary(load_tokenizer(folder).size, eos_token_ids=[]))
         self._engine = start_engine(
-            folder,
-            load_config(folder),
-            Settings.from_environment(),
-            SetupTimes(),
-            vocabulary=load_tokenizer(folder).size,
-            eos_token_ids=[],
+            folder, load_config(folder), Settings.from_environment(), SetupTimes(), vocabulary
         )
 
     def run(self, requests: Sequence[Request]) -> Times:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import local
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +21,19 @@ from llama.torch_engine.layers import Layer, ModelParts, take_apart, take_layer
 from llama.torch_engine.linears import Scratch
 
 
-def load_parts(folder: Path, config: LlamaConfig, placement: Placement) -> ModelParts:
-    """Load a model and take it apart.
+def load_parts(
+    folder: Path, config: LlamaConfig, placement: Placement, beside: Future[Any] | None = None
+) -> ModelParts:
+    """Load a model and take it apart. If `beside` fails in the meantime, raise its exception early.
 
     Raises BadCheckpoint (which names the file or tensor at fault), BadConfig or DoesNotFit.
     """
     if placement.device.type != "cpu":
+        if beside is not None:
+            beside.result()
         return take_apart(load_model(folder, config, placement), placement)
     cores = torch.get_num_threads()
-    packer = _Packer(placement.arithmetic, cores)
+    packer = _Packer(placement.arithmetic, cores, beside)
     try:
         model = load_model(folder, config, placement, packer.take)
         layers = packer.finish()
@@ -41,14 +46,16 @@ def load_parts(folder: Path, config: LlamaConfig, placement: Placement) -> Model
 class _Packer:
     """Packs `cores` layers at a time, each on one thread."""
 
-    def __init__(self, arithmetic: torch.dtype, cores: int) -> None:
-        self._arithmetic, self._cores = arithmetic, cores
+    def __init__(self, arithmetic: torch.dtype, cores: int, beside: Future[Any] | None) -> None:
+        self._arithmetic, self._cores, self._beside = arithmetic, cores, beside
         self._pool = ThreadPoolExecutor(cores, "llama-packer", torch.set_num_threads, (1,))
         self._of_thread = local()
         self._layers: dict[int, Future[Layer]] = {}
 
     def take(self, layers: nn.ModuleList, index: int) -> None:
         """Start to pack a layer. Wait if many are being packed, so that few weights stay mapped."""
+        if self._beside is not None and self._beside.done():
+            self._beside.result()
         self._layers[index] = self._pool.submit(self._pack, layers, index)
         waiting = [layer for layer in self._layers.values() if not layer.done()]
         if len(waiting) > self._cores:

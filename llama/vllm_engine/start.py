@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
+from llama.engine import Vocabulary
 from llama.errors import BadSettings
 from llama.model.checkpoint import Checkpoint
 from llama.model.memory import available_memory
@@ -48,9 +50,7 @@ def start_engine(
     config: LlamaConfig,
     settings: Settings,
     times: SetupTimes,
-    *,
-    vocabulary: int,
-    eos_token_ids: Collection[int],
+    vocabulary: Future[Vocabulary],
 ) -> VLLMEngine:
     """Load the weights in `folder` according to the settings, and start an engine. Raises a WeightsError."""
     if settings.device != "auto":
@@ -77,7 +77,8 @@ def start_engine(
     )
     with times.part("engine"):
         os.environ.pop("HF_TOKEN", None)  # Ray would copy it to every machine
-        return VLLMEngine(arguments, vocabulary=vocabulary, eos_token_ids=eos_token_ids)
+        tokens = vocabulary.result()
+        return VLLMEngine(arguments, vocabulary=tokens.size, eos_token_ids=tokens.eos_token_ids)
 
 
 def gpus_for_vllm(settings: Settings) -> list[Gpu]:
