@@ -94,12 +94,12 @@ def _load_here(folder: Path, quantization: Any) -> float:
     import torch
 
     from llama.model.config import load_config
-    from llama.model.loader import load_model
     from llama.model.placement import Placement
+    from llama.torch_engine.layer_packing import load_parts
 
     config = load_config(folder)
     placement = Placement(torch.device("cpu"), torch.bfloat16, quantization, 128)
-    return _seconds(lambda: load_model(folder, config, placement))
+    return _seconds(lambda: load_parts(folder, config, placement))
 
 
 if __name__ == "__main__":
