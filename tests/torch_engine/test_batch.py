@@ -14,6 +14,7 @@ from batches import (
     answers_of,
     batch_of,
     collect,
+    compiled_kernels,
     finish,
     generate,
     greedy,
@@ -30,18 +31,28 @@ from llama.torch_engine.layers import take_apart
 from llama.torch_engine.scheduler import RequestState
 
 
-def test_every_answer_of_a_mixed_batch_equals_that_of_generate(model: LlamaForCausalLM) -> None:
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether compiled kernels are used. Most tests use them."""
+    return bool(request.param)
+
+
+def test_every_answer_of_a_mixed_batch_equals_that_of_generate(
+    model: LlamaForCausalLM, compiled: bool
+) -> None:
     lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more requests than rows
     requests = [(prompt_of(i, length), greedy(20 + 5 * i)) for i, length in enumerate(lengths)]
     expected = [generate(model, prompt, params.maximum) for prompt, params in requests]
-    assert answers_of(batch_of(model, rows=5), *requests) == expected
-    with running(model, rows=5) as engine:
+    assert answers_of(batch_of(model, rows=5, compiled=compiled), *requests) == expected
+    with running(model, rows=5, compiled=compiled) as engine:
         streams = [engine.submit(*request) for request in requests]
         assert [collect(stream) for stream in streams] == expected
 
 
-def test_requests_that_join_a_running_batch_do_not_change_its_answers(model: LlamaForCausalLM) -> None:
-    batch = batch_of(model)
+def test_requests_that_join_a_running_batch_do_not_change_its_answers(
+    model: LlamaForCausalLM, compiled: bool
+) -> None:
+    batch = batch_of(model, compiled=compiled)
     first = add(batch, prompt_of(1, 30), greedy(120))
     for _ in range(3):
         batch.step()
@@ -78,8 +89,8 @@ def test_a_long_prompt_is_read_in_several_steps_while_other_requests_decode(mode
     while long.state in (RequestState.WAITING, RequestState.READING):
         batch.step()
         steps += 1
-    # 36 prompt tokens per step while one request decodes, and twice as many while a prompt waits for a row.
-    assert 8 <= steps <= 12
+    # How many prompt tokens a step reads depends on the time that steps have taken, but it is at least 16.
+    assert 2 <= steps <= 26
     assert first.generated == before + steps
     finish(batch)
     assert collect(long.stream) == generate(model, prompt_of(2, 400), 5)
@@ -136,8 +147,10 @@ def test_an_answer_of_maximum_length_finishes_with_length(model: LlamaForCausalL
     assert request.stream.finish_reason == "length"
 
 
-def test_a_prompt_and_an_answer_can_fill_the_context_together(model: LlamaForCausalLM) -> None:
-    batch = batch_of(model)
+def test_a_prompt_and_an_answer_can_fill_the_context_together(
+    model: LlamaForCausalLM, compiled: bool
+) -> None:
+    batch = batch_of(model, compiled=compiled)
     full = greedy(LENGTH - 1, min_new_tokens=LENGTH - 1)
     answers = answers_of(batch, (prompt_of(1, LENGTH - 2), greedy(1)), ([1], full))
     assert [len(answer) for answer in answers] == [1, LENGTH - 1]
@@ -154,8 +167,10 @@ def test_requests_beyond_the_rows_are_queued_and_served_in_order(model: LlamaFor
     assert finished == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_cancelled_request_leaves_the_batch_and_the_others_continue(model: LlamaForCausalLM) -> None:
-    batch = batch_of(model, rows=2)
+def test_a_cancelled_request_leaves_the_batch_and_the_others_continue(
+    model: LlamaForCausalLM, compiled: bool
+) -> None:
+    batch = batch_of(model, rows=2, compiled=compiled)
     leaving, staying = add(batch, prompt_of(1, 5), greedy(400)), add(batch, prompt_of(2, 5), greedy(60))
     for _ in range(5):
         batch.step()
@@ -191,13 +206,13 @@ def test_many_short_requests_lose_no_row(model: LlamaForCausalLM) -> None:
     assert answers == [generate(model, prompt_of(i, 4), 3) for i in range(3)]
 
 
-def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM) -> None:
+def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM, compiled: bool) -> None:
     """A dialogue of five turns, concurrent requests with a common prefix, and a sampled next turn."""
     system = prompt_of(1, 60)
     answers: dict[bool, list[list[int]]] = {}
     for reuse in (True, False):
         given: list[list[int]] = []
-        batch, history = batch_of(model, rows=4, prefix_reuse=reuse), system
+        batch, history = batch_of(model, rows=4, prefix_reuse=reuse, compiled=compiled), system
         for turn in range(5):
             history = history + prompt_of(10 + turn, 12)
             given += answers_of(batch, (history, greedy(15)))
@@ -209,6 +224,28 @@ def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM) -
         answers[reuse] = given
     assert answers[True] == answers[False]
     assert answers[True][0] == generate(model, system + prompt_of(10, 12), 15)
+
+
+def test_requests_that_move_leave_and_share_prefixes_get_the_answers_of_generate(
+    model: LlamaForCausalLM, compiled: bool
+) -> None:
+    shared, batch = prompt_of(1, 40), batch_of(model, rows=5, compiled=compiled)
+    requests = []
+    for index in range(24):
+        prompt = (shared if index % 2 else []) + prompt_of(index, 3 + 11 * (index % 7))
+        requests.append(add(batch, prompt, greedy(4 + 5 * (index % 4))))
+        batch.step()
+        if index % 6 == 5:
+            requests[index - 2].stream.cancel()
+    finish(batch)
+    ends = []
+    for request in requests:
+        answer = generate(model, request.tokens[: request.prompt_length], request.params.maximum)
+        tokens = collect(request.stream)
+        ends.append(request.stream.finish_reason)
+        assert tokens == (answer[: len(tokens)] if ends[-1] == "cancelled" else answer)
+    assert ends.count("length") >= 20
+    assert "cancelled" in ends
 
 
 class CountedEmbedding(torch.nn.Module):
@@ -232,7 +269,14 @@ def test_the_next_turn_of_a_dialogue_reads_only_its_new_tokens(model: LlamaForCa
     placement = Placement(model.device, model.dtype, "none", LENGTH)
     parts = replace(take_apart(counted, placement), embedding=embedding)
     cache = KVCache(model.config, CacheShape(2, LENGTH), placement.cache_dtype, placement.device)
-    batch = Batch(parts, cache, vocabulary=model.config.vocab_size, eos_token_ids=[EOS], prefix_reuse=reuse)
+    batch = Batch(
+        parts,
+        cache,
+        vocabulary=model.config.vocab_size,
+        eos_token_ids=[EOS],
+        prefix_reuse=reuse,
+        kernels=compiled_kernels(torch.float32, torch.float32),
+    )
     (answer,) = answers_of(batch, (first, greedy(20)))
     following = first + answer + prompt_of(2, 30)
     before = embedding.count
