@@ -124,7 +124,7 @@ class Batch:
         """Read prompts, oldest first and several at once, until the step's share is used up."""
         started = time.perf_counter()
         decoding = self._scheduler.decoding
-        left = share = self._share.tokens(decoding, self.running + self.waiting - decoding)
+        left = share = self._share.tokens(decoding > 0, self.running + self.waiting - decoding)
         while chunks := self._next_chunks(left):
             left -= sum(len(chunk.token_ids) for chunk in chunks.values())
             # In reverse, so that a request that ends with its first token does not change the other rows.

@@ -21,16 +21,16 @@ class PromptShare:
         self._decode: float | None = None  # seconds for decoding one token of every running answer
         self._per_token: float | None = None  # seconds for reading one prompt token
 
-    def tokens(self, decoding: int, unread: int) -> int:
+    def tokens(self, decoding: bool, unread: int) -> int:
         """Return how many prompt tokens the next step may read.
 
-        `decoding` is the number of running answers, and `unread` that of requests without a first token. For
-        each of those, running answers may wait equally long again. If several requests, and at least as many as
-        there are running answers, have no first token, reading comes first.
+        `decoding` is whether an answer is running, and `unread` the number of requests without a first token.
+        The share grows with the square of that number, as does the sum of the times that they wait if they are
+        read one after the other.
         """
-        if not decoding or 1 < unread >= decoding or self._decode is None or self._per_token is None:
+        if not decoding or self._decode is None or self._per_token is None:
             return self._most
-        tokens = _SLOWDOWN * self._decode * unread / self._per_token
+        tokens = _SLOWDOWN * self._decode * unread**2 / self._per_token
         return max(_FEWEST, min(int(tokens), self._most))
 
     def observe_reading(self, tokens: int, seconds: float) -> None:
