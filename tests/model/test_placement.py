@@ -66,6 +66,26 @@ def test_the_cache_takes_the_planned_bytes_and_starts_with_zeros(dtype: torch.dt
     assert not any(t.any() for t in cache.layers)
 
 
+@pytest.mark.parametrize(("name", "size"), [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+def test_keys_and_values_take_as_many_bytes_as_weights_on_every_device(name: str, size: int) -> None:
+    config = LlamaConfig(dtype=torch.bfloat16, max_position_embeddings=256)
+    placed = place(Settings(device="cpu", dtype=name), config)
+    assert placed.cache_dtype is getattr(torch, name)
+    assert bytes_per_token(config, placed.cache_dtype) == 2 * 32 * 32 * 128 * size
+    assert Placement(torch.device("cuda", 0), placed.dtype, "int8", 256).cache_dtype is placed.dtype
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", 8), ("float32", 4)])
+def test_with_16_bit_weights_on_a_cpu_twice_as_many_requests_fit_in_a_cache(
+    llama_folder: Path, dtype: str, rows: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = 4 * 100 * 2 * 2 * 2 * 32 * 4  # four rows of 100 positions in float32
+    settings = Settings(weights=llama_folder, dtype=dtype, max_context=100, cache_memory=memory)
+    caplog.set_level("INFO", logger="llama")
+    load_llama(settings).close()
+    assert f"context 100 tokens, room for {rows} requests at once" in caplog.text
+
+
 def dtype_of(settings: Settings, config: LlamaConfig, capability: tuple[int, int] | None) -> torch.dtype:
     gpus = [] if capability is None else [Gpu("a GPU", 10**9, capability)]
     return planner_for(settings, config, gpus, "torch").dtype
