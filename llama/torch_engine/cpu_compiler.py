@@ -105,7 +105,11 @@ def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> K
         try:
             return _kernels(signatures, kept=True)
         except Exception as error:  # numba does not check what it reads
-            logger.warning("the compiled kernels in %s cannot be used (%s); delete the folder", folder, error)
+            logger.warning(
+                "the compiled kernels in %s cannot be used (%s); delete the folder",
+                folder,
+                _first_line(error),
+            )
     return _kernels(signatures, kept=False)
 
 
@@ -164,3 +168,8 @@ def _cache_folder(cache_dir: Path, signatures: dict[str, tuple[str, bool]]) -> P
     except (OSError, RuntimeError) as error:  # RuntimeError: the home directory is unknown
         logger.info("compiled kernels are not kept, because %s cannot be written (%s)", parent, error)
         return None
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message: those of numba have the whole context of a compilation."""
+    return str(error).partition("\n")[0]

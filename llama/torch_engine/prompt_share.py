@@ -24,9 +24,9 @@ class PromptShare:
     def tokens(self, decoding: bool, unread: int) -> int:
         """Return how many prompt tokens the next step may read.
 
-        `decoding` is whether an answer is running, and `unread` the number of requests without a first token.
-        The share grows with the square of that number, as does the sum of the times that they wait if they are
-        read one after the other.
+        `decoding` is whether an answer is running, and `unread` the number of requests without a first
+        token. The share grows with the square of that number, as does the sum of the times that they wait if
+        they are read one after the other.
         """
         if not decoding or self._decode is None or self._per_token is None:
             return self._most
