@@ -95,6 +95,9 @@ def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> K
 
     if numba.config.DISABLE_JIT:
         raise RuntimeError("NUMBA_DISABLE_JIT is set")
+    # LLVM would end the process, because it has no conversion in software.
+    if cached is torch.float16 and torch.cpu.get_capabilities().get("f16c") is False:
+        raise RuntimeError("this CPU cannot convert float16 numbers")
     numba.config.THREADING_LAYER = _LAYER
     numba.get_num_threads()  # starts its threads
     if (layer := numba.threading_layer()) != _LAYER:
