@@ -1,7 +1,7 @@
-"""Numbers of 16 bits inside the kernels of a CPU (`cpu_kernels.py`), and functions that LLVM can vectorise.
+"""Arithmetic of the CPU kernels (`cpu_kernels.py`): 16-bit numbers, and functions that LLVM can vectorise.
 
-numba has neither bfloat16 nor float16. So arrays hold bfloat16 numbers as uint16, float16 numbers as int16,
-and float32 numbers as float32, and the functions here convert them. Knows the bits of numbers; knows nothing
+numba has neither bfloat16 nor float16. So arrays hold bfloat16 numbers as uint16, and float16 numbers as
+int16. The functions here convert them to and from float32. Knows the bits of numbers; knows nothing
 about what the numbers mean.
 """
 
@@ -17,19 +17,22 @@ from numba.extending import intrinsic as _intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Sums may be computed in any order. Infinity and not-a-number keep their meaning: the engine reports them.
+# Sums may be computed in any order. Infinity and NaN keep their meaning, because the engine reports them.
 OPTIONS = {"fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function for kernels out of one that gets numba's context and the arguments' types, and returns
-    a signature and a generator of LLVM instructions."""
+    """Add types to numba's decorator for functions that are written in LLVM instructions.
+
+    `function` gets numba's context and the types of the arguments. It returns a signature, and a function
+    that generates the instructions.
+    """
     compiled: Callable[..., Any] = _intrinsic(function)
     return compiled
 
 
 def inlined(function: F) -> F:
-    """Compile a function into the kernels that call it."""
+    """Compile a function that kernels call. LLVM can inline it."""
     compiled: F = njit(**OPTIONS)(function)
     return compiled
 
@@ -74,8 +77,10 @@ def narrowed(_context: Any, value: Any, like: Any) -> Any:
 
 @intrinsic
 def _power_of_two(_context: Any, exponent: Any) -> Any:
-    """Return 2 to the power of a whole float32 number from -126 to 127, by writing it into the exponent's
-    bits."""
+    """Return 2 to the power of a float32 number, which must be a whole number from -126 to 127.
+
+    The number is written into the exponent bits of the result.
+    """
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         biased = builder.add(builder.fptosi(arguments[0], _BITS32), _BITS32(127))
@@ -106,9 +111,9 @@ def upper(_context: Any, pair: Any) -> Any:
 
 @inlined
 def exp(x: Any) -> Any:
-    """Return e to the power of x, for x up to 88, with an error of 2 units in the last place.
+    """Return e to the power of x, for x up to 88, with an error of at most 2 units in the last place.
 
-    LLVM cannot vectorise a call of the C library's function. The polynomial is that of Cephes' `expf`.
+    LLVM cannot vectorise a call to the C library's function. The polynomial is that of Cephes' `expf`.
     """
     x = min(max(x, np.float32(-87)), np.float32(88))
     whole = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))

@@ -1,6 +1,8 @@
-"""Attention on a CPU with compiled kernels: no mask, and every row is read to its own length only.
+"""Attention on a CPU with compiled kernels.
 
-Knows the arguments of the kernels; knows nothing about how they compute.
+A decode step needs no mask, because a kernel reads each row only to the row's own length. For a chunk of a
+prompt, a kernel writes the cache and torch computes the attention. Knows the arguments of the kernels; knows
+nothing about how they compute.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ class CompiledAttention(Attention):
         return partial(self._prefill, chunks, [self._bias(chunk) for chunk in chunks])
 
     def _bias(self, chunk: Chunk) -> Tensor | None:
-        """Return what is added to the scores of a chunk: -inf at later positions, [N, end].
+        """Return what is added to the scores of a chunk [N, end]: -inf at later positions, 0 elsewhere.
 
-        None if the chunk starts at the first position, because torch's kernel then needs no mask.
+        Return None if the chunk starts at the first position: torch can then mask without a bias.
         """
         if chunk.start == 0:
             return None

@@ -1,8 +1,8 @@
-"""Compiles the kernels of a CPU with numba while a model is being loaded.
+"""Compiles the CPU kernels with numba while a model is being loaded.
 
-Compiling takes some seconds, so the compiled code is kept in the cache folder. If numba, its OpenMP layer or
-the code cannot be had, the engine computes the same with torch alone, more slowly. Knows numba; knows nothing
-about what the kernels compute.
+Compiling takes some seconds, so the compiled code is kept in the cache folder. If numba or its OpenMP
+threading layer is missing, or if compiling fails, the engine uses torch alone. The results are then the same,
+but the engine is slower. Knows numba; knows nothing about what the kernels compute.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 Kernel = Callable[..., None]
 
 _STORED = {torch.bfloat16: "uint16", torch.float16: "int16", torch.float32: "float32"}
-"""By type of a tensor, the type of the numbers in its array (`cpu_arithmetic.py`)."""
-# With this threading layer, numba uses the OpenMP library that torch has loaded, and so the same team of
-# threads. The other layers have their own threads, and `workqueue` must not be used by two threads at once.
+"""For each type of a tensor, the type of the numbers in its array (`cpu_arithmetic.py`)."""
+# With this threading layer, numba uses the OpenMP library that torch has loaded, and so the same threads. The
+# other layers have their own threads, and only one thread at a time may call `workqueue`.
 _LAYER = "omp"
 
 
@@ -47,7 +47,7 @@ class Kernels:
 
 
 def as_array(tensor: Tensor) -> Any:
-    """Return a tensor on the CPU as an array for the kernels, which shares its memory."""
+    """Return an array for the kernels, which shares the memory of a tensor on the CPU."""
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
     if tensor.dtype is torch.float16:
@@ -60,7 +60,8 @@ def compile_in_background(
 ) -> Future[Kernels | None]:
     """Start to compile the kernels for inputs of type `arithmetic` and keys and values of type `cached`.
 
-    The result is None if they cannot be had. Compiled code is kept in a folder below `cache_dir`.
+    The result is None if the kernels cannot be compiled; a warning in the log has the reason. Compiled code
+    is kept in a folder below `cache_dir`.
     """
     compiled: Future[Kernels | None] = Future()
 
@@ -78,14 +79,14 @@ def compile_in_background(
 
 
 def use_threads(count: int) -> None:
-    """Let torch and the kernels use `count` threads. Call this on the thread that computes."""
+    """Let torch and the kernels use `count` threads. Call this function on the thread that computes."""
     torch.set_num_threads(count)
     numba = sys.modules.get("numba")
     if numba is None:
         return
     try:
         numba.threading_layer()
-    except ValueError:  # it has no threads, because there are no kernels
+    except ValueError:  # numba has started no threads, because there are no kernels
         return
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
@@ -99,7 +100,7 @@ def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> K
     if cached is torch.float16 and torch.cpu.get_capabilities().get("f16c") is False:
         raise RuntimeError("this CPU cannot convert float16 numbers")
     numba.config.THREADING_LAYER = _LAYER
-    numba.get_num_threads()  # starts its threads
+    numba.get_num_threads()  # starts numba's threads
     if (layer := numba.threading_layer()) != _LAYER:
         raise RuntimeError(f"numba uses the threading layer {layer} in this process, not {_LAYER}")
     signatures = _signatures(_STORED[arithmetic], _STORED[cached])
@@ -107,7 +108,7 @@ def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> K
         numba.config.CACHE_DIR = str(folder)
         try:
             return _kernels(signatures, kept=True)
-        except Exception as error:  # numba does not check what it reads
+        except Exception as error:  # numba does not check the files that it reads
             logger.warning(
                 "the compiled kernels in %s cannot be used (%s); delete the folder",
                 folder,
@@ -146,10 +147,10 @@ def _signatures(x: str, cached: str) -> dict[str, tuple[str, bool]]:
 
 
 def _version(signatures: dict[str, tuple[str, bool]]) -> str:
-    """Name what compiled code depends on.
+    """Return a hash of everything that the compiled code depends on.
 
-    numba's cache notices changes of one source file only. And if two processes write to one folder at the
-    same time, it may take the code of one signature or processor for that of another.
+    numba's own cache checks only the source file of each function. If two processes write to one folder at
+    the same time, numba may also load the code of another signature or processor.
     """
     from numba.core.registry import cpu_target
 
@@ -161,7 +162,7 @@ def _version(signatures: dict[str, tuple[str, bool]]) -> str:
 
 
 def _cache_folder(cache_dir: Path, signatures: dict[str, tuple[str, bool]]) -> Path | None:
-    """Create the folder for the compiled code. Return None if it cannot be written."""
+    """Create the folder for the compiled code. Return None if the folder cannot be written."""
     parent = os.environ.get("NUMBA_CACHE_DIR") or cache_dir / "numba"
     try:
         folder = Path(parent).expanduser() / _version(signatures)
@@ -174,5 +175,5 @@ def _cache_folder(cache_dir: Path, signatures: dict[str, tuple[str, bool]]) -> P
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of a message: those of numba have the whole context of a compilation."""
+    """Return the first line of a message. In numba's messages, the other lines are long and technical."""
     return str(error).partition("\n")[0]

@@ -1,9 +1,9 @@
-"""The kernels of a step on a CPU, as Python that numba compiles (`cpu_compiler.py`).
+"""The CPU kernels of a step: Python functions that numba compiles (`cpu_compiler.py`).
 
-Arrays hold 16-bit numbers as `cpu_arithmetic.py` describes. Everything is computed in float32 and rounded
-once. N is the number of tokens in a step, B the number of rows of the batch, and D the head dimension. The
-rotary tables `cos` and `sin` are [positions, D], and `cache` is [2 (keys, values), rows, KV heads, length,
-D]. Knows arrays; knows nothing about tensors, modules or compilers.
+Arrays hold 16-bit numbers as `cpu_arithmetic.py` describes. Sums are computed in float32, and each result is
+rounded once. N is the number of tokens in a step, B the number of rows of the batch, and D the head
+dimension. The rotary tables `cos` and `sin` are [positions, D], and `cache` is [2 (keys, values), rows, KV
+heads, length, D]. Knows arrays; knows nothing about tensors, modules or compilers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba import prange
 from llama.torch_engine.cpu_arithmetic import exp, inlined, lower, narrowed, upper, widened
 from llama.torch_engine.linears import PANEL
 
-Array = Any  # a numpy array, whose type numba infers
+Array = Any  # a numpy array; its type is in the signatures of `cpu_compiler.py`
 
 _ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
 
@@ -31,16 +31,16 @@ def attend_rows(
     scale: float,
     attended: Array,
 ) -> None:
-    """Decode: write one new token into each of the first B rows, and attend to the row's own length.
+    """Decode: write one new token into each of the first B rows, and attend to the positions of that row.
 
     `qkv` [B, (heads + 2 x KV heads) x D] are the projections of the new tokens, `angles` [B] their rows of
     the rotary tables, and `positions` [B] their positions in the cache. The result is written to `attended`
     [B, heads x D]. A row whose position is the last one of the cache is not decoding: its result is zero,
-    and its keys and values stay.
+    and its keys and values are unchanged.
     """
     batch_size, kv_heads, length, size = len(qkv), cache.shape[2], cache.shape[3], cache.shape[4]
     group = qkv.shape[1] // size // kv_heads - 2
-    # The rows of one head are neighbours, so that every thread gets its share of a row that is much longer.
+    # The order is by head, not by row, so that all threads work on a row that is much longer than the others.
     for index in prange(kv_heads * batch_size):
         row, kv_head = index % batch_size, index // batch_size
         position, first = positions[row], kv_head * group
@@ -153,8 +153,10 @@ def _store(qkv: Array, cos: Array, sin: Array, kv_head: int, kv_heads: int, key:
 
 @inlined
 def _scores(query: Array, keys: Array, scores: Array) -> None:
-    """Write the products of a query [D] with the first keys [positions, D]. The query is read once for every
-    four keys."""
+    """Write the products of a query [D] with the first keys [positions, D].
+
+    The query is read once for every four keys.
+    """
     fours = len(scores) // 4 * 4
     for p in range(0, fours, 4):
         k0, k1, k2, k3 = keys[p], keys[p + 1], keys[p + 2], keys[p + 3]
@@ -182,7 +184,7 @@ def _highest(scores: Array, highest: Any) -> Any:
 
 @inlined
 def _exponentials(scores: Array, highest: Any) -> Any:
-    """Replace every score by e to the power of its distance from `highest`, and return the sum of all."""
+    """Replace every score by e to the power of (score - highest), and return the sum of the results."""
     total = _ZERO
     for p in range(len(scores)):
         scores[p] = exp(scores[p] - highest)
@@ -192,7 +194,7 @@ def _exponentials(scores: Array, highest: Any) -> Any:
 
 @inlined
 def _weighted_sum(weights: Array, values: Array, sums: Array) -> None:
-    """Write the weighted sum of the first values [positions, D]. A sum is read once for every four values."""
+    """Write the weighted sum of the first values [positions, D]. Sums are read once for every four values."""
     sums[:] = 0
     fours = len(weights) // 4 * 4
     for p in range(0, fours, 4):

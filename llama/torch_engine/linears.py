@@ -50,16 +50,18 @@ def _joined_biases(layers: Sequence[nn.Linear] | Sequence[Fp8Linear]) -> Tensor 
 
 
 class Scratch:
-    """Memory for joined and converted weights. It is used again for every layer, because the page faults of
-    fresh memory take longer than copying."""
+    """Memory for joined and converted weights.
+
+    The same memory is used for every layer, because page faults in new memory take longer than the copying.
+    """
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def joined(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return weights [out, in] as one of type `dtype`, which is valid until the next call.
+        """Join weights [out, in] into one of type `dtype`, which is valid until the next call.
 
-        A single weight that has this type is returned itself.
+        A single weight that already has this type is returned without a copy.
         """
         if len(weights) == 1 and weights[0].dtype is dtype:
             return weights[0]
@@ -84,7 +86,7 @@ def packed(module: nn.Module, arithmetic: torch.dtype) -> nn.Module:
 def packed_together(modules: Sequence[nn.Module], arithmetic: torch.dtype, scratch: Scratch) -> nn.Module:
     """Join layers with the same input as `joined` does, and pack them as `packed` does.
 
-    Weights on a CPU are read once, and the result shares no memory with them.
+    The packed result shares no memory with the weights.
     """
     plain = [module for module in modules if _is_plain(module) and module.weight.device.type == "cpu"]
     if len(plain) < len(modules):
@@ -127,7 +129,7 @@ class OneDNNLinear(nn.Module):
         self._bias = bias
         self.outputs = len(weight)
         self.panels = None if bias is not None else panels_of(self._packed, weight)
-        """The packed weight as `cpu_kernels.linear_row` reads it, or None if it cannot."""
+        """The packed weight as `cpu_kernels.linear_rows` reads it, or None if the layout is another one."""
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
