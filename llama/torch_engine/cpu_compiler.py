@@ -1,8 +1,8 @@
 """Compiles the CPU kernels with numba while a model is being loaded.
 
 Compiling takes some seconds, so the compiled code is kept in the cache folder. If numba or its OpenMP
-threading layer is missing, or if compiling fails, the engine uses torch alone. The results are then the same,
-but the engine is slower. Knows numba; knows nothing about what the kernels compute.
+threading layer is missing, or if this CPU cannot run the kernels, the engine uses torch alone. The results
+are then the same, but the engine is slower. Knows numba; knows nothing about what the kernels compute.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def attend_rows(
 ) -> None:
     """Decode: write one new token into each of the first B rows, and attend to the positions of that row.
 
-    `qkv` [B, (heads + 2 x KV heads) x D] are the projections of the new tokens, `angles` [B] their rows of
+    `qkv` [B, (heads + 2 x KV heads) x D] are the projections of the new tokens, `angles` [B] their indices in
     the rotary tables, and `positions` [B] their positions in the cache. The result is written to `attended`
     [B, heads x D]. A row whose position is the last one of the cache is not decoding: its result is zero,
     and its keys and values are unchanged.
@@ -73,8 +73,8 @@ def store_chunk(
 ) -> None:
     """Prefill: write the keys and values of a chunk of a prompt into a row, from position `start` on.
 
-    `qkv` [N, (heads + 2 x KV heads) x D] are the projections of the chunk, and `angle` is the row of the
-    rotary tables for the first token. The rotated queries are written to `queries` [N, heads x D].
+    `qkv` [N, (heads + 2 x KV heads) x D] are the projections of the chunk, and `angle` is the index of
+    the first token in the rotary tables. The rotated queries are written to `queries` [N, heads x D].
     """
     kv_heads, size = cache.shape[2], cache.shape[4]
     for token in prange(len(qkv)):
