@@ -127,7 +127,7 @@ class Settings(EnvironmentSettings):
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
     """The fraction of each GPU's memory that vLLM uses for weights, cache and everything else."""
     cache_dir: Path = Path("~/.cache/llama-cog")
-    """The folder that stores the converted embedded model, and the compiled kernels of CPUs."""
+    """The folder that stores the converted embedded model and the compiled kernels."""
     pull: bool = False
     """At setup, download the manifest's files that are missing from `weights`."""
     weights_manifest: Path = ROOT / "weights.txt"

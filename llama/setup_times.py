@@ -21,7 +21,7 @@ class SetupTimes:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Measure a `with` block as `name`, without the parts that are measured inside it on this thread."""
+        """Measure a `with` block as `name`. The time of parts inside it on the same thread is subtracted."""
         started, before = time.perf_counter(), getattr(self._thread, "measured", 0.0)
         yield
         seconds = time.perf_counter() - started

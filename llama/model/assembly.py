@@ -33,8 +33,8 @@ _IGNORED = (".rotary_emb.inv_freq", ".weight_format")
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 TakeLayer = Callable[[nn.ModuleList, int], object]
-"""Takes the decoder layer with an index out of the list. Its linear layers may use the memory of a mapped
-file, so whoever takes it must copy their weights and then release them."""
+"""Takes the decoder layer with an index out of the list. The weights of its linear layers may still be in a
+mapped file, so this function must copy them and then release them."""
 
 
 class ModelAssembler:
@@ -57,7 +57,7 @@ class ModelAssembler:
             self._missing["lm_head"] = model.lm_head
         self._known = frozenset(self._missing)
         self._missing_in_layer = Counter(map(_layer_of, self._missing))
-        self._borrowed = dict[str, nn.Module]()  # modules whose weights lie in a mapped file
+        self._borrowed = dict[str, nn.Module]()  # modules whose weights are still in the mapped file
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._unexpected = list[str]()
         self._wrong_shapes = dict[str, str]()
@@ -72,7 +72,7 @@ class ModelAssembler:
                 self._unexpected.append(name)
             return
         parts = self._parts.setdefault(owner, {})
-        # A tensor lives in the file's mapping, so it is copied, unless it is quantized or lent.
+        # The tensor is in a mapped file, so it is copied now, unless it is quantized here or is lent.
         lent = self._is_lent(owner, wanted)
         parts[part] = tensor.to(self._placement.device, copy=not (lent or self._is_quantized_here(owner)))
         if not wanted <= parts.keys():
@@ -83,7 +83,7 @@ class ModelAssembler:
         self._hand_over(owner)
 
     def end_file(self) -> None:
-        """Copy what still lies in the mapping of the file whose tensors have been added."""
+        """Copy the weights that are still in the mapped file. To be called at the end of each file."""
         for module in self._borrowed.values():
             assert isinstance(module.weight, Tensor)
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
@@ -111,7 +111,7 @@ class ModelAssembler:
                 )
 
     def _hand_over(self, owner: str) -> None:
-        """Let a decoder layer be taken if `owner` was the last of its modules."""
+        """Call `take_layer` for a decoder layer if `owner` was the last of its modules that was missing."""
         layer = _layer_of(owner)
         if layer is None or self._take_layer is None:
             return
@@ -123,7 +123,7 @@ class ModelAssembler:
         self._take_layer(self._model.model.layers, layer)
 
     def _is_lent(self, owner: str, wanted: frozenset[str]) -> bool:
-        """Whether the weight of this module stays in the mapped file until its layer is taken."""
+        """Whether the weight of this module is lent: it stays in the mapped file until its layer is taken."""
         return (
             self._take_layer is not None
             and self._placement.device.type == "cpu"

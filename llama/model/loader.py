@@ -43,8 +43,9 @@ def load_model(
 ) -> LlamaForCausalLM:
     """Load the model onto its device layer by layer, without ever holding the whole checkpoint twice.
 
-    `take_layer` is called for each decoder layer as soon as it is complete. On a CPU, this saves a copy.
-    Raises BadCheckpoint (which names the file or tensor at fault), BadConfig or DoesNotFit.
+    `take_layer` is called for each decoder layer as soon as it is complete. On a CPU, its weights may still
+    be in the mapped file, which saves a copy. Raises BadCheckpoint (which names the file or tensor at fault),
+    BadConfig or DoesNotFit.
     """
     checkpoint = Checkpoint(folder)
     # A checkpoint may store tied embeddings under the name of the output layer only.

@@ -135,7 +135,7 @@ def has_fast_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     amd = str(capabilities.get("cpu_name")).startswith("AMD")
     fast = has_matrix_units() or (amd and capabilities.get("avx512_bf16"))
-    # ONEDNN_MAX_CPU_ISA can forbid oneDNN to use the instructions that the CPU has.
+    # ONEDNN_MAX_CPU_ISA can forbid instructions that the CPU has.
     return bool(torch._C._has_mkldnn and fast and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -1,9 +1,9 @@
 """Attention of one layer over the key/value cache, for prompt chunks and for decode steps.
 
-N is the number of tokens in a step, B the number of rows, and D the head dimension. A step gets a function
-(`Attend`) and calls it for every layer, so that what all layers need is computed once. `cpu_attention.py`
-has a faster implementation for CPUs, and the tests compare it with the one here. Knows projections, rotary
-tables and the layout of the cache; knows nothing about requests.
+N is the number of tokens in a step, B the number of rows, and D the head dimension. `prefill` and `decode`
+prepare what all layers need, once per step. They return a function (`Attend`), which the runner calls for
+every layer. `cpu_attention.py` has a faster implementation for CPUs. Knows projections, rotary tables and the
+layout of the cache; knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import ModelParts
 
 Attend = Callable[[int, Tensor], Tensor]
-"""Takes the number of a layer, and its projections [N, (heads + 2 x KV heads) x D]: queries, keys and values.
+"""Takes the index of a layer, and its projections [N, (heads + 2 x KV heads) x D]: queries, keys and values.
 Writes the keys and values to the cache, and returns the attention of the queries, [N, heads x D]."""
 
 
@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
         return self.start + len(self.token_ids)
 
     def first_angle(self, parts: ModelParts) -> int:
-        """The row of the rotary tables for its first token. The rows of the other tokens follow."""
+        """The index of the first token in the rotary tables. The indices of the other tokens follow."""
         return self.start + self.stretched * parts.stretched_from
 
 
@@ -51,15 +51,14 @@ class Attention(Protocol):
     def prefill(self, chunks: Sequence[Chunk]) -> Attend:
         """Return a function that attends causally from each chunk to the contents of its row.
 
-        Its N tokens are those of the chunks, one chunk after the other.
+        The function takes the projections of all chunks, one chunk after the other.
         """
 
     def decode(self, positions: Tensor, angles: Tensor, length: int) -> Attend:
-        """Return a function that attends from one new token in each of the first B rows to that row's
-        contents.
+        """Return a function that attends from a new token in each of the first B rows to the row's contents.
 
         `positions` [B] are the positions of the new tokens in their rows. All are less than `length`, except
-        those of rows that are not decoding. `angles` [B] are the tokens' rows of the rotary tables.
+        those of rows that are not decoding. `angles` [B] are the tokens' indices in the rotary tables.
         """
 
 
@@ -94,8 +93,7 @@ class TorchAttention(Attention):
         return torch.arange(first, first + len(chunk.token_ids), device=self._parts.device)
 
     def _mask(self, chunk: Chunk) -> Tensor:
-        """Return which positions each query of a chunk attends to: [query heads per KV head x N, end]
-        bool."""
+        """Return whether each query attends to each position: [query heads per KV head x N, end] bool."""
         visible = self._positions[: chunk.end] <= self._positions[chunk.start : chunk.end, None]
         return visible.repeat(self._group, 1)
 
@@ -197,8 +195,8 @@ class TwoProductAttention(TorchAttention):
 def torch_attention(parts: ModelParts, cache: KVCache) -> TorchAttention:
     """Return the attention that decodes faster with this model.
 
-    On a Xeon with AMX, the fused kernel is faster in bfloat16: 1.3 ms instead of 2.9 for 32 requests of 192
-    tokens, in one layer of the benchmark model.
+    On a Xeon with AMX, the fused kernel is faster in bfloat16. For 32 requests of 192 tokens, one layer of
+    the benchmark model takes 1.3 ms with it, and 2.9 ms with two products.
     """
     if cache.device.type == "cuda":
         # On Hopper, torch prefers cuDNN, which builds a new plan for every prompt length.

@@ -31,8 +31,8 @@ from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
-# The prompt tokens of a step. On an EPYC with two cores, reading one prompt of 128 tokens took 70 ms; reading
-# 4 together took 64 ms each, 8 took 63 ms, and 16 took 69 ms. For "cuda", the number has not been measured.
+# The most prompt tokens of a step. On an EPYC with two cores, reading a prompt of 128 tokens took 70 ms. If
+# 4, 8 or 16 such prompts were read together, each took 64, 63 or 69 ms. The number for GPUs is not measured.
 MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
 _OVERFLOW = "the model's output is not finite; set LLAMA_DTYPE to bfloat16 or float32"
 _SAME_LENGTH = 256  # decode steps take about the same time if their longest requests differ by less than this

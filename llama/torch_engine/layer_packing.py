@@ -1,7 +1,8 @@
-"""Loads a model as the parts of a step. On a CPU, decoder layers are packed while the next ones are read.
+"""Loads a model and takes it apart. On a CPU, decoder layers are packed while the next ones are read.
 
-A layer is packed straight from the mapped file, so its weights are copied only once. Packing one layer on
-each core takes less time than one layer on all cores. Knows threads; knows nothing about files or kernels.
+A layer is packed directly from the mapped file, so its weights are copied only once. Several layers are
+packed at the same time, each on one core: packing one layer after the other on all cores would take longer.
+Knows threads; knows nothing about files or kernels.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from llama.torch_engine.linears import Scratch
 def load_parts(
     folder: Path, config: LlamaConfig, placement: Placement, beside: Future[Any] | None = None
 ) -> ModelParts:
-    """Load a model and take it apart. If `beside` fails in the meantime, raise its exception early.
+    """Load a model and take it apart.
 
-    Raises BadCheckpoint (which names the file or tensor at fault), BadConfig or DoesNotFit.
+    `beside` is work on another thread that must also succeed. If it fails first, its exception is raised
+    without waiting for the model. Raises BadCheckpoint (which names the file or tensor), BadConfig or
+    DoesNotFit.
     """
     if placement.device.type != "cpu":
         if beside is not None:
@@ -39,7 +42,7 @@ def load_parts(
         layers = packer.finish()
     finally:
         packer.close()
-        torch.set_num_threads(cores)  # the packer's threads have changed the number for new threads
+        torch.set_num_threads(cores)  # the packer's threads have set it to 1 for new threads
     return take_apart(model, placement, layers)
 
 
@@ -53,7 +56,7 @@ class _Packer:
         self._layers: dict[int, Future[Layer]] = {}
 
     def take(self, layers: nn.ModuleList, index: int) -> None:
-        """Start to pack a layer. Wait if many are being packed, so that few weights stay mapped."""
+        """Start to pack a layer. Wait if too many are being packed, so that few weights stay mapped."""
         if self._beside is not None and self._beside.done():
             self._beside.result()
         self._layers[index] = self._pool.submit(self._pack, layers, index)
@@ -62,7 +65,7 @@ class _Packer:
             waiting[0].result()
 
     def finish(self) -> list[Layer]:
-        """Return all layers. Raises what packing has raised."""
+        """Wait for all layers and return them. If packing a layer has failed, raise its exception."""
         return [self._layers[index].result() for index in sorted(self._layers)]
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ class Layer:
     gate_up: nn.Module
     """Returns gates and up-projections, concatenated."""
     activation: Callable[[Tensor], Tensor]
-    """The function of the gates. It is `F.silu` itself if the model uses that."""
+    """The function of the gates. If the model uses SiLU, it is `F.silu` itself, so that kernels know it."""
     down: nn.Module
 
 
@@ -74,7 +74,7 @@ def take_apart(
 ) -> ModelParts:
     """Return the parts of a model that was loaded with `placement`. The model cannot be used afterwards.
 
-    `layers` are its decoder layers if they have been taken out before.
+    `layers` are the decoder layers of the model if they have been taken out before.
     """
     dtype, device = placement.arithmetic, placement.device
     cos, sin, stretched_from = _rotary_tables(model, placement.context, dtype)
@@ -125,7 +125,7 @@ def _rotary_tables(model: LlamaForCausalLM, length: int, dtype: torch.dtype) -> 
 
 @torch.inference_mode()
 def take_layer(layers: nn.ModuleList, index: int, dtype: torch.dtype, scratch: Scratch) -> Layer:
-    """Take a decoder layer out of a model, to compute in `dtype`."""
+    """Take a decoder layer out of a model. The result computes in `dtype`."""
     layer: Any = layers[index]
     attention, mlp = layer.self_attn, layer.mlp
     taken = Layer(

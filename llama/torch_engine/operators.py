@@ -1,7 +1,7 @@
-"""The operators of a layer besides attention: with torch, or with compiled kernels on a CPU.
+"""The operators of a layer other than attention: with torch, or with compiled kernels on a CPU.
 
-With few rows, calling a torch operator takes longer than its work, so one kernel does the work of several.
-Knows tensors; knows nothing about attention or requests.
+With few rows, calling a torch operator takes longer than its computation. So one kernel replaces several
+operators. Knows tensors; knows nothing about attention or requests.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llama.torch_engine.layers import Layer, Norm
 from llama.torch_engine.linears import OneDNNLinear
 
 _FEW = 4
-"""Up to this many rows, a matrix product takes as long as reading its weights, and the kernel reads them
-faster than oneDNN: for the benchmark model and one row, 33 instead of 25 GB/s."""
+"""Up to this many rows, a matrix product takes as long as reading its weights. The kernel reads them faster
+than oneDNN: at 33 instead of 25 GB/s for the benchmark model and one row."""
 
 
 class Operators(Protocol):
@@ -29,7 +29,7 @@ class Operators(Protocol):
         """Apply a linear layer to [N, inputs]."""
 
     def add_and_norm(self, x: Tensor, delta: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """Return x + delta, and the norm of it. May overwrite `x`. All are [N, hidden]."""
+        """Return x + delta, and the norm of that sum. May overwrite `x`. All are [N, hidden]."""
 
     def gated(self, layer: Layer, gate_up: Tensor) -> Tensor:
         """Return activation(gate) x up, [N, width], from [N, 2 x width], which has the gates first."""

@@ -1,22 +1,22 @@
 """How many prompt tokens a step may read while answers are running.
 
-A step reads prompts and then decodes, so a running answer waits for both. The number of prompt tokens
-follows from what decoding and reading have taken lately on this machine. Knows seconds and numbers of
-tokens; knows nothing about requests or tensors.
+A step reads prompts and then decodes, so a running answer waits for both. The number of prompt tokens is
+calculated from the seconds that the latest steps on this machine took. Knows seconds and numbers of tokens;
+knows nothing about requests or tensors.
 """
 
 from __future__ import annotations
 
 _SLOWDOWN = 1.5  # reading may take this many times as long as decoding, so a token takes 2.5 times as long
-_FEWEST = 16  # tokens: with fewer, a step spends its time on reading the weights
-_WEIGHT = 0.3  # of the latest step in the averages
+_FEWEST = 16  # tokens; with fewer, reading the weights takes most of the step
+_WEIGHT = 0.3  # the weight of the latest step in the averages
 
 
 class PromptShare:
     """Chooses the number of prompt tokens of each step."""
 
     def __init__(self, most: int) -> None:
-        """No step reads more than `most` tokens."""
+        """`most` is the largest number of prompt tokens of a step."""
         self._most = most
         self._decode: float | None = None  # seconds for decoding one token of every running answer
         self._per_token: float | None = None  # seconds for reading one prompt token
@@ -24,9 +24,9 @@ class PromptShare:
     def tokens(self, decoding: bool, unread: int) -> int:
         """Return how many prompt tokens the next step may read.
 
-        `decoding` is whether an answer is running, and `unread` the number of requests without a first
-        token. The share grows with the square of that number, as does the sum of the times that they wait if
-        they are read one after the other.
+        `decoding` is whether an answer is running, and `unread` is the number of requests without a first
+        token. The result grows with the square of `unread`. If the requests are read one after the other, the
+        sum of their waiting times also grows with the square.
         """
         if not decoding or self._decode is None or self._per_token is None:
             return self._most

@@ -31,7 +31,7 @@ class Runner:
     """
 
     def __init__(self, parts: ModelParts, rows: Rows, kernels: Kernels | None = None) -> None:
-        """Without `kernels`, everything is computed by torch."""
+        """Without `kernels`, torch computes everything."""
         self._parts, self._cache = parts, rows.cache
         self._attention: Attention = (
             CompiledAttention(parts, rows.cache, kernels) if kernels else torch_attention(parts, rows.cache)
@@ -100,7 +100,7 @@ class Runner:
         return self._logits(*self._hidden(self._tokens[:batch_size], attend))
 
     def _hidden(self, token_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """Return the hidden states of the last layer, [N, hidden], as a residual and what to add to it."""
+        """Return two terms, each [N, hidden], whose sum is the hidden states of the last layer."""
         parts, operators = self._parts, self._operators
         x: Tensor = parts.embedding(token_ids).to(parts.dtype)
         delta = torch.zeros_like(x)

@@ -83,7 +83,7 @@ def _refuse_settings_of_vllm(settings: Settings) -> None:
 
 
 def _kernels(placement: Placement, settings: Settings) -> Future[Kernels | None]:
-    """Start to compile the kernels of a CPU. The result is None on a GPU."""
+    """Start to compile the kernels if the device is a CPU. On a GPU, the result is None."""
     if placement.device.type == "cpu":
         return compile_in_background(
             placement.arithmetic, placement.cache_dtype, expanded(settings.cache_dir, "LLAMA_CACHE_DIR")
@@ -94,7 +94,7 @@ def _kernels(placement: Placement, settings: Settings) -> Future[Kernels | None]
 
 
 def _thread_count(placement: Placement, settings: Settings) -> ThreadCount | None:
-    """Set the number of CPU threads. Return None if it is fixed or has no effect."""
+    """Set the number of CPU threads. Return None if the number is fixed or has no effect."""
     count = settings.threads or torch.get_num_threads()
     use_threads(count)
     if settings.threads is not None or placement.device.type != "cpu":
