@@ -79,7 +79,7 @@ check-images: install ## check that the pins of each image resolve together on i
 	$(RESOLVE) requirements-vllm.txt --output-file /dev/null
 	$(RESOLVE) requirements-gateway.txt --only-binary :all: --output-file /dev/null
 
-bench: $(VENV)/.bench ## measure our engine and its peers; VLLM= and LLAMA_CPP= name the Pythons in which they are installed; ISA=avx2 or avx512 limits the vector instructions
+bench: $(VENV)/.bench ## measure our engine and its peers; VLLM= and LLAMA_CPP= name the Pythons in which they are installed; ISA=avx2 or ISA=avx512 limits the vector instructions
 	$(BIN)/python -m benchmarks $(if $(LLAMA_CPP),--llama-cpp $(LLAMA_CPP)) $(if $(VLLM),--vllm $(VLLM)) $(if $(ISA),--isa $(ISA))
 
 $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
