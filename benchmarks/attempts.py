@@ -1,4 +1,4 @@
-"""Runs measurements, each of which may fail: a run of half an hour must not end with one of its engines.
+"""Runs measurements that may fail, so that one failed engine does not end a run of half an hour.
 
 Knows names and reasons; knows nothing about what is measured.
 """
@@ -15,7 +15,7 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 LeftOut = dict[str, dict[str, str]]
-"""By the name of an engine or another part of the run: the `scenario` in which it failed, and a `reason`."""
+"""For each engine or other part of the run that was left out: the `scenario` and the `reason`."""
 
 
 def log(text: str) -> None:
@@ -23,10 +23,10 @@ def log(text: str) -> None:
 
 
 class Attempts:
-    """Makes measurements of named engines. One that has failed is not measured again."""
+    """Measures named engines. An engine that has failed is not measured again."""
 
     def __init__(self, excluded: Mapping[str, str] | None = None) -> None:
-        """`excluded` has the reasons, by name, why some are not measured at all."""
+        """`excluded` has the names of engines that are not measured at all, and the reasons."""
         self.left_out: LeftOut = {}
         for name, reason in (excluded or {}).items():
             self._leave_out(name, "start", reason)
@@ -41,8 +41,8 @@ class Attempts:
     ) -> _Result | None:
         """Return what `measure` returns, or None if it fails, cannot be done, or has failed before.
 
-        CannotDo excludes an engine from this measurement; every other error also excludes it from the rest
-        of the run.
+        After CannotDo, only this measurement is left out. After any other error, the engine is left out of
+        the rest of the run.
         """
         if name in self.left_out:
             return None

@@ -1,9 +1,9 @@
 """Measure generation on an idle CPU, and while another program keeps one core busy.
 
-`make bench` measures all engines beside a busy loop, and our engine with different numbers of threads: as the
-engine chooses, fixed at one, or fixed at the number of cores. `python -m benchmarks.busy_cpu` measures only
-the latter, and updates the committed results. Knows settings and times; knows nothing about how the engine
-chooses.
+`make bench` measures all engines while a busy loop runs. It also measures our engine with different numbers
+of threads: as the engine chooses, fixed at one, or fixed at the number of cores. `python -m
+benchmarks.busy_cpu` measures only our engine, and updates the committed results. Knows settings and times;
+knows nothing about how the engine chooses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Speeds = dict[str, float]
 def measure(attempts: Attempts, benchmark_model: Path, peers_log: Path) -> dict[str, Any]:
     """Return a description of the machine, and speeds by model, number of requests and state of the CPU.
 
-    A model with which one of the settings fails is left out.
+    If a model fails with one of the settings, it is left out.
     """
     speeds = {}
     for name in (BENCHMARK_MODEL, EMBEDDED_MODEL):
@@ -63,7 +63,7 @@ def beside_busy_loop(attempts: Attempts, peers: Sequence[PeerProcess], batch: in
             requests = [fresh() for _ in range(batch)]
             return figures(requests, peer.run(requests))
 
-    # One round of a peer whose threads spin while they wait, such as vLLM's, takes half a minute.
+    # A peer whose threads spin while they wait, such as vLLM, needs half a minute for one round.
     title = f"busy CPU, {counted(batch, 'request')}"
     return in_rounds(attempts, peers, title, one, rounds=ROUNDS, at_least=1)
 

@@ -1,9 +1,9 @@
 """A dialogue of eight turns with the embedded model.
 
-The prompt of every turn is all turns before it and a new question, in the model's own chat format. The turns
-before have fixed answers instead of the generated ones, so that every engine reads and generates the same
-number of tokens. An engine with a cache can reuse the prompt of the turn before, and reads the fixed answer
-and the new question. Knows text, token ids and times; knows nothing about the engines.
+The prompt of each turn has all earlier turns and a new question, in the model's own chat format. The earlier
+turns have fixed answers instead of the generated ones, so that every engine reads and generates the same
+number of tokens. An engine with a prefix cache reuses the prompt of the turn before, and reads only its fixed
+answer and the new question. Knows text, token ids and times; knows nothing about the engines.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _TURNS = (
 def dialogues(folder: Path) -> list[list[Request]]:
     """Return one dialogue per round, with one request per turn, in the chat format of the model in `folder`.
 
-    The dialogues differ in their first words, so that no cache has the one of an earlier round.
+    The dialogues differ in their first words, so that an engine cannot reuse the cache of an earlier round.
     """
     tokenizer = load_tokenizer(folder)
     found = []

@@ -1,7 +1,7 @@
 """Restricts the engines to older vector instructions than this CPU has.
 
-Every library has a variable of its own. torch.cpu and vLLM have none and report or use what the CPU has, so
-`limited_torch/sitecustomize.py` changes what torch reports. Knows variables; knows nothing about speed.
+Most libraries have an environment variable for this. torch.cpu and vLLM have none, so
+`limited_torch/sitecustomize.py` changes what torch.cpu reports. Knows variables; knows nothing about speed.
 """
 
 from __future__ import annotations

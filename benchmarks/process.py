@@ -1,6 +1,6 @@
 """Run a peer in a child process that answers one list of requests after the other.
 
-A peer that ends, hangs, raises or answers something else than times is killed with its child processes.
+If a peer ends, hangs, raises an error or gives an invalid answer, it and its child processes are killed.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Limits:
 
     load: float = 600.0
     run: float = 120.0
-    """For one list of requests, and to end."""
+    """For one list of requests. The peer may also take this long to end."""
 
 
 class CannotDo(Exception):
-    """The peer does not support the requests; the message has the reason. It still runs."""
+    """The peer does not support the requests. The message has the reason. The peer still runs."""
 
 
 class PeerFailed(Exception):
-    """The peer ended, hung, raised or gave an invalid answer; the message has the reason. It was killed."""
+    """The peer ended, hung, failed or gave an invalid answer. It was killed. The message has the reason."""
 
 
 class PeerProcess:
@@ -88,7 +88,7 @@ class PeerProcess:
     def run(self, requests: Sequence[Request]) -> Times:
         """Answer all requests and return the times of their tokens. Raises CannotDo or PeerFailed."""
         times = self._exchange(to_line(requests), self._limits.run, TypeAdapter(Times))
-        # A server may send several tokens in one piece, which then has one time.
+        # A server may send several tokens in one piece. Then there is one time for all of them.
         if len(times) != len(requests) or not all(
             0 < len(mine) <= request.new_tokens for mine, request in zip(times, requests, strict=True)
         ):
@@ -144,7 +144,7 @@ def _decoded(answer: str, expected: TypeAdapter[_Answer]) -> _Answer:
 def time_limit(pid: int, seconds: float) -> Iterator[Callable[[], bool]]:
     """Kill a process and its child processes if the body takes too long.
 
-    The body gets a function that tells whether this has happened.
+    The body gets a function that returns whether this has happened.
     """
     expired = False
 
@@ -163,7 +163,7 @@ def time_limit(pid: int, seconds: float) -> Iterator[Callable[[], bool]]:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and all that it started."""
+    """Kill a process and all its child processes."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for child in [*process.children(recursive=True), process]:

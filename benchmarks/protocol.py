@@ -78,7 +78,7 @@ def in_threads(answer: Callable[[Request, Clock], list[float]], requests: Sequen
 def serve(load: Callable[[str], Peer]) -> None:
     """Run a peer: load the model that the only argument names, then answer lines until the input ends.
 
-    An error ends the process, after its last answer has told the benchmark the reason.
+    After an error, the last answer gives the reason, and the process ends.
     """
     # Libraries may print to stdout, so it becomes stderr, and the answers use a copy of the original stdout.
     answers = os.fdopen(os.dup(1), "w", buffering=1)

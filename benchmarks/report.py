@@ -1,8 +1,8 @@
 """Turn the JSON document of a benchmark run into Markdown tables and charts.
 
-`python -m benchmarks.report benchmarks/results/cpu.json` writes the `.md` and `.svg` files next to it. The
-document of a run that was killed lacks measurements, and the report then lacks their sections.
-`report_sections.py` has all sections but the first ones.
+`python -m benchmarks.report benchmarks/results/cpu.json` writes the `.md` and `.svg` files next to it. If
+a run was killed, the report has only the sections that were measured. `report_sections.py` has the sections
+after the main comparison.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_report(results: Results, stem: Path) -> None:
 
 
 def write_json(path: Path, results: Results) -> None:
-    """Write the file under a temporary name, and then rename it: a reader never sees half of it."""
+    """Write the file under a temporary name, and then rename it, so that it is always complete."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
@@ -111,7 +111,7 @@ def _speeds(results: Results, name: str) -> Iterator[str]:
 
 def _left_out(results: Results) -> Iterator[str]:
     if results.get("left_out"):
-        yield "## Left out of the rest of the run"
+        yield "## Engines and measurements that were left out"
         yield table(
             ("engine or measurement", "scenario", "reason"),
             ((name, row["scenario"], _cell(row["reason"])) for name, row in results["left_out"].items()),
@@ -121,7 +121,7 @@ def _left_out(results: Results) -> Iterator[str]:
 def _targets(results: Results) -> Iterator[str]:
     yield "## Targets"
     isa = NAMES.get(results.get("isa", ""), vector_instructions(results["machine"]))
-    yield f'On this kind of CPU: {isa}. "A relative to B" means A divided by B.'
+    yield f'Widest vector instructions in this run: {isa}. "A relative to B" means A divided by B.'
     yield targets_table(results)
 
 
@@ -185,7 +185,7 @@ def targets_table(results: Results) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text that does not end its cell of a Markdown table."""
+    """Escape text for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -59,9 +59,10 @@ def _dialogue(rows: Results) -> Iterator[str]:
     lengths = next(iter(rows.values()))["prompt_tokens"]
     yield f"## A dialogue of {len(lengths)} turns with the embedded model, in bfloat16"
     yield (
-        f"The prompts have {lengths[0]} to {lengths[-1]} tokens: all turns before, with fixed answers, and a "
-        "new question, in the model's chat format. The engines get token ids, and generate 64 tokens per "
-        "turn. `generate` of transformers keeps no cache between turns. Times to first token are in ms."
+        "Each prompt has all earlier turns, with fixed answers, and a new question, in the model's chat "
+        f"format. The prompts have {lengths[0]} to {lengths[-1]} tokens. The engines get token ids, and "
+        "generate 64 tokens per turn. `generate` of transformers keeps no cache between turns. Times to "
+        "first token are in ms."
     )
     yield table(
         ("engine", "tokens/s", *(f"turn {number}" for number in range(1, len(lengths) + 1))),

@@ -1,4 +1,4 @@
-"""Saves the results of a run as they come, so that a run that is killed leaves what it has measured.
+"""Saves the results of a run after each measurement, so that they are not lost if the run is killed.
 
 Knows the JSON document and its file; knows nothing about how its figures are measured.
 """
@@ -14,7 +14,7 @@ from benchmarks.targets import Results, evaluate
 
 
 class ResultsFile:
-    """The results of a run, and the file with the part that has been measured so far."""
+    """The results of a run, and the file that has the measurements so far."""
 
     def __init__(self, path: Path, results: Results) -> None:
         self.results = results

@@ -26,7 +26,7 @@ LONG_PROMPT = 2000
 HISTORY = 1500
 MIXED = {"long_prompt_tokens": 3000, "short_prompts": 15, "short_prompt_tokens": 100, "new_tokens": 128}
 """One long prompt and several short ones that arrive together. With this number of new tokens, decoding takes
-longer than reading the prompts, and the long request is decoded beside the short ones all the time."""
+longer than reading the prompts, and the long request and the short ones are decoded together."""
 _IDLE = 10.0  # percent: a lower CPU usage counts as idle
 _IDLE_TIMEOUT = 5.0  # seconds to wait for an idle CPU
 
@@ -121,8 +121,8 @@ def in_rounds(
 ) -> dict[str, Row]:
     """Measure all peers once per round, in reverse order in every other round. Return medians by peer.
 
-    After `at_least` rounds, a peer that has used more than `seconds` in total is not measured again. A peer
-    that cannot do it, or fails, has a row of the rounds before, if there were any.
+    After `at_least` rounds, a peer that has used more than `seconds` in total is not measured again. If a
+    peer fails or does not support the requests, its row has the medians of the rounds before, if any.
     """
     rows: dict[str, list[Row]] = {peer.spec.name: [] for peer in peers}
     left = list(peers)

@@ -18,7 +18,7 @@ _REUSE_PREFIXES = {
 
 @dataclass(frozen=True, slots=True)
 class Pythons:
-    """The Python interpreters that have the peers which cannot be installed beside ours, if there are any."""
+    """The Python interpreters of peers that need their own environment, or None to leave a peer out."""
 
     vllm: str | None
     llama_cpp: str | None
@@ -39,7 +39,7 @@ def specs(model: Path, pythons: Pythons) -> list[Spec]:
 
 
 def specs_for_dialogue(model: Path, pythons: Pythons) -> list[Spec]:
-    """Return the engines, in bfloat16, that take the token ids of any model and are used for one dialogue."""
+    """Return the engines that can take the token ids of any model, in bfloat16."""
     modules = {f"{_PEERS}.{name}" for name in ("ours", "transformers_generate", "vllm_cpu", "vllm_server")}
     found = [spec for spec in _specs(model, "bfloat16", pythons) if spec.module in modules]
     return [*found, *_specs_of_llama_cpp(model, pythons, "bf16")]

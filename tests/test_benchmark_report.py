@@ -93,9 +93,9 @@ def test_the_summary_has_the_fastest_peer_of_the_same_precision_for_each_kind_of
 
 
 def test_the_report_names_the_vector_instructions_that_were_used() -> None:
-    assert "On this kind of CPU: AVX512-BF16." in markdown(COMPLETE, "cpu")
+    assert "Widest vector instructions in this run: AVX512-BF16." in markdown(COMPLETE, "cpu")
     limited = markdown({**COMPLETE, "isa": "avx2"}, "cpu-avx2")
-    assert "On this kind of CPU: AVX2." in limited
+    assert "Widest vector instructions in this run: AVX2." in limited
     assert "All engines were limited to AVX2" in limited
 
 

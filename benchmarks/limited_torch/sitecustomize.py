@@ -1,7 +1,7 @@
 """Python imports this module when it starts with this folder in PYTHONPATH: see `benchmarks.isa`.
 
 torch.cpu then reports only the vector instructions that ATEN_CPU_CAPABILITY allows. vLLM selects its compiled
-library, and our engine its kernels, by these reports.
+library by what torch.cpu reports, and our engine selects its kernels in the same way.
 """
 
 import os

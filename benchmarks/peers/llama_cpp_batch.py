@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.machine import usable_cores
 from benchmarks.protocol import Clock, Request, Times, serve
 
-_CONTEXT_OF_ONE = 4096  # tokens of prompt and answer of a request that is alone
+_CONTEXT_OF_ONE = 4096  # tokens of a single request, prompt and answer together
 
 
 class LlamaCpp:
@@ -35,7 +35,7 @@ class LlamaCpp:
 
     def run(self, requests: Sequence[Request]) -> Times:
         if len({(request.at, request.new_tokens) for request in requests}) > 1:
-            raise NotImplementedError("its requests must arrive together and get the same number of tokens")
+            raise NotImplementedError("its requests must arrive together with the same number of new tokens")
         prompts = [request.prompt for request in requests]
         count = requests[0].new_tokens
         if len(prompts) == 1 and len(prompts[0]) + count <= _CONTEXT_OF_ONE:
@@ -46,7 +46,7 @@ class LlamaCpp:
         return [times for _ in requests]
 
     def _run_one(self, prompt: list[int], count: int) -> list[float]:
-        """Answer one request. Like llama.cpp's server, keep the cache, and read only what is new."""
+        """Answer one request. Like llama.cpp's server, keep the cache and read only new tokens."""
         if self._kept is None:
             self._kept = self._context(1, _CONTEXT_OF_ONE)
         # At least one token must be read, because the cache holds no logits.
@@ -61,9 +61,9 @@ class LlamaCpp:
         params = lib.llama_context_default_params()
         params.n_ctx = sequences * -(-length // 256) * 256
         params.n_batch, params.n_ubatch = params.n_ctx, 512
-        # With one cache for all sequences, every token would also read the masked cells of the others. On two
-        # cores of an EPYC: 255 instead of 286 tokens/s for 8 requests of the workload, and 302 instead of 373
-        # for 32.
+        # With one cache for all sequences, every token would also read the masked cells of the others. This
+        # was slower on two cores of an EPYC: 255 instead of 286 tokens/s for 8 requests of the workload, and
+        # 302 instead of 373 tokens/s for 32.
         params.n_seq_max, params.kv_unified = sequences, False
         params.n_threads = params.n_threads_batch = usable_cores()
         return lib.llama_init_from_model(self._model, params)

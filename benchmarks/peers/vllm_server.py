@@ -39,7 +39,7 @@ class VLLMServer:
                 *("--model", model, "--served-model-name", "llama"),
                 *("--host", "127.0.0.1", "--port", str(port)),
                 *("--dtype", os.environ["LLAMA_DTYPE"], "--max-num-seqs", "32", "--enforce-eager"),
-                # Per step, it reads as many tokens as our server on vLLM, which splits no prompt.
+                # It may read as many tokens per step as our server on vLLM, which does not split prompts.
                 *("--max-model-len", context, "--max-num-batched-tokens", context),
                 # By default, vLLM reserves one core for its scheduler, which is half of a small machine.
                 *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
