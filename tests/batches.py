@@ -49,10 +49,10 @@ class Head(torch.nn.Module):
 
 @cache
 def compiled_kernels(arithmetic: torch.dtype, cached: torch.dtype) -> Kernels:
-    """Compile the kernels once for all tests. Skips the test on machines other than Linux without OpenMP."""
+    """Return the compiled kernels. Skips the test if a system other than Linux has no OpenMP for numba."""
     kernels = compile_in_background(arithmetic, cached, Settings().cache_dir).result()
     if kernels is None and sys.platform != "linux":
-        pytest.skip("numba has no OpenMP layer here")
+        pytest.skip("numba has no OpenMP threading layer on this machine")
     assert kernels is not None
     return kernels
 
@@ -65,7 +65,7 @@ def batch_of(
     head: Head | None = None,
     compiled: bool = True,
 ) -> Batch:
-    """Return a batch without a thread, which the test steps. Torch computes all of it unless `compiled`."""
+    """Return a batch without a thread. The test calls its steps. Torch alone computes them unless `compiled`."""
     taken = copy.deepcopy(model)  # a batch takes its model apart
     if head is not None:
         head.inner, taken.lm_head = taken.lm_head, head

@@ -14,7 +14,7 @@ from small_models import train_sentencepiece, write_model
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let all engines of the tests, also those in other processes, share the code that numba compiles."""
+    """Let all engines in the tests, including those in other processes, share the compiled kernels."""
     if config.cache is not None:
         os.environ.setdefault("NUMBA_CACHE_DIR", str(config.cache.mkdir("numba")))
 

@@ -1,4 +1,4 @@
-"""An engine for tests of the benchmark. Its argument is MODE@N: it misbehaves in the Nth run, 0 is loading.
+"""An engine for tests of the benchmark. Its argument is MODE@N: it fails in run N, where 0 is loading.
 
 `benchmarks.process` runs this module as a program.
 """

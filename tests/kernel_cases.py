@@ -1,4 +1,4 @@
-"""Random inputs of the compiled kernels, and the formulas that they compute, written plainly in torch."""
+"""Random inputs for the compiled kernels, and the formulas that they compute, in plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama.torch_engine.cpu_compiler import Kernels, as_array
 
-CONTEXT = 97  # a multiple of nothing
+CONTEXT = 97  # a prime number
 
 # The types of inputs and caches that `Placement` combines.
 COMBINATIONS = [
@@ -38,7 +38,7 @@ def kernels_of(dtype: torch.dtype, cached: torch.dtype | None = None) -> Kernels
 
 @dataclass
 class Case:
-    """Random inputs of one layer. Its cache has more rows than the step."""
+    """Random inputs of one layer. Its cache has more rows than the batch."""
 
     heads: int
     kv_heads: int
@@ -98,7 +98,7 @@ class Case:
         return attended.flatten()
 
     def check_decode(self, positions: Sequence[int]) -> None:
-        """Run a step, and compare its results, and every cell of the cache."""
+        """Run a decode step. Compare its results and the whole cache with the formulas."""
         qkv = self.projections(len(positions))
         angles = torch.randint(0, 2 * self.context, (len(positions),), generator=self.generator)
         attended = self.decode(qkv, positions, angles)

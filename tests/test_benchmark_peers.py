@@ -1,4 +1,4 @@
-"""The benchmark with engines that hang, die, raise or answer nonsense."""
+"""The benchmark with engines that hang, end, raise errors or give invalid answers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_engine_answers_one_list_of_requests_after_the_other(stack: ExitStack
         ("garbage", PATIENT, "the times in its answer do not fit the requests"),
     ],
 )
-def test_an_engine_that_fails_in_a_run_is_killed_and_the_reason_is_told(
+def test_an_engine_that_fails_in_a_run_is_killed_and_the_reason_is_reported(
     mode: str, limits: Limits, reason: str, stack: ExitStack, tmp_path: Path
 ) -> None:
     peer = stack.enter_context(fake(f"{mode}@1", tmp_path, limits))
@@ -77,7 +77,7 @@ def test_an_engine_that_fails_in_a_run_is_killed_and_the_reason_is_told(
         ("raises", PATIENT, "ValueError: no such tensor"),
     ],
 )
-def test_an_engine_that_fails_while_it_loads_is_killed_and_the_reason_is_told(
+def test_an_engine_that_fails_while_it_loads_is_killed_and_the_reason_is_reported(
     mode: str, limits: Limits, reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PeerFailed, match=re.escape(reason)), fake(f"{mode}@0", tmp_path, limits):
@@ -96,7 +96,7 @@ def test_the_child_processes_of_an_engine_that_hangs_are_killed(stack: ExitStack
         time.sleep(0.05)
 
 
-def test_an_engine_that_cannot_do_something_goes_on_with_other_requests(
+def test_an_engine_that_does_not_support_some_requests_answers_the_next_ones(
     stack: ExitStack, tmp_path: Path
 ) -> None:
     peer = stack.enter_context(fake("cannot@1", tmp_path))
@@ -106,7 +106,7 @@ def test_an_engine_that_cannot_do_something_goes_on_with_other_requests(
 
 
 @pytest.mark.parametrize("mode", ["dies", "raises", "garbage"])
-def test_an_engine_that_fails_is_left_out_from_then_on_and_the_others_go_on(
+def test_an_engine_that_fails_is_not_measured_again_and_the_others_are(
     mode: str, stack: ExitStack, tmp_path: Path
 ) -> None:
     attempts = Attempts()

@@ -1,4 +1,4 @@
-"""Attention with compiled kernels: every result, and every cell of the cache, beside a plain formula."""
+"""Attention with compiled kernels: the results and the cache are compared with a plain formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kernel_cases import CONTEXT, Case, combinations, kernels_of, rounding
 
 from llama.torch_engine.cpu_compiler import as_array
 
-HEADS = {"grouped heads": (8, 2), "one head for all": (3, 1), "no groups": (2, 2)}
+HEADS = {"grouped heads": (8, 2), "one KV head": (3, 1), "no groups": (2, 2)}
 POSITIONS = [0, 1, 2, 3, 4, 15, 62, 63, 64, CONTEXT - 2]
 IDLE = CONTEXT - 1  # the position of rows that are not decoding
 

@@ -1,6 +1,6 @@
-"""Where the compiled kernels of a CPU come from, and what happens if they cannot be had.
+"""Where compiled kernels are kept, and what happens if there are none.
 
-numba is configured once in a process, so most tests start another one.
+numba is configured once per process, so most tests start other processes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ llama.close()
 print(json.dumps(tokens))
 """
 
-# Lines that make kernels impossible, before everything else in a process.
+# Code that runs first in a process, so that kernels cannot be compiled there.
 OBSTACLES = {
     "numba is not installed": "import sys; sys.modules['numba'] = None\n",
     "NUMBA_DISABLE_JIT is set": "import os; os.environ['NUMBA_DISABLE_JIT'] = '1'\n",
@@ -91,7 +91,7 @@ class Process:
 
 
 def outcomes(*cache_dirs: Path, **variables: str) -> list[Outcome]:
-    """Get kernels in several processes at once."""
+    """Compile or load kernels in several processes at the same time."""
     processes = [Process(COMPILE, cache_dir, **variables) for cache_dir in cache_dirs]
     return [process.outcome() for process in processes]
 
@@ -120,7 +120,7 @@ def files(cache_dir: Path, name: str, suffix: str) -> list[Path]:
 
 
 def assert_works(outcome: Outcome, *, compiled: bool) -> None:
-    """The kernels compute, and some of them were compiled, or all were in the cache."""
+    """The kernels work. Some of them were compiled or, unless `compiled`, all were in the cache."""
     assert outcome.found["gated"] == [pytest.approx([torch.sigmoid(torch.tensor(1.0)).item()] * 2)]
     assert (outcome.found["compiled"] > 0) == compiled
 

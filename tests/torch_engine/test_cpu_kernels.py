@@ -1,4 +1,4 @@
-"""The compiled kernels besides attention, and their numbers: beside torch's operators in float32."""
+"""The compiled kernels other than attention, compared with torch's operators in float32."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_linear_rows_of_an_input_that_is_not_finite_are_not_finite(value: float)
     assert not result[1].isfinite().any()
 
 
-def test_there_is_no_matrix_product_for_inputs_in_float32() -> None:
+def test_there_is_no_kernel_for_matrix_products_in_float32() -> None:
     assert kernels_of(torch.float32).linear_rows is None
 
 
@@ -167,21 +167,21 @@ def test_a_packed_weight_is_read_in_its_layout_or_not_at_all(outputs: int, input
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [(PANEL + 1, 64), (PANEL // 2, 64), (PANEL, 63), (PANEL, 1), (100, 300)]
 )
-def test_weights_of_other_shapes_are_left_to_onednn(outputs: int, inputs: int) -> None:
+def test_weights_of_other_shapes_are_multiplied_by_onednn(outputs: int, inputs: int) -> None:
     layer = OneDNNLinear(tokens(outputs, inputs, torch.bfloat16, 1), None)
     assert layer.panels is None
     assert layer(tokens(2, inputs, torch.bfloat16, 2)).shape == (2, outputs)
 
 
 @onednn
-def test_layers_with_a_bias_or_in_float32_are_left_to_onednn() -> None:
+def test_layers_with_a_bias_or_in_float32_are_multiplied_by_onednn() -> None:
     weight = tokens(PANEL, 64, torch.bfloat16, 1)
     assert OneDNNLinear(weight, torch.ones(PANEL, dtype=torch.bfloat16)).panels is None
     assert OneDNNLinear(weight.float(), None).panels is None
 
 
 @onednn
-def test_a_packed_weight_in_another_layout_is_left_to_onednn() -> None:
+def test_a_packed_weight_in_another_layout_is_multiplied_by_onednn() -> None:
     weight = tokens(2 * PANEL, 64, torch.bfloat16, 1)
     assert panels_of(weight.to_mkldnn(), weight) is None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)

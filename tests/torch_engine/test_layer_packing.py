@@ -1,4 +1,4 @@
-"""Layers that are packed straight from the files of a checkpoint, while the next ones are read."""
+"""Layers that are packed directly from the files of a checkpoint, while the next ones are read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_maps = pytest.mark.skipif(not MAPS.is_file(), reason="only Linux lists the
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint whose layers cross the ends of its files."""
+    """A checkpoint in several files, with layers that are divided between two files."""
     return written(tmp_path / "weights", torch.float32)
 
 

@@ -29,7 +29,7 @@ VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "an explicit head dimension": {"head_dim": 24},
     "another activation": {"hidden_act": "gelu"},
-    "sizes that are multiples of nothing": {"hidden_size": 36, "intermediate_size": 51, "head_dim": 6},
+    "sizes that are not multiples of 8": {"hidden_size": 36, "intermediate_size": 51, "head_dim": 6},
     "linear rope scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "llama 3 rope scaling": {
         "rope_parameters": {
@@ -80,7 +80,7 @@ class RunnerAndRows(Runner):
 def make_runner(
     model: LlamaForCausalLM, rows: int = 4, length: int = 200, *, compiled: bool = True
 ) -> RunnerAndRows:
-    """Torch computes everything unless `compiled`."""
+    """Torch alone computes everything unless `compiled`."""
     placement = Placement(model.device, model.dtype, "none", length)
     parts = take_apart(copy.deepcopy(model), placement)
     cache = KVCache(model.config, CacheShape(rows, length), placement.cache_dtype, placement.device)
@@ -245,7 +245,7 @@ SIXTEEN_BITS = {
     "biases": VARIANTS["biases"],
     "tied embeddings": VARIANTS["tied embeddings"],
     "another activation": VARIANTS["another activation"],
-    "sizes that are multiples of nothing": VARIANTS["sizes that are multiples of nothing"],
+    "sizes that are not multiples of 8": VARIANTS["sizes that are multiples of nothing"],
     "sizes of the packed layout": {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 128},
 }
 
