@@ -67,7 +67,7 @@ class Run:
             file.add("throughput", str(batch), value=scenarios.throughput(attempts, peers, batch))
         file.add("mixed_lengths", value=scenarios.mixed(attempts, peers))
         file.add("arriving", value=scenarios.arriving(attempts, peers, 32))
-        pair = [peer for peer in peers if peer.spec.name in (SERVED_ON_VLLM, VLLM, VLLM_SERVER)]
+        pair = [peer for peer in peers if peer.spec.name in (SERVED_ON_VLLM, VLLM_SERVER)]
         if len(pair) == 2:
             for batch in CONCURRENCY:
                 file.add("beside_vllm", str(batch), value=scenarios.side_by_side(attempts, pair, batch))

@@ -19,7 +19,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 # Cog's server drops a stream whose reader is 1,024 events behind, and every list of tokens makes two events:
 # text and a metric. With this many seconds between two lists, a reader may pause for 16 seconds.
-_PACE = 1 / 32
+PACE = 1 / 32
+"""The shortest time between two lists of tokens of a stream, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class TokenStream:
                 self._error = event
             if token_ids:
                 yield token_ids
-                self._ended.wait(_PACE)
+                self._ended.wait(PACE)
             if self._error is not None:
                 raise self._error
 

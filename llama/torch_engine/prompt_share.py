@@ -7,7 +7,10 @@ knows nothing about requests or tensors.
 
 from __future__ import annotations
 
-_SLOWDOWN = 1.5  # reading may take this many times as long as decoding, so a token takes 2.5 times as long
+from llama.engine import PACE
+
+# Reading may take this many times as long as decoding, so a token takes up to 2.5 times as long as before.
+_SLOWDOWN = 1.5
 _FEWEST = 16  # tokens; with fewer, reading the weights takes most of the step
 _WEIGHT = 0.3  # the weight of the latest step in the averages
 
@@ -30,7 +33,9 @@ class PromptShare:
         """
         if not decoding or self._decode is None or self._per_token is None:
             return self._most
-        tokens = _SLOWDOWN * self._decode * unread**2 / self._per_token
+        # A stream hands out tokens at most once per PACE, so nobody sees that a faster step becomes that long.
+        reading = _SLOWDOWN * max(self._decode, PACE) * unread**2
+        tokens = reading / self._per_token
         return max(_FEWEST, min(int(tokens), self._most))
 
     def observe_reading(self, tokens: int, seconds: float) -> None:

@@ -245,7 +245,7 @@ SIXTEEN_BITS = {
     "biases": VARIANTS["biases"],
     "tied embeddings": VARIANTS["tied embeddings"],
     "another activation": VARIANTS["another activation"],
-    "sizes that are not multiples of 8": VARIANTS["sizes that are multiples of nothing"],
+    "sizes that are not multiples of 8": VARIANTS["sizes that are not multiples of 8"],
     "sizes of the packed layout": {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 128},
 }
 
