@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -81,11 +82,14 @@ def _without_collecting_garbage() -> Iterator[None]:
 
     The imported objects are never freed, so later collections skip them too.
     """
+    if "torch" in sys.modules or not gc.isenabled():  # nothing to import, or the caller's choice
+        yield
+        return
     gc.disable()
     try:
         yield
-    finally:
         gc.freeze()
+    finally:
         gc.enable()
 
 

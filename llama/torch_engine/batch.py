@@ -22,7 +22,7 @@ from llama.torch_engine.attention import Chunk
 from llama.torch_engine.cpu_compiler import Kernels
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import ModelParts
-from llama.torch_engine.prompt_share import PromptShare
+from llama.torch_engine.prompt_share import MOST_PROMPT_TOKENS, PromptShare
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
 from llama.torch_engine.sampler import NOT_FINITE, Sampler
@@ -31,9 +31,6 @@ from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
-# The most prompt tokens of a step. On an EPYC with two cores, reading a prompt of 128 tokens took 70 ms. If
-# 4, 8 or 16 such prompts were read together, each took 64, 63 or 69 ms. The number for GPUs is not measured.
-MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
 _OVERFLOW = "the model's output is not finite; set LLAMA_DTYPE to bfloat16 or float32"
 _SAME_LENGTH = 256  # decode steps take about the same time if their longest requests differ by less than this
 
@@ -123,8 +120,8 @@ class Batch:
     def _prefill(self) -> None:
         """Read prompts, oldest first and several at once, until the step's share is used up."""
         started = time.perf_counter()
-        decoding = self._scheduler.decoding
-        left = share = self._share.tokens(decoding > 0, self.running + self.waiting - decoding)
+        decoding, rows = self._scheduler.decoding, self.shape.rows
+        left = share = self._share.tokens(decoding > 0, min(self.running + self.waiting, rows) - decoding)
         while chunks := self._next_chunks(left):
             left -= sum(len(chunk.token_ids) for chunk in chunks.values())
             # In reverse, so that a request that ends with its first token does not change the other rows.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -68,9 +69,11 @@ def compile_in_background(
     def work() -> None:
         try:
             compiled.set_result(_compile(arithmetic, cached, cache_dir))
-        except Exception as error:
+        except BaseException as error:  # whoever waits for the result must get one
             logger.warning(
-                "no compiled kernels, so the engine is slower: %s: %s", type(error).__name__, error
+                "no compiled kernels, so the engine is slower: %s: %s",
+                type(error).__name__,
+                _first_line(error),
             )
             compiled.set_result(None)
 
@@ -100,7 +103,13 @@ def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> K
     if cached is torch.float16 and torch.cpu.get_capabilities().get("f16c") is False:
         raise RuntimeError("this CPU cannot convert float16 numbers")
     numba.config.THREADING_LAYER = _LAYER
-    numba.get_num_threads()  # starts numba's threads
+    try:
+        numba.get_num_threads()  # starts numba's threads
+    except ValueError as error:
+        raise RuntimeError(
+            "numba's OpenMP threading layer cannot be loaded; install the OpenMP library of GCC "
+            "(the package libgomp1 on Debian)"
+        ) from error
     if (layer := numba.threading_layer()) != _LAYER:
         raise RuntimeError(f"numba uses the threading layer {layer} in this process, not {_LAYER}")
     signatures = _signatures(_STORED[arithmetic], _STORED[cached])
@@ -110,10 +119,11 @@ def _compile(arithmetic: torch.dtype, cached: torch.dtype, cache_dir: Path) -> K
             return _kernels(signatures, kept=True)
         except Exception as error:  # numba does not check the files that it reads
             logger.warning(
-                "the compiled kernels in %s cannot be used (%s); delete the folder",
+                "the compiled kernels in %s are damaged (%s); the next start compiles them again",
                 folder,
                 _first_line(error),
             )
+            shutil.rmtree(folder, ignore_errors=True)
     return _kernels(signatures, kept=False)
 
 
@@ -174,6 +184,6 @@ def _cache_folder(cache_dir: Path, signatures: dict[str, tuple[str, bool]]) -> P
         return None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Return the first line of a message. In numba's messages, the other lines are long and technical."""
     return str(error).partition("\n")[0]

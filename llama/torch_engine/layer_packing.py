@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from llama.errors import DoesNotFit
 from llama.model.loader import load_model
 from llama.model.placement import Placement
 from llama.torch_engine.layers import Layer, ModelParts, take_apart, take_layer
@@ -35,23 +36,27 @@ def load_parts(
         if beside is not None:
             beside.result()
         return take_apart(load_model(folder, config, placement), placement)
-    cores = torch.get_num_threads()
-    packer = _Packer(placement.arithmetic, cores, beside)
+    threads = torch.get_num_threads()
+    packer = _Packer(placement.arithmetic, min(threads, _MOST_AT_ONCE), beside)
     try:
         model = load_model(folder, config, placement, packer.take)
         layers = packer.finish()
     finally:
         packer.close()
-        torch.set_num_threads(cores)  # the packer's threads have set it to 1 for new threads
+        torch.set_num_threads(threads)  # the packer's threads have set it to 1 for new threads
     return take_apart(model, placement, layers)
 
 
-class _Packer:
-    """Packs `cores` layers at a time, each on one thread."""
+# Every thread has memory for the largest weight of a layer, 1.9 GB for the 70B in float32.
+_MOST_AT_ONCE = 4
 
-    def __init__(self, arithmetic: torch.dtype, cores: int, beside: Future[Any] | None) -> None:
-        self._arithmetic, self._cores, self._beside = arithmetic, cores, beside
-        self._pool = ThreadPoolExecutor(cores, "llama-packer", torch.set_num_threads, (1,))
+
+class _Packer:
+    """Packs `at_once` layers at a time, each on one thread."""
+
+    def __init__(self, arithmetic: torch.dtype, at_once: int, beside: Future[Any] | None) -> None:
+        self._arithmetic, self._at_once, self._beside = arithmetic, at_once, beside
+        self._pool = ThreadPoolExecutor(at_once, "llama-packer", torch.set_num_threads, (1,))
         self._of_thread = local()
         self._layers: dict[int, Future[Layer]] = {}
 
@@ -61,7 +66,7 @@ class _Packer:
             self._beside.result()
         self._layers[index] = self._pool.submit(self._pack, layers, index)
         waiting = [layer for layer in self._layers.values() if not layer.done()]
-        if len(waiting) > self._cores:
+        if len(waiting) > self._at_once:
             waiting[0].result()
 
     def finish(self) -> list[Layer]:
@@ -75,4 +80,9 @@ class _Packer:
         if not hasattr(self._of_thread, "scratch"):
             self._of_thread.scratch = Scratch()
         scratch: Scratch = self._of_thread.scratch
-        return take_layer(layers, index, self._arithmetic, scratch)
+        try:
+            return take_layer(layers, index, self._arithmetic, scratch)
+        except RuntimeError as error:  # from torch's allocator or oneDNN
+            raise DoesNotFit(
+                f"decoder layer {index} cannot be packed ({error}); free some memory, or use a smaller model"
+            ) from error

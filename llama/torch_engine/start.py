@@ -17,15 +17,16 @@ from llama.errors import BadSettings
 from llama.model.memory import available_memory
 from llama.model.placement import Placement, place
 from llama.model.precision_plan import RESERVE
-from llama.settings import Settings, expanded
+from llama.settings import Settings
 from llama.setup_times import SetupTimes
 from llama.torch_engine.attention import Chunk
-from llama.torch_engine.batch import MOST_PROMPT_TOKENS, Batch
-from llama.torch_engine.cpu_compiler import Kernels, compile_in_background, use_threads
+from llama.torch_engine.batch import Batch
+from llama.torch_engine.cpu_compiler import compile_in_background, use_threads
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
 from llama.torch_engine.layer_packing import load_parts
 from llama.torch_engine.layers import ModelParts
+from llama.torch_engine.prompt_share import MOST_PROMPT_TOKENS
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
 from llama.torch_engine.thread_count import ThreadCount
@@ -43,20 +44,25 @@ def start_engine(
     """Load the weights in `folder` according to the settings, and start an engine. Raises a WeightsError."""
     _refuse_settings_of_vllm(settings)
     placement = place(settings, config)
-    kernels = _kernels(placement, settings)
+    kernels = None
+    if placement.device.type == "cpu":
+        kernels = compile_in_background(placement.arithmetic, placement.cache_dtype, settings.cache_dir)
 
     def load() -> Batch:
         with times.part("engine"):
+            if settings.threads is not None:
+                torch.set_num_threads(settings.threads)
             with times.part("weights"):
                 parts = load_parts(folder, config, placement, vocabulary)
             logger.info("loaded %s: %s", folder.resolve().name, placement)
+            compiled = None if kernels is None else kernels.result()
             batch = Batch(
                 parts,
                 _make_cache(parts, config, placement, settings),
                 vocabulary=vocabulary.result().size,
                 eos_token_ids=vocabulary.result().eos_token_ids,
                 prefix_reuse=settings.prefix_reuse,
-                kernels=kernels.result(),
+                kernels=compiled,
                 threads=_thread_count(placement, settings),
             )
             if placement.device.type == "cuda":
@@ -82,20 +88,12 @@ def _refuse_settings_of_vllm(settings: Settings) -> None:
             )
 
 
-def _kernels(placement: Placement, settings: Settings) -> Future[Kernels | None]:
-    """Start to compile the kernels if the device is a CPU. On a GPU, the result is None."""
-    if placement.device.type == "cpu":
-        return compile_in_background(
-            placement.arithmetic, placement.cache_dtype, expanded(settings.cache_dir, "LLAMA_CACHE_DIR")
-        )
-    none: Future[Kernels | None] = Future()
-    none.set_result(None)
-    return none
-
-
 def _thread_count(placement: Placement, settings: Settings) -> ThreadCount | None:
-    """Set the number of CPU threads. Return None if the number is fixed or has no effect."""
-    count = settings.threads or torch.get_num_threads()
+    """Let torch and the kernels, which have been compiled, use the same number of CPU threads.
+
+    Return None if this number is fixed or has no effect.
+    """
+    count = torch.get_num_threads()
     use_threads(count)
     if settings.threads is not None or placement.device.type != "cpu":
         return None
