@@ -69,7 +69,7 @@ def compile_in_background(
     def work() -> None:
         try:
             compiled.set_result(_compile(arithmetic, cached, cache_dir))
-        except BaseException as error:  # whoever waits for the result must get one
+        except BaseException as error:  # the thread that loads the model waits for a result
             logger.warning(
                 "no compiled kernels, so the engine is slower: %s: %s",
                 type(error).__name__,

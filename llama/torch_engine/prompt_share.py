@@ -39,7 +39,7 @@ class PromptShare:
         """
         if not decoding or self._decode is None or not self._read:
             return self._most
-        # A stream hands out tokens at most once per PACE, so nobody notices if a step becomes that long.
+        # A stream hands out tokens at most once per PACE, so a step of that length delays no caller.
         seconds = _SLOWDOWN * max(self._decode, PACE) * unread**2
         return max(_FEWEST, min(round(seconds * self._read / self._reading), self._most))
 
