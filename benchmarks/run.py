@@ -45,6 +45,7 @@ class Run:
             self._file.add("seconds_to_load", value={peer.spec.name: peer.seconds_to_load for peer in peers})
             self._compare(peers)
             self._measure_caches(peers)
+            self._measure_beside_busy_loop(peers)
         self._measure_dialogue()
         self._measure_starts()
         self._file.add("busy_cpu", value=busy_cpu.measure(self._attempts, self._model, _LOG))
@@ -71,11 +72,6 @@ class Run:
         if len(pair) == 2:
             for batch in CONCURRENCY:
                 file.add("beside_vllm", str(batch), value=scenarios.side_by_side(attempts, pair, batch))
-        # Of the three peers that are vLLM, the fastest one is enough here.
-        alone = [peer for peer in peers if peer.spec.name.endswith(_16_BITS) and peer not in pair]
-        for batch in busy_cpu.CONCURRENCY:
-            rows = busy_cpu.beside_busy_loop(attempts, alone, batch)
-            file.add("beside_busy_loop", str(batch), value=rows)
 
     def _measure_caches(self, peers: Sequence[PeerProcess]) -> None:
         """Measure what depends on the caches of engines, one engine after the other."""
@@ -89,6 +85,14 @@ class Run:
             )
             self._file.add("long_prompt_beside", value=beside)
             self._file.add("soak", value=attempt(OURS, "2,000 short requests", scenarios.soak, ours))
+
+    def _measure_beside_busy_loop(self, peers: Sequence[PeerProcess]) -> None:
+        """Measure 16-bit engines. Of the three peers that are vLLM, the fastest one is enough."""
+        servers = (SERVED_ON_VLLM, VLLM_SERVER)
+        some = [p for p in peers if p.spec.name.endswith(_16_BITS) and p.spec.name not in servers]
+        for batch in busy_cpu.CONCURRENCY:
+            rows = busy_cpu.beside_busy_loop(self._attempts, some, batch)
+            self._file.add("beside_busy_loop", str(batch), value=rows)
 
     def _measure_dialogue(self) -> None:
         folder = self._attempts.attempt(

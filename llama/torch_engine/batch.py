@@ -80,6 +80,8 @@ class Batch:
 
     def add(self, request: BatchRequest) -> None:
         """Add a request to the end of the queue."""
+        if self._threads is not None and self.idle:
+            self._threads.start_over()
         self._scheduler.add(request)
 
     @property

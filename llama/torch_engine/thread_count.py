@@ -50,6 +50,14 @@ class ThreadCount:
         self._trial: _Trial | None = None
         self._tried_more = self._tried_fewer = clock() - _TRY_FEWER_EVERY
 
+    def start_over(self) -> None:
+        """Use all threads again, and then try fewer soon. Call this before the first step after a pause, in
+        which another program may have ended."""
+        if self.current < self._most:
+            self._forget(None)
+            self._use(self._most)
+            self._tried_fewer = self._clock() - _TRY_FEWER_EVERY
+
     def observe(self, shape: Hashable, seconds: float) -> None:
         """Record the duration of a step. Only steps of the same shape are compared."""
         if self._most == 1:

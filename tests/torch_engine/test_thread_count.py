@@ -70,6 +70,17 @@ def test_several_busy_cores_are_avoided() -> None:
     assert machine.run(20) > 0.85 * 5 / 0.1
 
 
+def test_all_threads_are_used_again_after_a_pause_and_a_busy_core_is_avoided_again() -> None:
+    machine = Machine(2, spinning(2, 0.03))
+    machine.busy = 1
+    machine.run(5)
+    assert machine.used == 1
+    machine.count.start_over()
+    assert machine.used == 2
+    machine.run(1)
+    assert machine.run(5) > 0.9 / 0.03
+
+
 def test_one_thread_stays_one() -> None:
     machine = Machine(1, lambda threads, busy: 0.01)
     machine.run(20)
