@@ -15,8 +15,8 @@ from small_models import train_sentencepiece, write_model
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let all engines in the tests, including those in other processes, share the compiled kernels."""
-    if config.cache is not None:
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(config.cache.mkdir("numba")))
+    if (cache := getattr(config, "cache", None)) is not None:  # `-p no:cacheprovider` removes it
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache.mkdir("numba")))
 
 
 @pytest.fixture(scope="session")
