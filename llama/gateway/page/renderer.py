@@ -21,7 +21,7 @@ from typing import BinaryIO, Self
 from llama.gateway.page.markdown import html_of
 
 MAX_CHARACTERS = 100_000
-_SECONDS = 3.0
+_SECONDS = 2.0
 """The processor time that one text may take. A usual answer takes a few hundredths of a second."""
 _LENGTH = 4  # bytes, before each text in both directions
 _FOLDER_OF_THE_PACKAGE = Path(__file__).parents[3]
