@@ -92,4 +92,5 @@ def test_every_file_that_the_contributing_guide_names_exists() -> None:
     text = (ROOT / "docs" / "contributing.md").read_text("utf-8")
     named = set(re.findall(r"`((?:llama|tests|benchmarks)(?:/\w+)*(?:/|\.\w+)?)`", text))
     assert len(named) >= 30
-    assert sorted(path for path in named if not (ROOT / path).exists()) == []
+    made_by_running = {"benchmarks/out"}  # ignored by git: a new clone has none
+    assert sorted(path for path in named - made_by_running if not (ROOT / path).exists()) == []
