@@ -1,0 +1,207 @@
+"""Calculates the memory of a GPU that the torch engine needs beside weights and the key/value cache.
+
+The formulas follow the tensors that a step creates. The tests compare them with a run of the whole engine on
+fake CUDA tensors. Nothing has been measured on a GPU. Knows arithmetic on a model's configuration; knows
+nothing about settings, files or devices.
+
+Joining the weights of a layer at load time takes up to 1.1 GB for the 70B. It is not reserved, because it
+ends before the cache is created.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig
+
+from llama.model.quantized_layers import Quantization
+
+MOST_PROMPT_TOKENS = 1024
+"""The most prompt tokens that a step reads on a GPU. This number is a guess."""
+
+SHORTEST_GRAPH = 256
+"""Without flash attention, the length in tokens of the shortest cache for which a graph is captured."""
+
+# The bytes of device memory that a driver before version 550 takes for each kernel launch in a graph; newer
+# ones take less. Source: "Dynamic Shape Support" in PyTorch's documentation of CUDAGraph Trees.
+_BYTES_PER_LAUNCH = 64 * 2**10
+
+# Kernel launches of a decode step, by precision: of each layer, and of everything else. Each is the largest
+# number over bfloat16, float16, and both kinds of attention.
+_LAUNCHES_PER_LAYER: dict[Quantization, int] = {
+    "none": 24,
+    "fp8": 51,  # each of 4 products rounds its input first
+    "int8": 57,  # 7 products; each rounds its input, and converts its result twice
+    "nf4": 36,  # 7 products, which may unpack their weight first
+}
+_OTHER_LAUNCHES = 16
+
+# cuBLAS and cuBLASLt each have a workspace per stream. torch's default is 32 MiB on Hopper and Blackwell, and
+# 8 MiB on other GPUs (getChosenWorkspaceSize in torch's CublasHandlePool.cpp). There are two streams: one for
+# steps, and one on which torch captures graphs.
+_WORKSPACES = 2 * 2 * 32 * 2**20
+
+# torch's allocator takes at least a segment of 2 MiB for small tensors and one of 20 MiB for larger ones
+# (kSmallBuffer and kLargeBuffer in its CUDACachingAllocator.cpp). There are two pools: the ordinary one and
+# that of the graphs.
+_SEGMENTS = 2 * 22 * 2**20
+
+# Bytes per logit while filtered logits are sampled: 48 for tensors (in the fake run), and 32 for two buffers
+# of keys and values, 8 bytes each, in which torch sorts.
+_SAMPLER = 80
+# Bytes that the sampler keeps per row and token of the vocabulary: a flag and a count.
+_COUNTS = 1 + 4
+# Bytes that it keeps per row and position: a random number in float64.
+_UNIFORM = 8
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReserve:
+    """Bytes of one GPU that are neither weights nor cache."""
+
+    activations: int
+    """Tensors of the largest prefill, of the sampler and of the rotary tables."""
+    graphs: int
+    """Captured graphs, and the tensors of the decode step, which stay in the graphs' own pool."""
+    workspaces: int
+    """Workspaces of cuBLAS, and the allocator's rounding and fragmentation."""
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.graphs + self.workspaces
+
+
+def gpu_reserve(
+    config: LlamaConfig,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    context: int,
+    flash_attention: bool,
+) -> GpuReserve:
+    """Calculate the reserve for at most `rows` requests of `context` tokens. Activations are in `dtype`."""
+    sizes = _Sizes(config, quantization, dtype.itemsize)
+    tokens = min(MOST_PROMPT_TOKENS, context)
+    prefill, decode = sizes.step(tokens, rows), sizes.step(rows, rows)
+    if not flash_attention:
+        prefill += sizes.masks(tokens, context)
+        decode += sizes.scores(rows, context)
+    sampler = rows * config.vocab_size * _SAMPLER
+    kept = rows * (config.vocab_size * _COUNTS + context * _UNIFORM)
+    tables = 2 * context * config.head_dim * dtype.itemsize
+    batch_sizes, lengths = graph_shapes(rows, context, flash_attention=flash_attention)
+    # Every graph keeps its logits, in float32.
+    logits = sum(batch_sizes) * len(lengths) * config.vocab_size * 4
+    launches = len(batch_sizes) * len(lengths) * launches_of_step(config, quantization)
+    return GpuReserve(
+        activations=max(prefill, sampler) + kept + tables,
+        graphs=decode + logits + launches * _BYTES_PER_LAUNCH,
+        # The largest tensor may need new memory although as much is free in pieces.
+        workspaces=_WORKSPACES + _SEGMENTS + sizes.largest(tokens),
+    )
+
+
+def launches_of_step(config: LlamaConfig, quantization: Quantization) -> int:
+    """The number of kernel launches of a decode step, at most."""
+    return int(config.num_hidden_layers * _LAUNCHES_PER_LAYER[quantization] + _OTHER_LAUNCHES)
+
+
+def graph_shapes(rows: int, context: int, *, flash_attention: bool) -> tuple[list[int], list[int]]:
+    """Return the batch sizes and the lengths for which decode steps are captured.
+
+    With flash attention, every step reads each row to its own length, so the only length is `context`.
+    """
+    return doubling(1, rows), [context] if flash_attention else doubling(SHORTEST_GRAPH, context)
+
+
+def doubling(first: int, last: int) -> list[int]:
+    """Return sizes from `first` to `last`, each twice as large as the one before, except the last.
+
+    A step of any other size uses the graph of the next larger one. The 70B with 32 rows needs 6 batch sizes
+    and 5 lengths. If the lengths from 1,024 on increased by 512, it would need 9 lengths, and less memory
+    would be left for the key/value cache.
+    """
+    result = [min(first, last)]
+    while result[-1] < last:
+        result.append(min(2 * result[-1], last))
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Sizes of the tensors of a step. `element` is the bytes of one activation."""
+
+    config: LlamaConfig
+    quantization: Quantization
+    element: int
+
+    def step(self, tokens: int, results: int) -> int:
+        """Bytes of the tensors that are alive at the peak of a step that returns this many rows of logits."""
+        hidden, mlp, queries, _ = self._widths
+        # Alive all the time: the hidden states and their two terms, the latest output of attention, and the
+        # latest input of the down-projection.
+        carried = self.element * (3 * hidden + queries + mlp)
+        logits = results * self.config.vocab_size * (self.element + 4)  # as computed, and in float32
+        return tokens * (carried + max(self._attention, self._mlp)) + logits + self._unpacked
+
+    def masks(self, tokens: int, context: int) -> int:
+        """Bytes that the masks of a prefill take without flash attention."""
+        cells = tokens * context * self.config.num_attention_heads
+        if self.config.head_dim % 8:
+            # torch has no fused kernel, and computes scores, masked scores and weights in float32.
+            return 3 * 4 * cells
+        # A flag per cell, then the same in the type of activations, then with padded rows. The heads that
+        # share a KV head have masks of their own.
+        return cells // self.config.num_key_value_heads * (1 + 2 * self.element)
+
+    def scores(self, rows: int, context: int) -> int:
+        """Bytes that the scores of a decode step take without flash attention: scores and weights in float32,
+        weights in the type of activations, and the mask in float32."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        return rows * context * (heads * (4 + 4 + self.element) + kv_heads * 4)
+
+    def largest(self, tokens: int) -> int:
+        """Bytes of the largest tensor: gates and up-projections, or an unpacked weight."""
+        return max(tokens * 2 * self._widths[1] * self.element, self._unpacked)
+
+    @property
+    def _widths(self) -> tuple[int, int, int, int]:
+        """The widths of hidden states, of the MLP, of all queries and of all keys."""
+        config = self.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        return (
+            config.hidden_size,
+            config.intermediate_size,
+            heads * config.head_dim,
+            kv_heads * config.head_dim,
+        )
+
+    @property
+    def _attention(self) -> int:
+        """Bytes per token in attention: the projections, and the steps of rotating queries and keys, or the
+        rotated ones and four copies of the queries, which flash attention makes."""
+        _, _, queries, keys = self._widths
+        return 6 * self.element * (queries + keys)
+
+    @property
+    def _mlp(self) -> int:
+        """Bytes per token in the MLP."""
+        _, mlp, queries, _ = self._widths
+        widest = max(mlp, queries)
+        gated = 4 * self.element * widest  # gates, up-projections, the activated gates and the product
+        match self.quantization:
+            case "none" | "nf4":
+                return gated
+            case "fp8":  # the input in float32, divided by its scale, and in FP8
+                return max(gated, (self.element + 4 + 1) * widest)
+            case "int8":  # the gates, and the up-projections in int32, in float16 and in their own type
+                return max(gated, (2 * self.element + 4 + 2) * widest)
+
+    @property
+    def _unpacked(self) -> int:
+        """Bytes of the largest weight, if bitsandbytes unpacks it: 448 MiB for the 70B in NF4. See
+        `_dequant_linear_fallback` in its backends/cuda/ops.py."""
+        hidden, mlp, queries, _ = self._widths
+        return self.element * hidden * max(mlp, queries) if self.quantization == "nf4" else 0
