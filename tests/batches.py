@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
+import flash_reference  # noqa: F401
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -22,12 +23,16 @@ from llama.torch_engine.batch import Batch
 from llama.torch_engine.cpu_compiler import Kernels, compile_in_background
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache
-from llama.torch_engine.layers import take_apart
+from llama.torch_engine.layers import ModelParts, take_apart
 from llama.torch_engine.scheduler import BatchRequest
 
 EOS = 2
 LENGTH = 512
 POISON_TOKEN = 600
+
+Computing = Literal["compiled", "torch", "flash"]
+"""How steps are computed: with compiled kernels, with torch alone, or with torch and flash attention. On the
+CPU, flash attention is the plain version of `flash_reference.py`."""
 
 
 class Head(torch.nn.Module):
@@ -57,26 +62,38 @@ def compiled_kernels(arithmetic: torch.dtype, cached: torch.dtype) -> Kernels:
     return kernels
 
 
+def computing_parts(
+    model: LlamaForCausalLM, shape: CacheShape, computing: Computing
+) -> tuple[ModelParts, KVCache, Kernels | None]:
+    """Take a model apart for one of the ways to compute its steps."""
+    flash = computing == "flash"
+    placement = Placement(model.device, model.dtype, "none", shape.length, flash)
+    dtype = placement.cache_dtype
+    kernels = compiled_kernels(placement.arithmetic, dtype) if computing == "compiled" else None
+    cache = KVCache(model.config, shape, dtype, placement.device, by_position=flash)
+    return take_apart(model, placement), cache, kernels
+
+
 def batch_of(
     model: LlamaForCausalLM,
     rows: int = 8,
     eos: tuple[int, ...] = (EOS,),
     prefix_reuse: bool = True,
     head: Head | None = None,
-    compiled: bool = True,
+    computing: Computing = "compiled",
 ) -> Batch:
-    """Return a batch without a thread. The test calls its steps. Torch alone computes them unless `compiled`."""
+    """Return a batch without a thread. The test calls its steps."""
     taken = copy.deepcopy(model)  # a batch takes its model apart
     if head is not None:
         head.inner, taken.lm_head = taken.lm_head, head
-    placement = Placement(model.device, model.dtype, "none", LENGTH)
+    parts, cache, kernels = computing_parts(taken, CacheShape(rows, LENGTH), computing)
     return Batch(
-        take_apart(taken, placement),
-        KVCache(model.config, CacheShape(rows, LENGTH), placement.cache_dtype, placement.device),
+        parts,
+        cache,
         vocabulary=model.config.vocab_size,
         eos_token_ids=eos,
         prefix_reuse=prefix_reuse,
-        kernels=compiled_kernels(placement.arithmetic, placement.cache_dtype) if compiled else None,
+        kernels=kernels,
     )
 
 

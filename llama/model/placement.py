@@ -18,6 +18,8 @@ from llama.model.precision_plan import Gpu, Planner
 from llama.model.quantized_layers import Quantization, from_config
 from llama.settings import EngineName, Settings
 
+_LARGEST_FLASH_HEAD = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -30,6 +32,8 @@ class Placement:
     """The quantization of the decoder's linear layers."""
     context: int
     """The maximum number of tokens of one request, prompt and answer together."""
+    flash_attention: bool = False
+    """Whether attention uses torch's flash attention, which only some GPUs and types support."""
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -54,16 +58,21 @@ def place(settings: Settings, config: LlamaConfig) -> Placement:
     device = pick_device(settings)
     gpus = [gpu_of(device)] if device.type == "cuda" else []
     planner = planner_for(settings, config, gpus, "torch")
-    return Placement(device, planner.dtype, planner.pick(settings.quantization), planner.context)
+    quantization = planner.pick(settings.quantization)
+    return Placement(device, planner.dtype, quantization, planner.context, planner.flash_attention)
 
 
 def planner_for(settings: Settings, config: LlamaConfig, gpus: Sequence[Gpu], engine: EngineName) -> Planner:
     """Create a planner from the settings and a model's configuration. Without `gpus` it plans for the CPU."""
+    capability = min((gpu.capability for gpu in gpus), default=None)
+    dtype = _dtype(settings, config, capability)
     return Planner(
         config=config,
         gpus=tuple(gpus),
         context=context_length(config, settings.max_context),
-        dtype=_dtype(settings, config, min((gpu.capability for gpu in gpus), default=None)),
+        rows=settings.max_concurrency,
+        dtype=dtype,
+        flash_attention=capability is not None and has_flash_attention(config, dtype, capability),
         engine=engine,
         stored=from_config(getattr(config, "quantization_config", None) or {}),
     )
@@ -103,6 +112,15 @@ def _dtype(settings: Settings, config: LlamaConfig, capability: tuple[int, int] 
     if capability is None:
         return config.dtype if config.dtype in (torch.bfloat16, torch.float16) else torch.float32
     return torch.bfloat16 if capability >= (8, 0) else torch.float16
+
+
+def has_flash_attention(config: LlamaConfig, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether torch's flash attention supports a model on a GPU.
+
+    Source: the checks of `mha_varlen_fwd` in torch 2.11's flash_api.cpp.
+    """
+    size = config.head_dim
+    return capability >= (8, 0) and dtype.itemsize == 2 and size % 8 == 0 and size <= _LARGEST_FLASH_HEAD
 
 
 def gpu_of(device: torch.device) -> Gpu:

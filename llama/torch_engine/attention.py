@@ -2,8 +2,8 @@
 
 N is the number of tokens in a step, B the number of rows, and D the head dimension. `prefill` and `decode`
 prepare what all layers need, once per step. They return a function (`Attend`), which the runner calls for
-every layer. `cpu_attention.py` has a faster implementation for CPUs. Knows projections, rotary tables and the
-layout of the cache; knows nothing about requests.
+every layer. `flash_attention.py` has a faster implementation for GPUs, and `cpu_attention.py` one for CPUs.
+Knows projections, rotary tables and the layout of the cache; knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Chunk(NamedTuple):
 
 
 class Attention(Protocol):
-    """Attention over a cache whose layers are tensors [2, rows, KV heads, length, D]."""
+    """Attention over a key/value cache."""
 
     def prefill(self, chunks: Sequence[Chunk]) -> Attend:
         """Return a function that attends causally from each chunk to the contents of its row.
@@ -62,8 +62,27 @@ class Attention(Protocol):
         """
 
 
+def rotary_indices(chunk: Chunk, parts: ModelParts) -> Tensor:
+    """Return the indices of a chunk's tokens in the rotary tables, [N]."""
+    first = chunk.first_angle(parts)
+    return torch.arange(first, first + len(chunk.token_ids), device=parts.device)
+
+
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Return queries [N, heads, D], and keys and values [N, 2, KV heads, D], from projections.
+
+    Queries and keys are rotated, in the half-split layout of transformers. `cos` and `sin` are [N, 1, D].
+    """
+    heads = qkv.view(len(qkv), -1, cos.shape[-1])
+    turned = heads[:, :-kv_heads]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    queries, keys = turned[:, :-kv_heads], turned[:, -kv_heads:]
+    return queries, torch.stack((keys, heads[:, -kv_heads:]), dim=1)
+
+
 class TorchAttention(Attention):
-    """Attention with torch's operators, on any device.
+    """Attention with torch's operators, on any device. The cache's layers are [2, rows, KV heads, length, D].
 
     Keys and values are converted to the type of the queries if the cache has another one.
     """
@@ -77,9 +96,9 @@ class TorchAttention(Attention):
         self._starts = starts.view(2, rows, self._kv_heads).transpose(0, 1)
 
     def prefill(self, chunks: Sequence[Chunk]) -> Attend:
-        angles = torch.cat([self._angles(chunk) for chunk in chunks])
+        angles = torch.cat([rotary_indices(chunk, self._parts) for chunk in chunks])
         tables = self._parts.cos[angles], self._parts.sin[angles]
-        return partial(self._prefill, chunks, tables, [self._mask(chunk) for chunk in chunks])
+        return partial(self._prefill, chunks, tables, [self._bias(chunk) for chunk in chunks])
 
     def decode(self, positions: Tensor, angles: Tensor, length: int) -> Attend:
         hidden = self._positions[:length] > positions[:, None]
@@ -88,20 +107,23 @@ class TorchAttention(Attention):
         tables = self._parts.cos[angles], self._parts.sin[angles]
         return partial(self._decode, tables, self._shaped_bias(bias), cells, length)
 
-    def _angles(self, chunk: Chunk) -> Tensor:
-        first = chunk.first_angle(self._parts)
-        return torch.arange(first, first + len(chunk.token_ids), device=self._parts.device)
+    def _bias(self, chunk: Chunk) -> Tensor:
+        """Return what is added to the scores of a chunk, [query heads per KV head x N, end]: -inf at later
+        positions, 0 elsewhere.
 
-    def _mask(self, chunk: Chunk) -> Tensor:
-        """Return whether each query attends to each position: [query heads per KV head x N, end] bool."""
-        visible = self._positions[: chunk.end] <= self._positions[chunk.start : chunk.end, None]
-        return visible.repeat(self._group, 1)
+        Each row starts at a multiple of 8 numbers. Otherwise, torch's kernel for GPUs would copy it in every
+        layer.
+        """
+        hidden = self._positions[: chunk.end] > self._positions[chunk.start : chunk.end, None]
+        size = (self._group, len(chunk.token_ids), -(-chunk.end // 8) * 8)
+        bias = torch.zeros(size, dtype=self._parts.dtype, device=self._parts.device)[..., : chunk.end]
+        return bias.masked_fill_(hidden, float("-inf")).flatten(0, 1)
 
     def _prefill(
         self,
         chunks: Sequence[Chunk],
         tables: tuple[Tensor, Tensor],
-        masks: Sequence[Tensor],
+        biases: Sequence[Tensor],
         index: int,
         qkv: Tensor,
     ) -> Tensor:
@@ -112,7 +134,7 @@ class TorchAttention(Attention):
                 self._prefill_chunk(self._layers[index], *chunk)
                 for chunk in zip(
                     chunks,
-                    masks,
+                    biases,
                     torch.split(queries, lengths),
                     torch.split(keys_values, lengths),
                     strict=True,
@@ -121,14 +143,14 @@ class TorchAttention(Attention):
         )
 
     def _prefill_chunk(
-        self, layer: Tensor, chunk: Chunk, mask: Tensor, queries: Tensor, keys_values: Tensor
+        self, layer: Tensor, chunk: Chunk, bias: Tensor, queries: Tensor, keys_values: Tensor
     ) -> Tensor:
         layer[:, chunk.row, :, chunk.start : chunk.end] = keys_values.permute(1, 2, 0, 3)
         keys, values = layer[:, chunk.row, :, : chunk.end].to(queries.dtype)
         # Query heads that share a KV head are passed as additional queries, so no key or value is repeated.
         grouped = queries.view(len(queries), self._kv_heads, self._group, self._head_dim).permute(1, 2, 0, 3)
         attended = F.scaled_dot_product_attention(
-            grouped.flatten(1, 2)[None], keys[None], values[None], attn_mask=mask, scale=self._parts.scale
+            grouped.flatten(1, 2)[None], keys[None], values[None], attn_mask=bias, scale=self._parts.scale
         )
         return attended.view(grouped.shape).permute(2, 0, 1, 3).flatten(1)
 
@@ -144,16 +166,8 @@ class TorchAttention(Attention):
         return self._attend(grouped, keys, values, bias).reshape(batch_size, -1)
 
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries [N, heads, D], and keys and values [N, 2, KV heads, D] in the type of the cache.
-
-        Queries and keys are rotated, in the half-split layout of transformers.
-        """
-        heads = qkv.view(len(qkv), -1, self._head_dim)
-        turned = heads[:, : -self._kv_heads]
-        first, second = turned.chunk(2, dim=-1)
-        turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-        queries, keys = turned[:, : -self._kv_heads], turned[:, -self._kv_heads :]
-        keys_values = torch.stack((keys, heads[:, -self._kv_heads :]), dim=1)
+        """Return what `rotated` does, with keys and values in the type of the cache."""
+        queries, keys_values = rotated(qkv, cos, sin, self._kv_heads)
         return queries, keys_values.to(self._layers[0].dtype)
 
     @abstractmethod
@@ -183,17 +197,21 @@ class TwoProductAttention(TorchAttention):
     """Attention that decodes with two batched matrix products."""
 
     def _shaped_bias(self, bias: Tensor) -> Tensor:
-        return bias.repeat_interleave(self._kv_heads, dim=0)[:, None]  # [B x KV heads, 1, length]
+        return bias.float().repeat_interleave(self._kv_heads, dim=0)[:, None]  # [B x KV heads, 1, length]
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        scores = torch.baddbmm(bias, queries.flatten(0, 1), keys.transpose(1, 2), alpha=self._parts.scale)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-        return torch.bmm(weights, values)
+        product = torch.baddbmm
+        if queries.dtype is not torch.float32:
+            # Scores that are rounded to 16 bits would make the largest weights wrong by up to 5 %. Only on
+            # GPUs, this product can have another type than its factors.
+            product = partial(product, out_dtype=torch.float32)
+        scores = product(bias, queries.flatten(0, 1), keys.transpose(1, 2), alpha=self._parts.scale)
+        return torch.bmm(torch.softmax(scores, dim=-1).to(values.dtype), values)
 
 
 def torch_attention(parts: ModelParts, cache: KVCache) -> TorchAttention:
-    """Return the attention that decodes faster with this model.
+    """Return the one of these two that decodes faster with this model.
 
     On a Xeon with AMX, the fused kernel is faster in bfloat16. For 32 requests of 192 tokens, one layer of
     the benchmark model takes 1.3 ms with it, and 2.9 ms with two products. On an EPYC without AMX, it takes

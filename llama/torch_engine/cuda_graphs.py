@@ -1,13 +1,14 @@
 """CUDA graphs of the decode step, one for each captured batch size and cache length.
 
-Without a graph, a step of 80 layers is limited by the time that its 2,000 kernel launches take. Knows shapes
-and device memory; knows nothing about what a step computes.
+Without a graph, a step of 80 layers is limited by the time that its 2,000 kernel launches take.
+`model/gpu_reserve.py` decides which shapes are captured. Knows shapes and device memory; knows nothing about
+what a step computes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -18,34 +19,21 @@ Step = Callable[[int, int], Tensor]
 """Takes a batch size and a length, and returns logits [batch size, V]. It must read and write tensors whose
 addresses do not change."""
 
-_SHORTEST = 256
-
-
-def doubling(first: int, last: int) -> list[int]:
-    """Return the sizes to capture, from `first` to `last`. Any other size is rounded up to one of these.
-
-    The 70B with 32 rows needs 30 graphs. If the lengths from 1,024 on increased by 512, it would need 54, and
-    less memory would be left for the key/value cache.
-    """
-    result = [min(first, last)]
-    while result[-1] < last:
-        result.append(min(2 * result[-1], last))
-    return result
-
 
 class StepGraphs:
     """A step that was captured at several batch sizes and lengths, and can be called with any."""
 
-    def __init__(self, step: Step, rows: int, context: int) -> None:
-        """Capture all graphs, which takes an estimated 0.1 s per graph (not measured).
+    def __init__(self, step: Step, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
+        """Capture a graph for each batch size and length, which takes an estimated 0.1 s per graph (not
+        measured). Both are sorted. A step of any other shape uses the graph of the next larger one.
 
         After an error, torch cannot be used any more: its allocator and stream stay in the failed capture.
         """
-        self._batch_sizes, self._lengths = doubling(1, rows), doubling(_SHORTEST, context)
+        self._batch_sizes, self._lengths = batch_sizes, lengths
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         # Largest first: the other graphs then reuse its memory from the pool.
-        for shape in reversed(list(product(self._batch_sizes, self._lengths))):
+        for shape in reversed(list(product(batch_sizes, lengths))):
             self._graphs[shape] = _captured(step, shape, pool)
 
     def __call__(self, batch_size: int, length: int) -> Tensor:

@@ -13,12 +13,11 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
-import torch
-
 from llama.engine import TokenStream
 from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
 from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
+from llama.torch_engine.gpu_errors import lacks_memory
 from llama.torch_engine.scheduler import BatchRequest
 
 logger = logging.getLogger(__name__)
@@ -78,16 +77,8 @@ class TorchEngine:
     def _run(self, load: Callable[[], Batch], loaded: Future[Batch]) -> None:
         try:
             batch = load()
-        except torch.OutOfMemoryError as error:
-            loaded.set_exception(
-                DoesNotFit(
-                    "the device does not have enough memory for the key/value cache and the largest prefill "
-                    f"step ({error}); set a smaller LLAMA_CACHE_MEMORY or LLAMA_MAX_CONTEXT"
-                )
-            )
-            return
         except BaseException as error:
-            loaded.set_exception(error)
+            loaded.set_exception(_does_not_fit(error) if lacks_memory(error) else error)
             return
         loaded.set_result(batch)
         failure: EngineError = EngineStopped("the engine was stopped; restart the server")
@@ -135,3 +126,11 @@ class TorchEngine:
             if request is None:
                 return False
             batch.add(request)
+
+
+def _does_not_fit(error: BaseException) -> DoesNotFit:
+    return DoesNotFit(
+        "the device does not have enough memory for the weights, the key/value cache, the CUDA graphs and "
+        f"the largest prefill step ({error}); end other programs that use the device, set a smaller "
+        "LLAMA_CACHE_MEMORY, COG_MAX_CONCURRENCY or LLAMA_MAX_CONTEXT, or choose another LLAMA_QUANTIZATION"
+    )

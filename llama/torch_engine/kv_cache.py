@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,31 +47,43 @@ def fit_cache(config: LlamaConfig, dtype: torch.dtype, *, budget: int, context: 
 
 
 class KVCache:
-    """`layers[i]` is [2 (keys, values), rows, KV heads, length, head_dim], initially all zeros.
+    """`layers[i]` is [2 (keys, values), rows, KV heads, length, head_dim], or, with `by_position`,
+    [2, rows, length, KV heads, head_dim]. All numbers are zero at first.
 
     The model never reads a request's last token, so no request uses the last position of a row. A decode step
     writes there for rows that are not decoding.
     """
 
     def __init__(
-        self, config: LlamaConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device
+        self,
+        config: LlamaConfig,
+        shape: CacheShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        by_position: bool = False,
     ) -> None:
-        size = (2, shape.rows, config.num_key_value_heads, shape.length, config.head_dim)
-        self.shape = shape
+        """Flash attention needs the layout `by_position`."""
+        heads, length = config.num_key_value_heads, shape.length
+        row = (length, heads) if by_position else (heads, length)
+        self.shape, self.by_position = shape, by_position
         self.dtype, self.device = dtype, device
-        self.layers = [_zeros(size, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.layers = [
+            _zeros((2, shape.rows, *row, config.head_dim), dtype, device)
+            for _ in range(config.num_hidden_layers)
+        ]
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` positions of a row to another row."""
-        for layer in self.layers:
-            layer[:, target, :, :count] = layer[:, source, :, :count]
+        for layer in self._positions():
+            layer[:, target, :count] = layer[:, source, :count]
 
     def swap(self, a: int, b: int, count: int) -> None:
         """Exchange the first `count` positions of two rows."""
-        for layer in self.layers:
-            kept = layer[:, a, :, :count].clone()
-            layer[:, a, :, :count] = layer[:, b, :, :count]
-            layer[:, b, :, :count] = kept
+        for layer in self._positions():
+            kept = layer[:, a, :count].clone()
+            layer[:, a, :count] = layer[:, b, :count]
+            layer[:, b, :count] = kept
 
     def clear(self, row: int, count: int) -> None:
         """Set the first `count` positions of a row, and its last position, to zero.
@@ -78,9 +91,14 @@ class KVCache:
         This is needed only after a failed request. Masked positions have weight zero, so finite values of an
         earlier request have no effect, but zero times NaN is NaN.
         """
+        for layer in self._positions():
+            layer[:, row, :count] = 0
+            layer[:, row, -1] = 0
+
+    def _positions(self) -> Iterator[Tensor]:
+        """Yield each layer as [2, rows, length, KV heads, head_dim]."""
         for layer in self.layers:
-            layer[:, row, :, :count] = 0
-            layer[:, row, :, -1] = 0
+            yield layer if self.by_position else layer.transpose(2, 3)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

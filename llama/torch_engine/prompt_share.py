@@ -8,12 +8,13 @@ knows nothing about requests or tensors.
 from __future__ import annotations
 
 from llama.engine import PACE
+from llama.model import gpu_reserve
 
-MOST_PROMPT_TOKENS = {"cuda": 1024, "cpu": 512}
+MOST_PROMPT_TOKENS = {"cuda": gpu_reserve.MOST_PROMPT_TOKENS, "cpu": 512}
 """The most prompt tokens of a step, by type of device.
 
 On 2 cores of an EPYC, reading a prompt of 128 tokens took 70 ms. If 4, 8 or 16 were read together, each took
-64, 63 or 69 ms. With 4, the pause is shorter than with 8. The number for GPUs is a guess.
+64, 63 or 69 ms. With 4, the pause is shorter than with 8.
 """
 # Reading may take this many times as long as decoding, so a token takes up to 2.5 times as long as before.
 _SLOWDOWN = 1.5

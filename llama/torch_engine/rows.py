@@ -60,7 +60,7 @@ class Rows:
     def vacate(self, row: int) -> None:
         """Record that a row no longer has a request. Its keys and values stay."""
         for tensor, value in self._idle:
-            tensor[row] = value
+            tensor[row : row + 1] = value  # a slice, because assigning to an element waits for the GPU
 
     def _move_state(self, source: int, target: int) -> None:
         for tensor in self._tensors:

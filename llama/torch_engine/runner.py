@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from llama.errors import EngineNotStarted
+from llama.model.gpu_reserve import graph_shapes
 from llama.torch_engine.attention import Attend, Attention, Chunk, torch_attention
 from llama.torch_engine.cpu_attention import CompiledAttention
 from llama.torch_engine.cpu_compiler import Kernels
 from llama.torch_engine.cuda_graphs import StepGraphs
+from llama.torch_engine.flash_attention import FlashAttention
+from llama.torch_engine.gpu_errors import lacks_memory
+from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import ModelParts
 from llama.torch_engine.operators import CompiledOperators, Operators, TorchOperators
 from llama.torch_engine.rows import Rows
@@ -33,9 +37,7 @@ class Runner:
     def __init__(self, parts: ModelParts, rows: Rows, kernels: Kernels | None = None) -> None:
         """Without `kernels`, torch computes everything."""
         self._parts, self._cache = parts, rows.cache
-        self._attention: Attention = (
-            CompiledAttention(parts, rows.cache, kernels) if kernels else torch_attention(parts, rows.cache)
-        )
+        self._attention = _attention(parts, rows.cache, kernels)
         self._operators: Operators = CompiledOperators(kernels) if kernels else TorchOperators()
         self._last = rows.cache.shape.length - 1  # the position of rows that are not decoding
         self._tokens = rows.tensor(dtype=torch.long)
@@ -73,20 +75,26 @@ class Runner:
 
     def start_decoding(self, row: int, position: int, *, stretched: bool = False) -> None:
         """Let a row take part in decoding from `position` on. `stretched` is as in `Chunk`."""
-        self._positions[row] = position
-        self._stretches[row] = stretched * self._parts.stretched_from
+        # Slices: to assign a number to a single element, torch would copy it to the GPU and wait for it.
+        self._positions[row : row + 1] = position
+        self._stretches[row : row + 1] = stretched * self._parts.stretched_from
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Let decode steps replay CUDA graphs from now on. Raises EngineNotStarted or OutOfMemoryError."""
+        """Let decode steps replay CUDA graphs from now on.
+
+        Raises EngineNotStarted, or what `lacks_memory` recognizes.
+        """
+        shape = self._cache.shape
+        sizes = graph_shapes(shape.rows, shape.length, flash_attention=self._cache.by_position)
         try:
             torch.cuda.set_device(self._parts.device)  # for this thread, which captures the graphs
-            self._graphs = StepGraphs(self._step, self._cache.shape.rows, self._cache.shape.length)
+            self._graphs = StepGraphs(self._step, *sizes)
         except Exception as error:
+            if lacks_memory(error):
+                raise
             # An error during a capture causes an error of the capture itself; the first one has the reason.
             cause = error.__context__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
             # Do not continue without graphs: torch's allocator and stream are still in the failed capture.
             raise EngineNotStarted(
                 f"a decode step cannot be captured as a CUDA graph ({cause}); set LLAMA_CUDA_GRAPHS to 0, "
@@ -115,3 +123,9 @@ class Runner:
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
         _, normed = self._operators.add_and_norm(x, delta, self._parts.norm)
         return self._operators.linear(self._parts.head, normed).float()
+
+
+def _attention(parts: ModelParts, cache: KVCache, kernels: Kernels | None) -> Attention:
+    if kernels:
+        return CompiledAttention(parts, cache, kernels)
+    return FlashAttention(parts, cache) if cache.by_position else torch_attention(parts, cache)

@@ -101,13 +101,14 @@ class Sampler:
     @torch.inference_mode()
     def add(self, row: int, prompt: Tensor, params: SamplingParams) -> None:
         """Start a request in a row. Its prompt [N] has been read, and its first token is sampled next."""
-        self._greedy[row] = params.greedy
-        self._repetition[row] = params.repetition
-        self._frequency[row], self._presence[row] = params.frequency_penalty, params.presence_penalty
-        self._minimum[row], self._generated[row] = params.minimum, 0
-        self._temperature[row] = max(params.temperature, _COLDEST)
-        self._top_p[row] = params.top_p
-        self._top_k[row] = min(params.top_k, self._seen.shape[1])
+        only = slice(row, row + 1)  # to assign to a single element, torch would wait for the GPU
+        self._greedy[only] = params.greedy
+        self._repetition[only] = params.repetition
+        self._frequency[only], self._presence[only] = params.frequency_penalty, params.presence_penalty
+        self._minimum[only], self._generated[only] = params.minimum, 0
+        self._temperature[only] = max(params.temperature, _COLDEST)
+        self._top_p[only] = params.top_p
+        self._top_k[only] = min(params.top_k, self._seen.shape[1])
         self._seen[row].zero_().index_fill_(0, prompt, True)
         self._counts[row].zero_()
         if not params.greedy:

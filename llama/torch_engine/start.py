@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 
 from llama.engine import Vocabulary
 from llama.errors import BadSettings
+from llama.model.gpu_reserve import gpu_reserve
 from llama.model.memory import available_memory
 from llama.model.placement import Placement, place
-from llama.model.precision_plan import RESERVE
 from llama.settings import Settings
 from llama.setup_times import SetupTimes
 from llama.torch_engine.attention import Chunk
@@ -106,14 +106,19 @@ def _make_cache(parts: ModelParts, config: LlamaConfig, placement: Placement, se
     shape = fit_cache(
         config,
         placement.cache_dtype,
-        budget=_free_memory(parts, config, placement) if budget is None else int(budget),
+        budget=_free_memory(parts, config, placement, settings) if budget is None else int(budget),
         context=placement.context,
         rows=settings.max_concurrency,
     )
-    return KVCache(config, shape, placement.cache_dtype, placement.device)
+    return _cache(config, placement, shape)
 
 
-def _free_memory(parts: ModelParts, config: LlamaConfig, placement: Placement) -> int:
+def _cache(config: LlamaConfig, placement: Placement, shape: CacheShape) -> KVCache:
+    dtype, device = placement.cache_dtype, placement.device
+    return KVCache(config, shape, dtype, device, by_position=placement.flash_attention)
+
+
+def _free_memory(parts: ModelParts, config: LlamaConfig, placement: Placement, settings: Settings) -> int:
     """Return how many bytes the cache may use.
 
     On a GPU, this is the free memory minus a reserve. On a CPU, it is half of the available memory, because
@@ -124,7 +129,17 @@ def _free_memory(parts: ModelParts, config: LlamaConfig, placement: Placement) -
     _run_once(parts, config, placement)
     torch.cuda.empty_cache()  # otherwise, unused memory that torch has kept would not count as free
     free, _ = torch.cuda.mem_get_info(placement.device)
-    return max(int(free) - RESERVE["torch"], 0)
+    reserve = gpu_reserve(
+        config,
+        placement.quantization,
+        placement.dtype,
+        rows=settings.max_concurrency,
+        context=placement.context,
+        flash_attention=placement.flash_attention,
+    )
+    # Graphs contain addresses in the cache, so they are captured after it has been created.
+    needed = reserve.total if settings.cuda_graphs else reserve.total - reserve.graphs
+    return max(int(free) - needed, 0)
 
 
 def _run_once(parts: ModelParts, config: LlamaConfig, placement: Placement) -> None:
@@ -133,7 +148,6 @@ def _run_once(parts: ModelParts, config: LlamaConfig, placement: Placement) -> N
     Libraries then allocate what they keep, such as workspaces, so that it does not count as free memory.
     """
     length = min(MOST_PROMPT_TOKENS["cuda"], placement.context)
-    cache = KVCache(config, CacheShape(1, length), placement.cache_dtype, placement.device)
-    runner = Runner(parts, Rows(cache))
+    runner = Runner(parts, Rows(_cache(config, placement, CacheShape(1, length))))
     runner.prefill([Chunk(0, 0, torch.zeros(length, dtype=torch.long, device=placement.device))])
     runner.decode(1, length)

@@ -10,6 +10,7 @@ import torch
 from batches import (
     EOS,
     LENGTH,
+    Computing,
     add,
     answers_of,
     batch_of,
@@ -32,28 +33,22 @@ from llama.torch_engine.prompt_share import PromptShare
 from llama.torch_engine.scheduler import RequestState
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
-def compiled(request: pytest.FixtureRequest) -> bool:
-    """Whether compiled kernels are used. Most tests use them."""
-    return bool(request.param)
-
-
 def test_every_answer_of_a_mixed_batch_equals_that_of_generate(
-    model: LlamaForCausalLM, compiled: bool
+    model: LlamaForCausalLM, computing: Computing
 ) -> None:
     lengths = (1, 5, 40, 127, 128, 129, 260, 300, 17, 63, 64, 2)  # more requests than rows
     requests = [(prompt_of(i, length), greedy(20 + 5 * i)) for i, length in enumerate(lengths)]
     expected = [generate(model, prompt, params.maximum) for prompt, params in requests]
-    assert answers_of(batch_of(model, rows=5, compiled=compiled), *requests) == expected
-    with running(model, rows=5, compiled=compiled) as engine:
+    assert answers_of(batch_of(model, rows=5, computing=computing), *requests) == expected
+    with running(model, rows=5, computing=computing) as engine:
         streams = [engine.submit(*request) for request in requests]
         assert [collect(stream) for stream in streams] == expected
 
 
 def test_requests_that_join_a_running_batch_do_not_change_its_answers(
-    model: LlamaForCausalLM, compiled: bool
+    model: LlamaForCausalLM, computing: Computing
 ) -> None:
-    batch = batch_of(model, compiled=compiled)
+    batch = batch_of(model, computing=computing)
     first = add(batch, prompt_of(1, 30), greedy(120))
     for _ in range(3):
         batch.step()
@@ -156,9 +151,9 @@ def test_an_answer_of_maximum_length_finishes_with_length(model: LlamaForCausalL
 
 
 def test_a_prompt_and_an_answer_can_fill_the_context_together(
-    model: LlamaForCausalLM, compiled: bool
+    model: LlamaForCausalLM, computing: Computing
 ) -> None:
-    batch = batch_of(model, compiled=compiled)
+    batch = batch_of(model, computing=computing)
     full = greedy(LENGTH - 1, min_new_tokens=LENGTH - 1)
     answers = answers_of(batch, (prompt_of(1, LENGTH - 2), greedy(1)), ([1], full))
     assert [len(answer) for answer in answers] == [1, LENGTH - 1]
@@ -176,9 +171,9 @@ def test_requests_beyond_the_rows_are_queued_and_served_in_order(model: LlamaFor
 
 
 def test_a_cancelled_request_leaves_the_batch_and_the_others_continue(
-    model: LlamaForCausalLM, compiled: bool
+    model: LlamaForCausalLM, computing: Computing
 ) -> None:
-    batch = batch_of(model, rows=2, compiled=compiled)
+    batch = batch_of(model, rows=2, computing=computing)
     leaving, staying = add(batch, prompt_of(1, 5), greedy(400)), add(batch, prompt_of(2, 5), greedy(60))
     for _ in range(5):
         batch.step()
@@ -214,13 +209,13 @@ def test_many_short_requests_lose_no_row(model: LlamaForCausalLM) -> None:
     assert answers == [generate(model, prompt_of(i, 4), 3) for i in range(3)]
 
 
-def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM, compiled: bool) -> None:
+def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM, computing: Computing) -> None:
     """A dialogue of five turns, concurrent requests with a common prefix, and a sampled next turn."""
     system = prompt_of(1, 60)
     answers: dict[bool, list[list[int]]] = {}
     for reuse in (True, False):
         given: list[list[int]] = []
-        batch, history = batch_of(model, rows=4, prefix_reuse=reuse, compiled=compiled), system
+        batch, history = batch_of(model, rows=4, prefix_reuse=reuse, computing=computing), system
         for turn in range(5):
             history = history + prompt_of(10 + turn, 12)
             given += answers_of(batch, (history, greedy(15)))
@@ -235,9 +230,9 @@ def test_prefix_reuse_on_and_off_give_the_same_tokens(model: LlamaForCausalLM, c
 
 
 def test_requests_that_move_leave_and_share_prefixes_get_the_answers_of_generate(
-    model: LlamaForCausalLM, compiled: bool
+    model: LlamaForCausalLM, computing: Computing
 ) -> None:
-    shared, batch = prompt_of(1, 40), batch_of(model, rows=5, compiled=compiled)
+    shared, batch = prompt_of(1, 40), batch_of(model, rows=5, computing=computing)
     requests = []
     for index in range(24):
         prompt = (shared if index % 2 else []) + prompt_of(index, 3 + 11 * (index % 7))

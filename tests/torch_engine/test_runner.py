@@ -1,4 +1,4 @@
-"""Our forward pass, with compiled kernels and with torch alone, compared with `model(ids).logits`."""
+"""Our forward pass, computed in three ways (`batches.Computing`), compared with `model(ids).logits`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import weakref
 
 import pytest
 import torch
-from batches import compiled_kernels
+from batches import Computing, computing_parts
+from flash_reference import positions_read
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama.errors import EngineNotStarted
-from llama.model.placement import Placement
+from llama.model.placement import Placement, has_flash_attention
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.cpu_compiler import Kernels
-from llama.torch_engine.cuda_graphs import doubling
-from llama.torch_engine.kv_cache import CacheShape, KVCache
-from llama.torch_engine.layers import ModelParts, take_apart
+from llama.torch_engine.kv_cache import CacheShape
+from llama.torch_engine.layers import ModelParts
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
 
@@ -78,19 +78,20 @@ class RunnerAndRows(Runner):
 
 
 def make_runner(
-    model: LlamaForCausalLM, rows: int = 4, length: int = 200, *, compiled: bool = True
+    model: LlamaForCausalLM, rows: int = 4, length: int = 200, *, computing: Computing = "compiled"
 ) -> RunnerAndRows:
-    """Torch alone computes everything unless `compiled`."""
-    placement = Placement(model.device, model.dtype, "none", length)
-    parts = take_apart(copy.deepcopy(model), placement)
-    cache = KVCache(model.config, CacheShape(rows, length), placement.cache_dtype, placement.device)
-    kernels = compiled_kernels(placement.arithmetic, placement.cache_dtype) if compiled else None
+    parts, cache, kernels = computing_parts(copy.deepcopy(model), CacheShape(rows, length), computing)
     return RunnerAndRows(parts, Rows(cache), kernels)
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
-def compiled(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+def skip_what_flash_attention_refuses(model: LlamaForCausalLM, computing: Computing) -> None:
+    placement = Placement(model.device, model.dtype, "none", 1)
+    if computing != "flash":
+        return
+    if not has_flash_attention(model.config, torch.float16, (9, 0)):
+        pytest.skip("flash attention does not support this head dimension")
+    if placement.arithmetic is not placement.cache_dtype:
+        pytest.skip("this CPU does not compute in 16 bits, as a GPU does")
 
 
 def decode(runner: RunnerAndRows, entries: dict[int, tuple[int, int]]) -> dict[int, torch.Tensor]:
@@ -110,10 +111,11 @@ def random_ids(count: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
 def test_prefill_and_decode_return_the_logits_of_the_model(
-    overrides: dict[str, object], compiled: bool
+    overrides: dict[str, object], computing: Computing
 ) -> None:
     model = make_model(**overrides)
-    runner, ids = make_runner(model, compiled=compiled), random_ids(90)
+    skip_what_flash_attention_refuses(model, computing)
+    runner, ids = make_runner(model, computing=computing), random_ids(90)
     expected = model(ids[None]).logits[0]
     torch.testing.assert_close(runner.prefill([Chunk(2, 0, ids[:80])])[0], expected[79], rtol=1e-4, atol=1e-4)
     for position in range(80, 90):
@@ -121,9 +123,9 @@ def test_prefill_and_decode_return_the_logits_of_the_model(
         torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
 
 
-def test_positions_advance_with_every_step(compiled: bool) -> None:
+def test_positions_advance_with_every_step(computing: Computing) -> None:
     model = make_model()
-    runner, ids = make_runner(model, compiled=compiled), random_ids(30)
+    runner, ids = make_runner(model, computing=computing), random_ids(30)
     expected = model(ids[None]).logits[0]
     runner.prefill([Chunk(0, 0, ids[:20])])
     runner.start_decoding(0, 20)
@@ -135,18 +137,18 @@ def test_positions_advance_with_every_step(compiled: bool) -> None:
 
 @pytest.mark.parametrize("cuts", [[1], [7, 8], [64], [1, 2, 3], list(range(1, 80, 13))])
 def test_a_prompt_read_in_chunks_gives_the_same_logits_as_read_at_once(
-    cuts: list[int], compiled: bool
+    cuts: list[int], computing: Computing
 ) -> None:
     model = make_model()
-    runner, ids = make_runner(model, compiled=compiled), random_ids(80)
+    runner, ids = make_runner(model, computing=computing), random_ids(80)
     for start, end in zip([0, *cuts], [*cuts, 80], strict=True):
         logits = runner.prefill([Chunk(0, start, ids[start:end])])
     torch.testing.assert_close(logits[0], model(ids[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_that_are_read_together_give_the_same_logits_as_alone(compiled: bool) -> None:
+def test_prompts_that_are_read_together_give_the_same_logits_as_alone(computing: Computing) -> None:
     model = make_model()
-    runner = make_runner(model, rows=6, compiled=compiled)
+    runner = make_runner(model, rows=6, computing=computing)
     prompts = {4: random_ids(50, 4), 0: random_ids(7, 1), 2: random_ids(1, 2), 5: random_ids(129, 5)}
     runner.prefill([Chunk(4, 0, prompts[4][:20])])  # one of them has been read in part
     logits = runner.prefill(
@@ -156,9 +158,9 @@ def test_prompts_that_are_read_together_give_the_same_logits_as_alone(compiled: 
         torch.testing.assert_close(mine, model(prompts[row][None]).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_requests_of_different_lengths_in_any_rows_do_not_affect_each_other(compiled: bool) -> None:
+def test_requests_of_different_lengths_in_any_rows_do_not_affect_each_other(computing: Computing) -> None:
     model = make_model()
-    runner = make_runner(model, rows=6, compiled=compiled)
+    runner = make_runner(model, rows=6, computing=computing)
     lengths = {5: 3, 0: 70, 3: 129}  # row: prompt length; the rows between are free
     prompts = {row: random_ids(length + 1, row) for row, length in lengths.items()}
     for row, ids in prompts.items():
@@ -169,9 +171,9 @@ def test_requests_of_different_lengths_in_any_rows_do_not_affect_each_other(comp
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_that_are_not_decoding_keep_their_contents(compiled: bool) -> None:
+def test_rows_that_are_not_decoding_keep_their_contents(computing: Computing) -> None:
     model = make_model()
-    runner, ids = make_runner(model, compiled=compiled), random_ids(41)
+    runner, ids = make_runner(model, computing=computing), random_ids(41)
     runner.prefill([Chunk(0, 0, ids[:40])])  # row 0 waits while row 1 decodes
     runner.prefill([Chunk(1, 0, random_ids(60, seed=3))])
     for position in range(60, 70):
@@ -180,9 +182,9 @@ def test_rows_that_are_not_decoding_keep_their_contents(compiled: bool) -> None:
     torch.testing.assert_close(decode(runner, {0: (int(ids[40]), 40)})[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_request_that_moves_to_another_row_continues_where_it_was(compiled: bool) -> None:
+def test_a_request_that_moves_to_another_row_continues_where_it_was(computing: Computing) -> None:
     model = make_model()
-    runner, ids = make_runner(model, compiled=compiled), random_ids(42)
+    runner, ids = make_runner(model, computing=computing), random_ids(42)
     expected = model(ids[None]).logits[0]
     runner.prefill([Chunk(3, 0, ids[:40])])
     runner.feed(3, ids[40:41])
@@ -194,9 +196,9 @@ def test_a_request_that_moves_to_another_row_continues_where_it_was(compiled: bo
     torch.testing.assert_close(runner.decode(1, 42)[0], expected[41], rtol=1e-4, atol=1e-4)
 
 
-def test_the_contents_of_an_earlier_request_in_a_row_have_no_effect(compiled: bool) -> None:
+def test_the_contents_of_an_earlier_request_in_a_row_have_no_effect(computing: Computing) -> None:
     model = make_model()
-    runner, fresh = make_runner(model, compiled=compiled), make_runner(model, compiled=compiled)
+    runner, fresh = make_runner(model, computing=computing), make_runner(model, computing=computing)
     runner.prefill([Chunk(1, 0, random_ids(150, seed=7))])
     ids = random_ids(20)
     for r in (runner, fresh):
@@ -205,13 +207,45 @@ def test_the_contents_of_an_earlier_request_in_a_row_have_no_effect(compiled: bo
     assert torch.equal(decode(runner, last)[1], decode(fresh, last)[1])
 
 
-def test_the_last_position_that_a_request_reads_can_be_used(compiled: bool) -> None:
+def test_the_last_position_that_a_request_reads_can_be_used(computing: Computing) -> None:
     model = make_model()
-    runner, ids = make_runner(model, length=130, compiled=compiled), random_ids(129)
+    runner, ids = make_runner(model, length=130, computing=computing), random_ids(129)
     runner.prefill([Chunk(3, 0, ids[:-1])])
     expected = model(ids[None]).logits[0, -1]
     logits = decode(runner, {3: (int(ids[-1]), 128)})[3]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flash_attention_reads_each_row_to_its_own_length() -> None:
+    """At 32 rows, one of 4,000 tokens and 31 of 200, a step reads no position that the rows do not hold."""
+    model = make_model(num_hidden_layers=1, max_position_embeddings=4096)
+    runner = make_runner(model, rows=32, length=4096, computing="flash")
+    lengths = [4000, *[200] * 31]
+    for row, length in enumerate(lengths):
+        runner.start_decoding(row, length - 1)
+    positions_read.total = 0
+    runner.decode(32, max(lengths))
+    assert positions_read.total == sum(lengths)
+
+
+def test_flash_attention_reads_nothing_for_rows_that_are_not_decoding() -> None:
+    """A captured graph has more rows than the batch, and a prompt may be read in part."""
+    runner = make_runner(make_model(num_hidden_layers=1), rows=8, computing="flash")
+    runner.start_decoding(3, 49)
+    positions_read.total = 0
+    runner.decode(8, 50)
+    assert positions_read.total == 50
+
+
+def test_what_flash_attention_does_not_read_may_be_anything() -> None:
+    model = make_model()
+    runner, ids = make_runner(model, computing="flash"), random_ids(41)
+    for layer in runner.rows.cache.layers:
+        layer.fill_(float("nan"))
+    expected = model(ids[None]).logits[0, -1]
+    runner.prefill([Chunk(2, 0, ids[:30])])
+    runner.prefill([Chunk(2, 30, ids[30:40]), Chunk(0, 0, random_ids(5))])
+    torch.testing.assert_close(decode(runner, {2: (int(ids[40]), 40)})[2], expected, rtol=1e-4, atol=1e-4)
 
 
 class Adapted(torch.nn.Module):
@@ -226,7 +260,7 @@ class Adapted(torch.nn.Module):
         return output
 
 
-def test_layers_that_are_not_plain_are_called_unchanged(compiled: bool) -> None:
+def test_layers_that_are_not_plain_are_called_unchanged(computing: Computing) -> None:
     model = make_model(attention_bias=True)
     ids = random_ids(30)
     expected = model(ids[None]).logits[0, -1]
@@ -234,7 +268,7 @@ def test_layers_that_are_not_plain_are_called_unchanged(compiled: bool) -> None:
         layer.self_attn.k_proj = Adapted(layer.self_attn.k_proj)
         layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
         layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
-    runner = make_runner(model, compiled=compiled)
+    runner = make_runner(model, computing=computing)
     runner.prefill([Chunk(0, 0, ids[:-1])])
     logits = decode(runner, {0: (int(ids[-1]), 29)})[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -253,12 +287,13 @@ SIXTEEN_BITS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("overrides", SIXTEEN_BITS.values(), ids=SIXTEEN_BITS.keys())
 def test_with_16_bit_weights_the_logits_are_close_to_the_exact_ones(
-    dtype: torch.dtype, overrides: dict[str, object], compiled: bool
+    dtype: torch.dtype, overrides: dict[str, object], computing: Computing
 ) -> None:
     ids = random_ids(60)
     model = make_model(**overrides).to(dtype)
+    skip_what_flash_attention_refuses(model, computing)
     exact = copy.deepcopy(model).float()(ids[None]).logits[0, -1]
-    runner = make_runner(model, compiled=compiled)
+    runner = make_runner(model, computing=computing)
     runner.prefill([Chunk(0, 0, ids[:-9])])
     runner.prefill([Chunk(0, 51, ids[51:-1])])
     step = decode(runner, {0: (int(ids[-1]), 59)})[0]
@@ -267,29 +302,14 @@ def test_with_16_bit_weights_the_logits_are_close_to_the_exact_ones(
     assert (step - exact).norm() < 1.5 * own_error
 
 
-def test_weights_beyond_the_range_of_float16_are_not_clipped(compiled: bool) -> None:
+def test_weights_beyond_the_range_of_float16_are_not_clipped(computing: Computing) -> None:
     model = make_model()
     model.lm_head.weight *= 1e6
     model = model.to(torch.bfloat16)
     ids = random_ids(20)
     exact = copy.deepcopy(model).float()(ids[None]).logits[0, -1]
-    logits = make_runner(model, compiled=compiled).prefill([Chunk(0, 0, ids)])[0]
+    logits = make_runner(model, computing=computing).prefill([Chunk(0, 0, ids)])[0]
     assert (logits - exact).norm() < 0.1 * exact.norm()
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "sizes"),
-    [
-        (1, 32, [1, 2, 4, 8, 16, 32]),
-        (1, 9, [1, 2, 4, 8, 9]),
-        (1, 1, [1]),
-        (256, 4096, [256, 512, 1024, 2048, 4096]),
-        (256, 640, [256, 512, 640]),
-        (256, 100, [100]),
-    ],
-)
-def test_captured_sizes_double_up_to_the_largest(first: int, last: int, sizes: list[int]) -> None:
-    assert doubling(first, last) == sizes
 
 
 def test_capturing_a_step_without_a_gpu_is_an_error() -> None:

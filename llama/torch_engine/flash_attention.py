@@ -1,0 +1,118 @@
+"""Attention on a GPU with torch's flash attention, which reads each row only to the row's own length.
+
+The public functions of torch 2.11 cannot do this: `scaled_dot_product_attention` needs a mask, and reads
+every row to the length of the longest one. So this module calls the operator that they are built on. It needs
+16-bit numbers and a GPU of compute capability 8.0 or later (`model/placement.py` decides). Knows projections,
+rotary tables and the layout of the cache; knows nothing about requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.torch_engine.attention import Attend, Attention, Chunk, rotary_indices, rotated
+from llama.torch_engine.kv_cache import KVCache
+from llama.torch_engine.layers import ModelParts
+
+
+class _Step(NamedTuple):
+    """What all layers of a step need. B is the number of rows in the step, N the number of tokens."""
+
+    cos: Tensor
+    sin: Tensor
+    cells: Tensor
+    """[2 x N] int64: where the key and the value of each token are stored, counted in positions from the
+    start of a layer's cache."""
+    query_starts: Tensor
+    """[B + 1] int32: the index of the first token of each row in the step, and N."""
+    row_starts: Tensor
+    """[B + 1] int32: where each row starts in the cache, counted in positions. The last entry is not used."""
+    lengths: Tensor
+    """[B] int32: the number of positions to read in each row. No position is read if it is 0."""
+    most_queries: int
+    """No row has more tokens than this in the step."""
+    most_keys: int
+    """No entry of `lengths` is larger than this."""
+
+
+class FlashAttention(Attention):
+    """Attention over a cache whose layers are tensors [2, rows, length, KV heads, D]."""
+
+    def __init__(self, parts: ModelParts, cache: KVCache) -> None:
+        self._parts, self._layers = parts, cache.layers
+        _, self._rows, self._length, self._kv_heads, _ = cache.layers[0].shape
+        self._counts = torch.arange(self._rows + 1, dtype=torch.int32, device=cache.device)
+        self._row_starts = self._counts * self._length
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Attend:
+        angles = torch.cat([rotary_indices(chunk, self._parts) for chunk in chunks])
+        starts = [chunk.row * self._length for chunk in chunks]
+        positions = [
+            torch.arange(start + chunk.start, start + chunk.end, device=angles.device)
+            for start, chunk in zip(starts, chunks, strict=True)
+        ]
+        counts = [0, *(len(chunk.token_ids) for chunk in chunks)]
+        query_starts, row_starts, lengths = (
+            torch.tensor(values, dtype=torch.int32, device=angles.device)
+            for values in (counts, [*starts, 0], [chunk.end for chunk in chunks])
+        )
+        step = _Step(
+            cos=self._parts.cos[angles],
+            sin=self._parts.sin[angles],
+            cells=self._cells(torch.cat(positions)),
+            query_starts=query_starts.cumsum(0, dtype=torch.int32),
+            row_starts=row_starts,
+            lengths=lengths,
+            most_queries=max(counts),
+            most_keys=max(chunk.end for chunk in chunks),
+        )
+        return partial(self._attend, step)
+
+    def decode(self, positions: Tensor, angles: Tensor, length: int) -> Attend:  # noqa: ARG002
+        batch_size = len(positions)
+        step = _Step(
+            cos=self._parts.cos[angles],
+            sin=self._parts.sin[angles],
+            cells=self._cells(self._row_starts[:batch_size] + positions),
+            query_starts=self._counts[: batch_size + 1],
+            row_starts=self._row_starts[: batch_size + 1],
+            # The position of a row that is not decoding is the last one of the cache: nothing is read there.
+            lengths=((positions + 1) % self._length).int(),
+            most_queries=1,
+            most_keys=self._length,
+        )
+        return partial(self._attend, step)
+
+    def _cells(self, positions: Tensor) -> Tensor:
+        """Return `_Step.cells` for tokens [N] at these positions of the cache."""
+        return torch.stack((positions, positions + self._rows * self._length), dim=1).flatten()
+
+    def _attend(self, step: _Step, index: int, qkv: Tensor) -> Tensor:
+        layer = self._layers[index]
+        queries, keys_values = rotated(qkv, step.cos, step.sin, self._kv_heads)
+        cells = layer.view(-1, self._kv_heads, layer.shape[-1])
+        cells.index_copy_(0, step.cells, keys_values.flatten(0, 1))
+        keys, values = cells.chunk(2)  # [rows x length, KV heads, D]
+        attended: Tensor
+        # Causal means that the last token of a row attends to all positions that its length includes, and
+        # each earlier token to one position less than the next.
+        attended, *_ = torch.ops.aten._flash_attention_forward.default(
+            queries,
+            keys,
+            values,
+            step.query_starts,
+            step.row_starts,
+            step.most_queries,
+            step.most_keys,
+            0.0,  # dropout
+            True,  # causal
+            False,  # no debug mask
+            scale=self._parts.scale,
+            seqused_k=step.lengths,
+        )
+        return attended.flatten(1)

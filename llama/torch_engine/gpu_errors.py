@@ -1,0 +1,34 @@
+"""Recognizes errors that mean that a GPU does not have enough memory.
+
+Knows the exceptions and messages of torch and CUDA; knows nothing about what was being done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+# The driver's message, and that of cuBLAS, which allocates its own memory.
+_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error, or one of those that caused it, is a lack of GPU memory.
+
+    torch's allocator raises `torch.OutOfMemoryError`. Other memory, such as that of a captured graph, is
+    allocated by CUDA itself. If that fails, torch raises `torch.AcceleratorError`, which is a RuntimeError,
+    with the message of the driver.
+    """
+    return any(
+        isinstance(one, torch.OutOfMemoryError)
+        or (isinstance(one, RuntimeError) and any(message in str(one) for message in _MESSAGES))
+        for one in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those during whose handling it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
