@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from llama.errors import BadSettings, DoesNotFit
 from llama.load import load_llama
 from llama.model.config import eos_token_ids
-from llama.model.placement import Placement, pick_device, place, planner_for
+from llama.model.placement import Placement, has_flash_attention, pick_device, place, planner_for
 from llama.model.precision_plan import LLAMA_2_70B, Gpu, bytes_per_token
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
@@ -58,10 +58,13 @@ def test_a_budget_of_less_than_64_tokens_is_refused(tokens: int) -> None:
         fit_cache(LLAMA_2_70B, torch.bfloat16, budget=tokens * TOKEN_70B, context=4096, rows=1)
 
 
+@pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_cache_takes_the_planned_bytes_and_starts_with_zeros(dtype: torch.dtype) -> None:
+def test_the_cache_takes_the_planned_bytes_and_starts_with_zeros(
+    dtype: torch.dtype, by_position: bool
+) -> None:
     config = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    cache = KVCache(config, CacheShape(rows=5, length=70), dtype, CPU)
+    cache = KVCache(config, CacheShape(rows=5, length=70), dtype, CPU, by_position=by_position)
     assert sum(t.numel() * t.itemsize for t in cache.layers) == 5 * 70 * bytes_per_token(config, dtype)
     assert not any(t.any() for t in cache.layers)
 
@@ -107,6 +110,32 @@ def test_weights_on_a_gpu_are_in_bfloat16_if_it_supports_that() -> None:
     assert dtype_of(Settings(), LlamaConfig(), (8, 0)) is torch.bfloat16
     assert dtype_of(Settings(), LlamaConfig(dtype="bfloat16"), (7, 5)) is torch.float16
     assert dtype_of(Settings(dtype="float16"), LlamaConfig(), (9, 0)) is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "supported"),
+    [
+        ((8, 0), torch.bfloat16, 128, True),
+        ((9, 0), torch.float16, 64, True),
+        ((12, 0), torch.bfloat16, 256, True),
+        ((7, 5), torch.float16, 128, False),
+        ((8, 0), torch.float32, 128, False),
+        ((9, 0), torch.bfloat16, 100, False),
+        ((9, 0), torch.bfloat16, 264, False),
+    ],
+)
+def test_flash_attention_needs_a_new_gpu_16_bits_and_a_head_dimension_that_it_supports(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, supported: bool
+) -> None:
+    config = LlamaConfig(head_dim=head_dim)
+    assert has_flash_attention(config, dtype, capability) is supported
+    name = str(dtype).removeprefix("torch.")
+    planner = planner_for(Settings(dtype=name), config, [Gpu("a GPU", 10**9, capability)], "torch")
+    assert planner.flash_attention is supported
+
+
+def test_there_is_no_flash_attention_on_a_cpu() -> None:
+    assert not place(Settings(device="cpu", dtype="bfloat16"), LlamaConfig()).flash_attention
 
 
 def test_a_placement_has_the_device_dtype_quantization_and_context() -> None:

@@ -1,0 +1,70 @@
+"""Which errors of a GPU are a lack of memory, and how the engine reports them. The errors are real objects of
+torch, but no GPU raised them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama.errors import DoesNotFit, EngineNotStarted
+from llama.torch_engine.batch import Batch
+from llama.torch_engine.engine import TorchEngine
+from llama.torch_engine.gpu_errors import lacks_memory
+
+LACK_OF_MEMORY = {
+    "torch's allocator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "the driver": torch.AcceleratorError("CUDA error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
+
+
+def raised_while_handling(first: BaseException, second: BaseException) -> BaseException:
+    try:
+        try:
+            raise first
+        finally:
+            raise second
+    except BaseException as error:
+        return error
+
+
+@pytest.mark.parametrize("error", LACK_OF_MEMORY.values(), ids=LACK_OF_MEMORY.keys())
+def test_a_lack_of_memory_is_recognized_also_behind_other_errors(error: BaseException) -> None:
+    assert lacks_memory(error)
+    later = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert lacks_memory(raised_while_handling(error, later))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        ValueError("the file says: out of memory"),
+        EngineNotStarted("a decode step cannot be captured"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_are_not_a_lack_of_memory(error: BaseException) -> None:
+    assert not lacks_memory(error)
+
+
+@pytest.mark.parametrize("error", LACK_OF_MEMORY.values(), ids=LACK_OF_MEMORY.keys())
+def test_an_engine_that_lacks_memory_while_it_starts_says_what_to_set(error: Exception) -> None:
+    def load() -> Batch:
+        raise error
+
+    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*out of memory|ALLOC_FAILED") as raised:
+        TorchEngine(load)
+    assert "set a smaller LLAMA_CACHE_MEMORY, COG_MAX_CONCURRENCY or LLAMA_MAX_CONTEXT" in str(raised.value)
+
+
+def test_other_errors_of_a_start_are_raised_unchanged() -> None:
+    error = RuntimeError("a kernel failed")
+
+    def load() -> Batch:
+        raise error
+
+    with pytest.raises(RuntimeError, match="a kernel failed") as raised:
+        TorchEngine(load)
+    assert raised.value is error
