@@ -11,10 +11,14 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 BLOCK_SIZE = {"cpu": 2**18, "cuda": 2**24}
 """The number of weights that are quantized at a time, by device. It keeps temporary tensors small compared
 with a layer."""
+MULTIPLE = 16
+"""On a GPU, torch multiplies only by weights whose dimensions are multiples of this number. Source:
+`_check_scaled_mm_sizes` in torch's _meta_registrations.py."""
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = torch.finfo(_E4M3).max
 _SMALLEST = 1e-12  # keeps the scale of a row of zeros above zero
@@ -69,3 +73,13 @@ def row_blocks(weight: Tensor) -> Iterator[slice]:
     step = max(BLOCK_SIZE[weight.device.type] // weight.shape[1], 1)
     for start in range(0, len(weight), step):
         yield slice(start, start + step)
+
+
+def uneven_width(config: LlamaConfig) -> int | None:
+    """The first width of a model's linear layers that is not a multiple of MULTIPLE, or None.
+
+    The engine joins the projections to queries, keys and values, so the sum of their outputs counts.
+    """
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    widths = (config.hidden_size, config.intermediate_size, queries, queries + 2 * keys)
+    return next((width for width in widths if width % MULTIPLE), None)

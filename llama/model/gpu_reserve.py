@@ -144,23 +144,23 @@ class _Sizes:
         # latest input of the down-projection.
         carried = self.element * (3 * hidden + queries + mlp)
         logits = results * self.config.vocab_size * (self.element + 4)  # as computed, and in float32
-        return tokens * (carried + max(self._attention, self._mlp)) + logits + self._unpacked
+        return int(tokens * (carried + max(self._attention, self._mlp)) + logits + self._unpacked)
 
     def masks(self, tokens: int, context: int) -> int:
         """Bytes that the masks of a prefill take without flash attention."""
-        cells = tokens * context * self.config.num_attention_heads
+        cells = tokens * context * int(self.config.num_attention_heads)
         if self.config.head_dim % 8:
             # torch has no fused kernel, and computes scores, masked scores and weights in float32.
             return 3 * 4 * cells
         # A flag per cell, then the same in the type of activations, then with padded rows. The heads that
         # share a KV head have masks of their own.
-        return cells // self.config.num_key_value_heads * (1 + 2 * self.element)
+        return cells // int(self.config.num_key_value_heads) * (1 + 2 * self.element)
 
     def scores(self, rows: int, context: int) -> int:
         """Bytes that the scores of a decode step take without flash attention: scores and weights in float32,
         weights in the type of activations, and the mask in float32."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return rows * context * (heads * (4 + 4 + self.element) + kv_heads * 4)
+        return int(rows * context * (heads * (4 + 4 + self.element) + kv_heads * 4))
 
     def largest(self, tokens: int) -> int:
         """Bytes of the largest tensor: gates and up-projections, or an unpacked weight."""

@@ -24,16 +24,19 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadConfig, BadSettings, DoesNotFit
+from llama.model.fp8_linear import MULTIPLE, uneven_width
+from llama.model.gpu_reserve import gpu_reserve
 from llama.model.quantized_layers import Quantization, bytes_of_weight
 from llama.settings import EngineName
 
 ENOUGH_REQUESTS = 8
-"""`auto` prefers a wider precision to a narrower one if the wider one leaves memory for this many requests of
-full context."""
+"""`auto` takes the first precision that leaves memory for this many requests."""
 
-RESERVE: dict[EngineName, int] = {"torch": 3 * 2**30, "vllm": 2 * 2**30}
-"""Bytes of each GPU that are reserved for activations, graphs and workspaces, by engine. These are estimates
-until `make bench-gpu` has been run. vLLM also leaves a tenth of each GPU's memory free."""
+_TYPICAL_CONTEXT = 2048  # tokens; few requests are longer
+
+VLLM_RESERVE = 2 * 2**30
+"""Bytes of each GPU that are reserved for activations and graphs of vLLM. This is an estimate. vLLM also
+leaves a tenth of each GPU's memory free."""
 
 LLAMA_2_70B = LlamaConfig(
     vocab_size=32000,
@@ -51,7 +54,7 @@ LLAMA_2_70B = LlamaConfig(
 )
 """The same as the 70B's own config.json, to plan with before its weights have been downloaded."""
 
-_ORDER: tuple[Quantization, ...] = ("none", "fp8", "int8", "nf4")
+_ALL: tuple[Quantization, ...] = ("none", "fp8", "int8", "nf4")
 _CAPABILITY: dict[Quantization, tuple[int, int]] = {
     "none": (7, 0),
     "fp8": (8, 9),
@@ -102,6 +105,10 @@ class Planner:
     gpus: tuple[Gpu, ...]
     """Empty for the CPU, where every precision is assumed to fit. `plan` requires at least one GPU."""
     context: int
+    rows: int
+    """The most requests that the engine runs at a time."""
+    flash_attention: bool
+    """Whether the torch engine uses flash attention on these GPUs."""
     engine: EngineName
     dtype: torch.dtype = torch.bfloat16
     """The dtype of everything that is not quantized, including the cache."""
@@ -110,16 +117,20 @@ class Planner:
     keeps its precision. None for a format that only vLLM can read."""
 
     def plan(self) -> Plan:
-        """Calculate what every precision needs, and choose one.
+        """Calculate what every precision needs, and choose one. Raises BadConfig.
 
-        The chosen one is the first of 16 bits, FP8, int8 and NF4 that leaves memory for ENOUGH_REQUESTS.
-        If there is none, it is the one that leaves memory for the most requests. Raises BadConfig.
+        The chosen one is the first of 16 bits, FP8, int8 and NF4 that leaves memory for ENOUGH_REQUESTS: of
+        full context for 16 bits, and of at most _TYPICAL_CONTEXT tokens for the others. On GPUs that have no
+        FP8, NF4 comes before int8: for 32 requests, a step of the 70B reads 44 GB in NF4, and 69 GB in int8.
+        If none leaves that much memory, it is the one that leaves the most.
         """
         stored = self._readable()
-        choices = tuple(map(self._choice, _ORDER if stored == "none" else (stored,)))
+        choices = tuple(map(self._choice, _ALL if stored == "none" else (stored,)))
         fitting = [choice for choice in choices if not choice.refusal]
-        enough = [choice for choice in fitting if choice.requests >= ENOUGH_REQUESTS]
-        chosen = enough[0] if enough else max(fitting, key=lambda choice: choice.requests, default=None)
+        if self._oldest < _CAPABILITY["fp8"]:
+            fitting.sort(key=lambda choice: choice.quantization == "int8")
+        enough = [choice for choice in fitting if self._is_enough(choice)]
+        chosen = enough[0] if enough else max(fitting, key=lambda choice: choice.cache, default=None)
         return Plan(choices, chosen)
 
     def pick(self, requested: Quantization | Literal["auto"]) -> Quantization:
@@ -162,41 +173,55 @@ class Planner:
 
     def _choice(self, quantization: Quantization) -> PrecisionOption:
         weights = bytes_of_weights(self.config, quantization, self.dtype)
-        cache = max(self._room - weights, 0)
-        requests = cache // self._bytes_per_request
-        refusals = self._refusals(quantization, weights, requests)
+        room = self._room(quantization)
+        cache = max(room - weights, 0)
+        requests = cache // (self.context * bytes_per_token(self.config, self.dtype))
+        refusals = self._refusals(quantization, weights, room, requests)
         return PrecisionOption(quantization, weights, cache, requests, " and ".join(refusals))
 
-    @property
-    def _room(self) -> int:
+    def _is_enough(self, choice: PrecisionOption) -> bool:
+        tokens = self.context if choice.quantization == "none" else min(self.context, _TYPICAL_CONTEXT)
+        return choice.cache >= ENOUGH_REQUESTS * tokens * bytes_per_token(self.config, self.dtype)
+
+    def _room(self, quantization: Quantization) -> int:
         """Bytes for weights and cache on all GPUs together. Layers are divided evenly, so every GPU counts as
         much as the one with the least free memory."""
-        return len(self.gpus) * max(min(gpu.free for gpu in self.gpus) - RESERVE[self.engine], 0)
+        reserve = VLLM_RESERVE if self.engine == "vllm" else self._reserve(quantization)
+        return len(self.gpus) * max(min(gpu.free for gpu in self.gpus) - reserve, 0)
+
+    def _reserve(self, quantization: Quantization) -> int:
+        """Bytes of a GPU that the torch engine needs beside weights and cache."""
+        limits = {"rows": self.rows, "context": self.context}
+        return gpu_reserve(
+            self.config, quantization, self.dtype, **limits, flash_attention=self.flash_attention
+        ).total
 
     @property
-    def _bytes_per_request(self) -> int:
-        return self.context * bytes_per_token(self.config, self.dtype)
+    def _oldest(self) -> tuple[int, int]:
+        """The lowest compute capability of the GPUs."""
+        return min(gpu.capability for gpu in self.gpus)
 
-    def _refusals(self, quantization: Quantization, weights: int, requests: int) -> Iterator[str]:
-        if weights > self._room:
-            yield f"needs {weights / 1e9:.1f} GB for weights ({self._room / 1e9:.1f} GB available)"
+    def _refusals(self, quantization: Quantization, weights: int, room: int, requests: int) -> Iterator[str]:
+        if weights > room:
+            yield f"needs {weights / 1e9:.1f} GB for weights ({room / 1e9:.1f} GB available)"
         elif requests < 1:
-            yield (
-                f"leaves no memory for one request of {self.context} tokens (the weights take "
-                f"{weights / 1e9:.1f} GB)"
-            )
-        oldest = min(gpu.capability for gpu in self.gpus)
-        if oldest < _CAPABILITY[quantization]:
-            needed = ".".join(map(str, _CAPABILITY[quantization]))
-            yield f"needs compute capability {needed} (the GPU has {oldest[0]}.{oldest[1]})"
+            yield f"leaves no memory for one request of {self.context} tokens"
+        if self._oldest < _CAPABILITY[quantization]:
+            needed, had = (".".join(map(str, c)) for c in (_CAPABILITY[quantization], self._oldest))
+            yield f"needs compute capability {needed} (the GPU has {had})"
+        if quantization == "fp8" and self.engine == "torch" and (uneven := uneven_width(self.config)):
+            yield f"needs widths that are multiples of {MULTIPLE} (a layer has {uneven})"
         if quantization in ("int8", "nf4") and self.engine == "vllm":
-            yield "is not supported by vLLM (it no longer includes bitsandbytes)"
+            yield "is not supported by vLLM"
 
     def _advice(self) -> str:
         stored = self._readable()
+        if stored == "fp8" and (uneven_width(self.config) or self._oldest < _CAPABILITY["fp8"]):
+            return "use weights that are unquantized, or in bitsandbytes' int8 or NF4"
         narrowest = stored if stored != "none" else "nf4"
         weights = bytes_of_weights(self.config, narrowest, self.dtype)
-        needed = weights + self._bytes_per_request + RESERVE["torch"]
+        cache = self.context * bytes_per_token(self.config, self.dtype)
+        needed = weights + cache + self._reserve(narrowest)
         return (
             f"use LLAMA_ENGINE=torch on a GPU with {needed / 1e9:.0f} GB free (for {narrowest!r} and one "
             f"request of {self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use more GPUs with "
