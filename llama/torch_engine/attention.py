@@ -68,17 +68,24 @@ def rotary_indices(chunk: Chunk, parts: ModelParts) -> Tensor:
     return torch.arange(first, first + len(chunk.token_ids), device=parts.device)
 
 
-def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Return queries [N, heads, D], and keys and values [N, 2, KV heads, D], from projections.
+def rotary_rows(parts: ModelParts, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of the tables of cosines and sines for tokens [N], as `rotated` takes them."""
+    sin = parts.sin[indices]
+    sin[..., : sin.shape[-1] // 2].neg_()  # once per step, instead of negating numbers in every layer
+    return parts.cos[indices], sin
 
-    Queries and keys are rotated, in the half-split layout of transformers. `cos` and `sin` are [N, 1, D].
+
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [N, heads, D], keys [N, KV heads, D] and values [N, KV heads, D] from projections.
+
+    Queries and keys are rotated, in the half-split layout of transformers. `cos` and `sin` are [N, 1, D]; the
+    first half of each sine is negated.
     """
     heads = qkv.view(len(qkv), -1, cos.shape[-1])
     turned = heads[:, :-kv_heads]
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    queries, keys = turned[:, :-kv_heads], turned[:, -kv_heads:]
-    return queries, torch.stack((keys, heads[:, -kv_heads:]), dim=1)
+    turned = torch.addcmul(turned * cos, torch.cat((second, first), dim=-1), sin)
+    return turned[:, :-kv_heads], turned[:, -kv_heads:], heads[:, -kv_heads:]
 
 
 class TorchAttention(Attention):
@@ -97,14 +104,14 @@ class TorchAttention(Attention):
 
     def prefill(self, chunks: Sequence[Chunk]) -> Attend:
         angles = torch.cat([rotary_indices(chunk, self._parts) for chunk in chunks])
-        tables = self._parts.cos[angles], self._parts.sin[angles]
+        tables = rotary_rows(self._parts, angles)
         return partial(self._prefill, chunks, tables, [self._bias(chunk) for chunk in chunks])
 
     def decode(self, positions: Tensor, angles: Tensor, length: int) -> Attend:
         hidden = self._positions[:length] > positions[:, None]
         bias = torch.zeros_like(hidden, dtype=self._parts.dtype).masked_fill_(hidden, float("-inf"))
         cells = (self._starts[: len(positions)] + positions[:, None, None]).flatten()
-        tables = self._parts.cos[angles], self._parts.sin[angles]
+        tables = rotary_rows(self._parts, angles)
         return partial(self._decode, tables, self._shaped_bias(bias), cells, length)
 
     def _bias(self, chunk: Chunk) -> Tensor:
@@ -166,9 +173,9 @@ class TorchAttention(Attention):
         return self._attend(grouped, keys, values, bias).reshape(batch_size, -1)
 
     def _rotated(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `rotated` does, with keys and values in the type of the cache."""
-        queries, keys_values = rotated(qkv, cos, sin, self._kv_heads)
-        return queries, keys_values.to(self._layers[0].dtype)
+        """Return queries [N, heads, D], and keys and values [N, 2, KV heads, D] in the type of the cache."""
+        queries, keys, values = rotated(qkv, cos, sin, self._kv_heads)
+        return queries, torch.stack((keys, values), dim=1).to(self._layers[0].dtype)
 
     @abstractmethod
     def _shaped_bias(self, bias: Tensor) -> Tensor:
@@ -201,12 +208,13 @@ class TwoProductAttention(TorchAttention):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        product = torch.baddbmm
-        if queries.dtype is not torch.float32:
-            # Scores that are rounded to 16 bits would make the largest weights wrong by up to 5 %. Only on
-            # GPUs, this product can have another type than its factors.
-            product = partial(product, out_dtype=torch.float32)
-        scores = product(bias, queries.flatten(0, 1), keys.transpose(1, 2), alpha=self._parts.scale)
+        factors, scale = (queries.flatten(0, 1), keys.transpose(1, 2)), self._parts.scale
+        if queries.dtype is torch.float32:
+            scores = torch.baddbmm(bias, *factors, alpha=scale)
+        else:
+            # Scores that are rounded to 16 bits would make the largest weights wrong by up to 5 %. A product
+            # whose type differs from that of its factors exists on GPUs only.
+            scores = torch.add(bias, torch.bmm(*factors, out_dtype=torch.float32), alpha=scale)
         return torch.bmm(torch.softmax(scores, dim=-1).to(values.dtype), values)
 
 

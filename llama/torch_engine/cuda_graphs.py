@@ -35,6 +35,9 @@ class StepGraphs:
         # Largest first: the other graphs then reuse its memory from the pool.
         for shape in reversed(list(product(batch_sizes, lengths))):
             self._graphs[shape] = _captured(step, shape, pool)
+        for graph, _ in self._graphs.values():
+            graph.replay()  # the first replay may take memory, which would be too late during a request
+        torch.cuda.synchronize()
 
     def __call__(self, batch_size: int, length: int) -> Tensor:
         at_least = bisect_left(self._batch_sizes, batch_size), bisect_left(self._lengths, length)

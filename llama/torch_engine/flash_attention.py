@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama.torch_engine.attention import Attend, Attention, Chunk, rotary_indices, rotated
+from llama.torch_engine.attention import Attend, Attention, Chunk, rotary_indices, rotary_rows, rotated
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import ModelParts
 
@@ -26,8 +26,8 @@ class _Step(NamedTuple):
     cos: Tensor
     sin: Tensor
     cells: Tensor
-    """[2 x N] int64: where the key and the value of each token are stored, counted in positions from the
-    start of a layer's cache."""
+    """[N] int64: where the keys and the values of each token are stored, counted in positions from the start
+    of the cache."""
     query_starts: Tensor
     """[B + 1] int32: the index of the first token of each row in the step, and N."""
     row_starts: Tensor
@@ -45,14 +45,14 @@ class FlashAttention(Attention):
 
     def __init__(self, parts: ModelParts, cache: KVCache) -> None:
         self._parts, self._layers = parts, cache.layers
-        _, self._rows, self._length, self._kv_heads, _ = cache.layers[0].shape
-        self._counts = torch.arange(self._rows + 1, dtype=torch.int32, device=cache.device)
+        _, rows, self._length, self._kv_heads, _ = cache.layers[0].shape
+        self._counts = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)
         self._row_starts = self._counts * self._length
 
     def prefill(self, chunks: Sequence[Chunk]) -> Attend:
         angles = torch.cat([rotary_indices(chunk, self._parts) for chunk in chunks])
         starts = [chunk.row * self._length for chunk in chunks]
-        positions = [
+        cells = [
             torch.arange(start + chunk.start, start + chunk.end, device=angles.device)
             for start, chunk in zip(starts, chunks, strict=True)
         ]
@@ -62,9 +62,8 @@ class FlashAttention(Attention):
             for values in (counts, [*starts, 0], [chunk.end for chunk in chunks])
         )
         step = _Step(
-            cos=self._parts.cos[angles],
-            sin=self._parts.sin[angles],
-            cells=self._cells(torch.cat(positions)),
+            *rotary_rows(self._parts, angles),
+            cells=torch.cat(cells),
             query_starts=query_starts.cumsum(0, dtype=torch.int32),
             row_starts=row_starts,
             lengths=lengths,
@@ -76,9 +75,8 @@ class FlashAttention(Attention):
     def decode(self, positions: Tensor, angles: Tensor, length: int) -> Attend:  # noqa: ARG002
         batch_size = len(positions)
         step = _Step(
-            cos=self._parts.cos[angles],
-            sin=self._parts.sin[angles],
-            cells=self._cells(self._row_starts[:batch_size] + positions),
+            *rotary_rows(self._parts, angles),
+            cells=self._row_starts[:batch_size] + positions,
             query_starts=self._counts[: batch_size + 1],
             row_starts=self._row_starts[: batch_size + 1],
             # The position of a row that is not decoding is the last one of the cache: nothing is read there.
@@ -88,23 +86,18 @@ class FlashAttention(Attention):
         )
         return partial(self._attend, step)
 
-    def _cells(self, positions: Tensor) -> Tensor:
-        """Return `_Step.cells` for tokens [N] at these positions of the cache."""
-        return torch.stack((positions, positions + self._rows * self._length), dim=1).flatten()
-
     def _attend(self, step: _Step, index: int, qkv: Tensor) -> Tensor:
-        layer = self._layers[index]
-        queries, keys_values = rotated(qkv, step.cos, step.sin, self._kv_heads)
-        cells = layer.view(-1, self._kv_heads, layer.shape[-1])
-        cells.index_copy_(0, step.cells, keys_values.flatten(0, 1))
-        keys, values = cells.chunk(2)  # [rows x length, KV heads, D]
+        queries, keys, values = rotated(qkv, step.cos, step.sin, self._kv_heads)
+        cached_keys, cached_values = self._layers[index].flatten(1, 2)  # [rows x length, KV heads, D]
+        cached_keys.index_copy_(0, step.cells, keys)
+        cached_values.index_copy_(0, step.cells, values)
         attended: Tensor
         # Causal means that the last token of a row attends to all positions that its length includes, and
         # each earlier token to one position less than the next.
         attended, *_ = torch.ops.aten._flash_attention_forward.default(
             queries,
-            keys,
-            values,
+            cached_keys,
+            cached_values,
             step.query_starts,
             step.row_starts,
             step.most_queries,

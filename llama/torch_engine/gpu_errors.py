@@ -9,8 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
-# The driver's message, and that of cuBLAS, which allocates its own memory.
-_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# The driver's message, and those of cuBLAS, which allocates memory for its handles itself.
+_MESSAGES = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+)
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -15,6 +15,9 @@ LACK_OF_MEMORY = {
     "torch's allocator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "the driver": torch.AcceleratorError("CUDA error: out of memory"),
     "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "a new handle": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+    ),
 }
 
 
@@ -54,7 +57,7 @@ def test_an_engine_that_lacks_memory_while_it_starts_says_what_to_set(error: Exc
     def load() -> Batch:
         raise error
 
-    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*out of memory|ALLOC_FAILED") as raised:
+    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*CUDA (error|out of memory)") as raised:
         TorchEngine(load)
     assert "set a smaller LLAMA_CACHE_MEMORY, COG_MAX_CONCURRENCY or LLAMA_MAX_CONTEXT" in str(raised.value)
 
