@@ -25,6 +25,7 @@ class PositionsRead:
 positions_read = PositionsRead()
 
 
+@torch.library.impl("aten::_flash_attention_forward", "CPU")
 def flash_attention_forward(
     query: Tensor,
     key: Tensor,
@@ -84,7 +85,3 @@ def _check(
         assert tensor.storage_offset() % 8 == 0
     for tensor, count in ((cum_seq_q, rows + 1), (cum_seq_k, rows + 1), (seqused_k, rows)):
         assert (tensor.dtype, tensor.shape, tensor.stride()) == (torch.int32, (count,), (1,))
-
-
-_library = torch.library.Library("aten", "IMPL", "CPU")
-_library.impl("_flash_attention_forward", flash_attention_forward)
