@@ -28,19 +28,19 @@ SHORTEST_GRAPH = 256
 _BYTES_PER_LAUNCH = 64 * 2**10
 
 # Kernel launches of a decode step, by precision: of each layer, and of everything else. Each is the largest
-# number over bfloat16, float16, and both kinds of attention.
+# number of the fake run over GPUs and types, and one for every product in 16 bits, which cuBLAS may divide.
 _LAUNCHES_PER_LAYER: dict[Quantization, int] = {
-    "none": 24,
-    "fp8": 51,  # each of 4 products rounds its input first
-    "int8": 57,  # 7 products; each rounds its input, and converts its result twice
-    "nf4": 36,  # 7 products, which may unpack their weight first
+    "none": 21 + 4,
+    "fp8": 49,
+    "int8": 54,
+    "nf4": 26 + 7 + 7,  # bitsandbytes may unpack each weight first
 }
-_OTHER_LAUNCHES = 16
+_OTHER_LAUNCHES = 16 + 1
 
-# cuBLAS and cuBLASLt each have a workspace per stream. torch's default is 32 MiB on Hopper and Blackwell, and
-# 8 MiB on other GPUs (getChosenWorkspaceSize in torch's CublasHandlePool.cpp). There are two streams: one for
-# steps, and one on which torch captures graphs.
-_WORKSPACES = 2 * 2 * 32 * 2**20
+# cuBLAS has a workspace per stream, of 32 MiB on Hopper and 8 MiB on other GPUs. That of cuBLASLt has 1 MiB.
+# Source: torch 2.11's CublasHandlePool.cpp and CUDABlas.cpp. There are two streams: one for steps, and one on
+# which torch captures graphs.
+_WORKSPACES = 2 * (32 + 1) * 2**20
 
 # torch's allocator takes at least a segment of 2 MiB for small tensors and one of 20 MiB for larger ones
 # (kSmallBuffer and kLargeBuffer in its CUDACachingAllocator.cpp). There are two pools: the ordinary one and
@@ -139,28 +139,32 @@ class _Sizes:
 
     def step(self, tokens: int, results: int) -> int:
         """Bytes of the tensors that are alive at the peak of a step that returns this many rows of logits."""
-        hidden, mlp, queries, _ = self._widths
+        hidden, mlp, queries, keys = self._widths
         # Alive all the time: the hidden states and their two terms, the latest output of attention, and the
         # latest input of the down-projection.
         carried = self.element * (3 * hidden + queries + mlp)
+        # An unpacked weight, and the outputs of the layers that have the same input.
+        unpacking = self._unpacked + tokens * self.element * max(2 * mlp, queries + 2 * keys)
         logits = results * self.config.vocab_size * (self.element + 4)  # as computed, and in float32
-        return int(tokens * (carried + max(self._attention, self._mlp)) + logits + self._unpacked)
+        return int(tokens * carried + max(tokens * self._attention, tokens * self._mlp, unpacking) + logits)
 
     def masks(self, tokens: int, context: int) -> int:
-        """Bytes that the masks of a prefill take without flash attention."""
-        cells = tokens * context * int(self.config.num_attention_heads)
-        if self.config.head_dim % 8:
-            # torch has no fused kernel, and computes scores, masked scores and weights in float32.
-            return 3 * 4 * cells
-        # A flag per cell, then the same in the type of activations, then with padded rows. The heads that
-        # share a KV head have masks of their own.
-        return cells // int(self.config.num_key_value_heads) * (1 + 2 * self.element)
+        """Bytes that the masks of a prefill take without flash attention.
+
+        The query heads that share a KV head have masks of their own.
+        """
+        heads, kv_heads = int(self.config.num_attention_heads), int(self.config.num_key_value_heads)
+        masks = tokens * (context + 8) * (heads // kv_heads * self.element + 1)
+        if self.config.head_dim % 8 == 0:
+            return masks
+        # torch has no fused kernel, and computes scores, masked scores and weights in float32.
+        return masks + tokens * context * heads * 3 * 4
 
     def scores(self, rows: int, context: int) -> int:
         """Bytes that the scores of a decode step take without flash attention: scores and weights in float32,
         weights in the type of activations, and the mask in float32."""
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return int(rows * context * (heads * (4 + 4 + self.element) + kv_heads * 4))
+        heads, kv_heads = int(self.config.num_attention_heads), int(self.config.num_key_value_heads)
+        return rows * context * (heads * (4 + 4 + self.element) + kv_heads * 4)
 
     def largest(self, tokens: int) -> int:
         """Bytes of the largest tensor: gates and up-projections, or an unpacked weight."""
@@ -188,16 +192,16 @@ class _Sizes:
     @property
     def _mlp(self) -> int:
         """Bytes per token in the MLP."""
-        _, mlp, queries, _ = self._widths
+        hidden, mlp, queries, _ = self._widths
         widest = max(mlp, queries)
         gated = 4 * self.element * widest  # gates, up-projections, the activated gates and the product
         match self.quantization:
             case "none" | "nf4":
                 return gated
-            case "fp8":  # the input in float32, divided by its scale, and in FP8
-                return max(gated, (self.element + 4 + 1) * widest)
+            case "fp8":  # beside the gates: their input in FP8; or the input divided by its scale, and in FP8
+                return max(gated + hidden, (self.element + 4 + 1) * widest)
             case "int8":  # the gates, and the up-projections in int32, in float16 and in their own type
-                return max(gated, (2 * self.element + 4 + 2) * widest)
+                return max(gated, (2 * self.element + 4 + 2) * widest) + hidden
 
     @property
     def _unpacked(self) -> int:
