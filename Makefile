@@ -20,7 +20,7 @@ IMAGE_PLATFORM := x86_64-manylinux_2_35
 TORCH_INDEX ?= https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA))
 RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM)
 
-.PHONY: help install predict serve up test test-vllm test-clients check check-images bench bench-gateway bench-gpu clean
+.PHONY: help install predict serve up test test-vllm test-clients check check-images bench bench-gateway bench-gpu quality clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ bench-gateway: install ## measure the gateway; LITELLM= names a Python that has 
 
 bench-gpu: $(GPU_VENV)/.installed ## check and measure a random 70B on this machine's GPU
 	$(GPU_BIN)/python -m benchmarks.gpu
+
+quality: install ## measure how much quality each precision costs, with the embedded model on the CPU; ARGS="--weights FOLDER" for another model
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 # The image's pins, the torch build for its CUDA (from the index that Cog uses), and Cog's server.
 $(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt
