@@ -89,8 +89,8 @@ $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
 bench-gateway: install ## measure the gateway; LITELLM= names a Python that has litellm[proxy]
 	$(BIN)/python -m benchmarks.gateway $(if $(LITELLM),--litellm $(LITELLM))
 
-bench-gpu: $(GPU_VENV)/.installed ## check and measure a random 70B on this machine's GPU
-	$(GPU_BIN)/python -m benchmarks.gpu
+bench-gpu: $(GPU_VENV)/.installed ## check the engine and measure a random 70B on this machine's GPU; PARTS="checks fp8" selects parts
+	$(GPU_BIN)/python -m benchmarks.gpu $(PARTS)
 
 quality: install ## measure how much quality each precision costs, with the embedded model on the CPU; ARGS="--weights FOLDER" for another model
 	$(BIN)/python -m benchmarks.quality $(ARGS)

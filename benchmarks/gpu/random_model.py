@@ -22,15 +22,15 @@ from llama.weights.file_checks import INDEX
 
 _LATER_LAYER = re.compile(r"model\.layers\.[1-9]")
 
-# A small model of the same proportions, to test this program without a GPU.
+# A small model with grouped-query attention, for the checks, and to test this program without a GPU.
 SMALL = LlamaConfig(
     vocab_size=VOCABULARY,
     hidden_size=256,
     intermediate_size=896,
     num_hidden_layers=2,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
     max_position_embeddings=4096,
     bos_token_id=1,
     eos_token_id=2,
@@ -40,15 +40,20 @@ SMALL = LlamaConfig(
 )
 
 
-def random_model(config: LlamaConfig, quantization: Quantization, device: torch.device) -> LlamaForCausalLM:
+def random_model(
+    config: LlamaConfig,
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> LlamaForCausalLM:
     """Return a model with random weights. Each layer is quantized before the next one is made."""
     model = empty_model(config, device)
     for name, module in list(model.named_modules()):
         if not module._parameters:
             continue
-        weight = _random(module, device)
+        weight = _random(module, device).to(dtype)
         if isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, quantize(weight, None, quantization, torch.bfloat16))
+            model.set_submodule(name, quantize(weight, None, quantization, dtype))
         else:
             module.weight = nn.Parameter(weight, requires_grad=False)
     return model

@@ -1,0 +1,149 @@
+"""Compare the attention of a device, in 16 bits, with the same in float64 on the CPU.
+
+Rows have very different lengths, and what they do not use is filled with NaN before. So a kernel that reads
+beyond a row's own length is found. Knows attention and its cache; knows nothing about layers or requests.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu.measurements import CheckFailed
+from benchmarks.gpu.stepper import make_cache
+from llama.model.placement import Placement
+from llama.torch_engine.attention import Attention, Chunk, torch_attention
+from llama.torch_engine.flash_attention import FlashAttention
+from llama.torch_engine.kv_cache import CacheShape, KVCache
+from llama.torch_engine.layers import ModelParts, take_apart
+
+_KV_HEADS = 2
+LENGTH = 2048
+"""The context of the configurations."""
+# The prompt tokens that each step reads, by row. The first row is read in two steps. Then come decode steps
+# for these rows and one more, which is not decoding.
+_CHUNKS = ({0: 1200, 1: 1, 2: 65}, {0: 300, 3: 129})
+_SMALL_CHUNKS = ({0: 60, 1: 1, 2: 17}, {0: 20, 3: 33})
+_DECODE_STEPS = 2
+# Several roundings to the format follow each other: of rotated queries and keys, of the weights and of the
+# result. Sums are in float32. A wrong position or head gives an error of about 1.
+_ROUNDINGS = 3
+_SUMS = 1e-5
+_POISON_WITH_MASK = 100.0  # with a mask, NaN times a weight of zero would be NaN
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """All projections [N, heads + 2 x KV heads, D] of each row so far, in float64 on the CPU."""
+
+    parts: ModelParts
+    projections: list[Tensor]
+
+    def expected(self, row: int, projections: Tensor) -> Tensor:
+        """Add projections to a row. Return the attention of their queries, [N, heads, D]."""
+        count = len(projections)
+        self.projections[row] = torch.cat((self.projections[row], projections))
+        seen = self.projections[row]
+        heads, keys, values = torch.split(seen, [self.parts.heads, _KV_HEADS, _KV_HEADS], dim=1)
+        cos, sin = (table.cpu().double()[: len(seen)] for table in (self.parts.cos, self.parts.sin))
+        queries, keys = _rotated(heads, cos, sin)[-count:], _rotated(keys, cos, sin)
+        keys, values = (t.repeat_interleave(self.parts.heads // _KV_HEADS, dim=1) for t in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * self.parts.scale
+        later = torch.arange(len(seen)) > torch.arange(len(seen) - count, len(seen))[:, None]
+        weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)
+        return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def check_attention(config: LlamaConfig, placement: Placement, *, small: bool) -> dict[str, Any]:
+    """Check prompt chunks and decode steps with a configuration of `attention_config`.
+
+    Return the largest relative error of a head's result. Raises CheckFailed.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(placement.device, placement.dtype).requires_grad_(False)
+    parts = take_apart(model, placement)
+    cache = make_cache(config, CacheShape(6, LENGTH), placement)
+    attention: Attention = (
+        FlashAttention(parts, cache) if cache.by_position else torch_attention(parts, cache)
+    )
+    errors = attention_errors(attention, parts, cache, small=small)
+    tolerance = _ROUNDINGS * torch.finfo(placement.dtype).eps + _SUMS
+    if not max(errors) <= tolerance or any(map(math.isnan, errors)):
+        raise CheckFailed(f"relative errors of the steps: {errors}; at most {tolerance} is tolerated")
+    return {"kernel": type(attention).__name__, "relative_error": max(errors), "tolerance": tolerance}
+
+
+def attention_errors(attention: Attention, parts: ModelParts, cache: KVCache, *, small: bool) -> list[float]:
+    """Return the largest relative error of each step.
+
+    It is NaN, or large, if a step has read beyond a row's length.
+    """
+    for layer in cache.layers:
+        layer.fill_(math.nan if cache.by_position else _POISON_WITH_MASK)
+    size = (0, parts.heads + 2 * _KV_HEADS, cache.layers[0].shape[-1])
+    rows = _Rows(parts, [torch.zeros(size, dtype=torch.float64) for _ in range(4)])
+    with torch.inference_mode():
+        prompts = [
+            _prefill_error(attention, rows, counts) for counts in (_SMALL_CHUNKS if small else _CHUNKS)
+        ]
+        return [*prompts, *(_decode_error(attention, rows) for _ in range(_DECODE_STEPS))]
+
+
+def attention_config(head_dim: int, group: int) -> LlamaConfig:
+    """Return a model of one layer, with `group` query heads per KV head."""
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=group * _KV_HEADS,
+        num_key_value_heads=_KV_HEADS,
+        head_dim=head_dim,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def _prefill_error(attention: Attention, rows: _Rows, counts: dict[int, int]) -> float:
+    chunks = [
+        Chunk(row, len(rows.projections[row]), torch.zeros(count, dtype=torch.long, device=rows.parts.device))
+        for row, count in counts.items()
+    ]
+    projections = [_random_projections(rows, count) for count in counts.values()]
+    got = attention.prefill(chunks)(0, torch.cat(projections).flatten(1))
+    expected = [rows.expected(row, p.cpu().double()) for row, p in zip(counts, projections, strict=True)]
+    return _relative_error(got, torch.cat(expected))
+
+
+def _decode_error(attention: Attention, rows: _Rows) -> float:
+    lengths = [len(seen) for seen in rows.projections]
+    positions = torch.tensor([*lengths, LENGTH - 1], device=rows.parts.device)
+    projections = _random_projections(rows, len(positions))
+    got = attention.decode(positions, positions, max(lengths) + 1)(0, projections.flatten(1))
+    expected = [rows.expected(row, projections[row : row + 1].cpu().double()) for row in range(len(lengths))]
+    return _relative_error(got[:-1], torch.cat(expected))
+
+
+def _random_projections(rows: _Rows, count: int) -> Tensor:
+    """Return projections [N, heads + 2 x KV heads, D] that need no rounding to the cache's type."""
+    shape = rows.projections[0].shape[1:]
+    projections = torch.randn(count, *shape, device=rows.parts.device)
+    return projections.half().bfloat16().to(rows.parts.dtype)
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest relative error of a head's result. `got` is [N, heads x D]."""
+    difference = got.cpu().double().view_as(expected) - expected
+    # A maximum with NaN is NaN.
+    return float((difference.norm(dim=-1) / expected.norm(dim=-1)).max())
