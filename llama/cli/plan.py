@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from llama.model.precision_plan import Gpu, Plan, Planner, PrecisionOption
 
 _LARGEST = 1e9  # GB
+# What torch's CUDA context takes of a GPU, measured with torch 2.10 on an RTX 6000 Ada in
+# https://github.com/unslothai/unsloth-zoo/pull/1053. The free memory of this machine's GPUs is measured when
+# the context exists.
+_CUDA_CONTEXT = 426 * 2**20
+# For how many requests at a time bitsandbytes multiplies by NF4 weights as they are, by compute capability.
+# For more, it writes the large weights out in 16 bits and reads them again. Source: the function
+# `_gemm_4bit_use_custom_cuda` in its backends/cuda/ops.py, with which the tests compare these numbers.
+_NF4_REQUESTS = {(8, 7): 4, (9, 0): 16, (10, 0): 4, (10, 3): 4, (11, 0): 4}
+_NF4_REQUESTS_ELSEWHERE = 32
 
 
 @command
@@ -28,7 +37,8 @@ def plan(
         str | None,
         typer.Option(
             metavar="GB[,GB...]",
-            help="The free memory of each GPU in GB (1e9 bytes). If omitted, this machine's GPUs are used.",
+            help="The free memory of each GPU in GB (1e9 bytes), before a server starts. If omitted, this "
+            "machine's GPUs are used.",
         ),
     ] = None,
     capability: Annotated[
@@ -39,7 +49,7 @@ def plan(
         ),
     ] = "9.0",
 ) -> int:
-    """Print which precisions fit the GPUs, and how many requests each leaves room for.
+    """Print which precisions fit the GPUs, how many requests each leaves room for, and what it is good for.
 
     LLAMA_WEIGHTS names the model; if it is unset, the model is Llama 2 70B. No weights are loaded.
 
@@ -56,10 +66,13 @@ def plan(
     engine: EngineName = "vllm" if several else settings.engine
     if engine == "vllm":
         cards = _share_for_vllm(cards, config, settings)
+    elif gpus is not None:
+        cards = [replace(gpu, free=max(gpu.free - _CUDA_CONTEXT, 0)) for gpu in cards]
     print(f"model: {settings.weights or 'Llama 2 70B (LLAMA_WEIGHTS is not set)'}", file=sys.stderr)
     planner = planner_for(settings, config, cards, engine)
     found = planner.plan()
-    _print_table(table(found, planner, settings.max_concurrency), found)
+    print(f"requests of {planner.context} tokens on the {engine} engine:")
+    _print_rows(rows(found, planner), found)
     return int(found.chosen is None)
 
 
@@ -74,39 +87,69 @@ def _share_for_vllm(cards: Sequence[Gpu], config: LlamaConfig, settings: Setting
     return [replace(gpu, free=int(gpu.free * share)) for gpu in assume_identical(cards, stages * tensor)]
 
 
-def _print_table(text: str, found: Plan) -> None:
-    """Print the table; on a terminal, the row of the chosen precision is in colour."""
-    from rich.console import Console
-    from rich.text import Text
-
+def _print_rows(cells: Sequence[Sequence[str]], found: Plan) -> None:
+    """Print a table. On a terminal, its last column is wrapped, and the chosen precision is in colour."""
     if not sys.stdout.isatty():  # rich would turn a closed pipe into the exit code 1
-        print(text)
+        print(text_of(cells))
         return
-    console = Console(highlight=False)
-    for choice, line in zip((None, *found.choices), text.splitlines(), strict=True):
-        chosen = choice is not None and choice is found.chosen
-        console.print(Text(line, style="bold green" if chosen else ""), soft_wrap=True)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for name in cells[0]:
+        table.add_column(name, no_wrap=bool(name))
+    for choice, row in zip(found.choices, cells[1:], strict=True):
+        table.add_row(*row, style="bold green" if choice is found.chosen else "")
+    Console(highlight=False).print(table)
 
 
-def table(found: Plan, planner: Planner, most: int) -> str:
-    """The plan as text: a header and one row per choice. `most`: requests that the server takes at once."""
-    head = ("precision", "weights", "cache", f"requests of {planner.context} tokens", "engine", "")
-    rows = [
-        (
-            f"{planner.dtype.itemsize * 8} bits" if choice.quantization == "none" else choice.quantization,
-            f"{choice.weights / 1e9:.1f} GB",
-            f"{choice.cache / 1e9:.1f} GB",
-            _requests(choice, most),
-            planner.engine,
-            choice.refusal or ("chosen" if choice is found.chosen else ""),
-        )
-        for choice in found.choices
+def rows(found: Plan, planner: Planner) -> list[tuple[str, ...]]:
+    """The cells of the table: a header and one row per choice. The last column has no name."""
+    return [
+        ("precision", "weights", "cache", "requests", ""),
+        *(
+            (
+                f"{planner.dtype.itemsize * 8} bits"
+                if choice.quantization == "none"
+                else choice.quantization,
+                f"{choice.weights / 1e9:.1f} GB",
+                f"{choice.cache / 1e9:.1f} GB",
+                _requests(choice, planner.rows),
+                choice.refusal or ("chosen: " if choice is found.chosen else "") + _use(choice, planner),
+            )
+            for choice in found.choices
+        ),
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+
+def text_of(cells: Sequence[Sequence[str]]) -> str:
+    """Return a table as text, with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
+        for row in cells
     )
+
+
+def _use(choice: PrecisionOption, planner: Planner) -> str:
+    """What a precision is good for on these GPUs."""
+    capability = min(gpu.capability for gpu in planner.gpus)
+    match choice.quantization:
+        case "none":
+            return "most accurate; needs the most memory"
+        case "fp8":
+            return "fast for one or many requests"
+        case "int8":
+            return "slower than fp8" if capability >= (8, 9) else "slower than nf4, but rounds less"
+        case "nf4":
+            most = nf4_requests(capability)
+            speed = f"slow with more than {most} at once" if most < planner.rows else "fast for one or many"
+            return f"saves memory; {speed}"
+
+
+def nf4_requests(capability: tuple[int, int]) -> int:
+    """For how many requests at a time NF4 is fast, by compute capability."""
+    return _NF4_REQUESTS.get(capability, _NF4_REQUESTS_ELSEWHERE)
 
 
 def _requests(choice: PrecisionOption, most: int) -> str:

@@ -220,40 +220,6 @@ def test_chat_keeps_the_conversation_when_an_answer_is_interrupted(llama_folder:
     assert "</s><s>[INST] second question [/INST]" in formatted[1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--gpus", "80"], 0, "nf4        39.6 GB   37.2 GB  27"),
-        (["--gpus", "80,80"], 0, "vllm    chosen"),
-        (["--gpus", "80,80", "--capability", "8.0"], 0, "needs compute capability 8.9 (the GPU has 8.0)"),
-        (["--gpus", "24"], 1, "needs 39.6 GB for weights (20.8 GB available)"),
-    ],
-)
-def test_plan_prints_what_fits_and_exits_with_1_if_nothing_does(
-    arguments: list[str], code: int, words: str
-) -> None:
-    result = run("plan", *arguments, weights=None)
-    assert result.returncode == code
-    assert words in result.stdout
-
-
-def test_plan_follows_the_dtype_and_concurrency_settings(
-    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LLAMA_DTYPE", "float32")
-    monkeypatch.setenv("COG_MAX_CONCURRENCY", "5")
-    result = run("plan", "--gpus", "48", weights=llama_folder)
-    assert re.search(r"^32 bits .*  5 \(\d+ fit\) ", result.stdout, re.MULTILINE)
-
-
-@needs_llama_2_tokenizer
-def test_plan_follows_the_weights_and_context_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLAMA_MAX_CONTEXT", "1024")
-    result = run("plan", "--gpus", "48", weights=LLAMA_2_TOKENIZER)
-    assert "requests of 1024 tokens" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("nf4        39.6 GB   5.2 GB  15")
-
-
 @pytest.mark.slow
 def test_pack_writes_a_folder_that_serves(llama_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "packed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,14 +13,17 @@ from typer.testing import CliRunner
 
 from llama import ROOT
 from llama.cli.main import app
-from llama.cli.plan import table
+from llama.cli.plan import rows as table
 from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import load_config
+from llama.model.fp8_linear import uneven_width
+from llama.model.gpu_reserve import gpu_reserve
 from llama.model.loader import empty_model
 from llama.model.parallel_sizes import parallel_sizes
+from llama.model.placement import has_flash_attention
 from llama.model.precision_plan import (
     LLAMA_2_70B,
-    RESERVE,
+    VLLM_RESERVE,
     Gpu,
     Planner,
     bytes_of_weights,
@@ -30,11 +33,19 @@ from llama.model.quantized_layers import Quantization, quantize, to_stored
 
 CONTEXT = 4096
 HOPPER, AMPERE, TURING, PASCAL = (9, 0), (8, 0), (7, 5), (6, 1)
+ADA, BLACKWELL, WORKSTATION_BLACKWELL = (8, 9), (10, 0), (12, 0)
 
 
-def planner(cards: list[Gpu], config: LlamaConfig = LLAMA_2_70B, **more: object) -> Planner:
-    engine = "torch" if len(cards) == 1 else "vllm"
-    return Planner(**{"config": config, "gpus": tuple(cards), "context": CONTEXT, "engine": engine, **more})
+def planner(cards: list[Gpu], config: LlamaConfig = LLAMA_2_70B, **more: Any) -> Planner:
+    capability = min(card.capability for card in cards)
+    dtype = more.pop("dtype", torch.bfloat16 if capability >= AMPERE else torch.float16)
+    settings = {
+        "context": CONTEXT,
+        "rows": 32,
+        "engine": "torch" if len(cards) == 1 else "vllm",
+        "flash_attention": has_flash_attention(config, dtype, capability),
+    }
+    return Planner(config=config, gpus=tuple(cards), dtype=dtype, **{**settings, **more})
 
 
 def gpus(*gigabytes: int, capability: tuple[int, int] = HOPPER) -> list[Gpu]:
@@ -84,14 +95,18 @@ def test_the_planned_bytes_equal_the_bytes_of_a_real_model(quantization: Quantiz
     ("cards", "requests", "auto"),
     [
         # Concurrent requests in 16 bits, FP8, int8 and NF4. None: the weights do not fit.
-        (gpus(24), (None, None, None, None), None),
-        (gpus(40), (None, None, None, None), None),
-        (gpus(48), (None, None, None, 3), "nf4"),
-        (gpus(80), (None, 5, 5, 27), "nf4"),
+        (gpus(24, capability=ADA), (None, None, None, None), None),
+        (gpus(40, capability=AMPERE), (None, None, None, None), None),
+        (gpus(48, capability=ADA), (None, None, None, 4), "nf4"),
+        (gpus(72), (None, None, None, 21), "nf4"),
+        # Six requests of 4,096 tokens are twelve of 2,048.
+        (gpus(80), (None, 6, 6, 27), "fp8"),
         (gpus(85), (None, 9, 9, 31), "fp8"),
-        (gpus(85, capability=AMPERE), (None, None, 9, 31), "int8"),
-        (gpus(141), (None, 50, 50, 73), "fp8"),
-        (gpus(192), (37, 88, 88, 111), "none"),
+        (gpus(80, capability=AMPERE), (None, None, 6, 27), "nf4"),
+        (gpus(85, capability=AMPERE), (None, None, 9, 31), "nf4"),
+        (gpus(102, capability=WORKSTATION_BLACKWELL), (None, 22, 22, 44), "fp8"),
+        (gpus(141), (1, 51, 51, 73), "fp8"),
+        (gpus(192, capability=BLACKWELL), (39, 89, 89, 111), "none"),
         (gpus(24, 24), (None, None, None, None), None),
         (gpus(48, 48), (None, 16, None, None), "fp8"),
         (gpus(80, 80), (13, 64, None, None), "none"),
@@ -101,7 +116,9 @@ def test_the_planned_bytes_equal_the_bytes_of_a_real_model(quantization: Quantiz
         (gpus(80, 48), (None, 16, None, None), "fp8"),
         (gpus(*[141] * 8), (724, 775, None, None), "none"),
         (gpus(80, capability=PASCAL), (None, None, None, None), None),
-        (gpus(48, capability=TURING), (None, None, None, 3), "nf4"),
+        # Without flash attention, graphs for several lengths take 5 GB more.
+        (gpus(48, capability=TURING), (None, None, None, None), None),
+        (gpus(52, capability=TURING), (None, None, None, 3), "nf4"),
     ],
 )
 def test_the_plan_of_the_70b_on_many_machines(
@@ -113,14 +130,117 @@ def test_the_plan_of_the_70b_on_many_machines(
     assert (table.chosen and table.chosen.quantization) == auto
 
 
-def test_weights_cache_and_reserve_add_up_to_the_free_memory() -> None:
-    (*_, nf4) = planner(gpus(80)).plan().choices
-    assert nf4.weights + nf4.cache + RESERVE["torch"] == 80 * 10**9
+SMALL_MODELS = {
+    "Llama 2 7B": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    ),
+    "Llama 2 13B": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        max_position_embeddings=4096,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "gigabytes", "capability", "auto"),
+    [
+        ("Llama 2 7B", 15.6, TURING, "nf4"),  # T4
+        ("Llama 2 7B", 24, ADA, "fp8"),  # L4
+        ("Llama 2 7B", 24, (8, 6), "nf4"),  # A10
+        ("Llama 2 7B", 32, WORKSTATION_BLACKWELL, "none"),  # RTX 5090
+        ("Llama 2 7B", 42, AMPERE, "none"),  # A100 with 40 GB
+        ("Llama 2 13B", 24, ADA, "nf4"),
+        ("Llama 2 13B", 42, AMPERE, "nf4"),
+        ("Llama 2 13B", 48, ADA, "fp8"),
+        ("Llama 2 13B", 85, HOPPER, "none"),
+    ],
+)
+def test_fp8_is_preferred_on_gpus_that_have_it_and_nf4_to_int8_elsewhere(
+    model: str, gigabytes: float, capability: tuple[int, int], auto: str
+) -> None:
+    card = Gpu("a GPU", int(gigabytes * 1e9), capability)
+    assert planner([card], SMALL_MODELS[model]).pick("auto") == auto
+
+
+def test_eight_requests_count_as_enough_up_to_2048_tokens_each() -> None:
+    request = 2048 * bytes_per_token(LLAMA_2_70B, torch.bfloat16)
+    needed = planner(gpus(80)).plan().choices[1]
+    for context in (2048, 4096):
+        just = 80 * 10**9 - needed.cache + 8 * request
+        enough, less = (
+            planner([Gpu("a GPU", free, HOPPER)], context=context).plan().chosen
+            for free in (just, just - 10**8)
+        )
+        assert (enough and enough.quantization, less and less.quantization) == ("fp8", "nf4"), context
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8", "int8", "nf4"])
+def test_weights_cache_and_reserve_add_up_to_the_free_memory(quantization: Quantization) -> None:
+    (option,) = (c for c in planner(gpus(192)).plan().choices if c.quantization == quantization)
+    reserve = gpu_reserve(
+        LLAMA_2_70B, quantization, torch.bfloat16, rows=32, context=CONTEXT, flash_attention=True
+    )
+    assert option.weights + option.cache + reserve.total == 192 * 10**9
+
+
+def test_vllm_has_a_reserve_of_its_own() -> None:
+    fp8 = planner(gpus(85), engine="vllm").plan().choices[1]
+    assert fp8.weights + fp8.cache + VLLM_RESERVE == 85 * 10**9
+
+
+def odd(**widths: int) -> LlamaConfig:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 1}
+    return LlamaConfig(**{**sizes, **widths})
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (LLAMA_2_70B, None),
+        (SMALL_MODELS["Llama 2 7B"], None),
+        (odd(), None),
+        (odd(intermediate_size=520), 520),
+        (odd(hidden_size=520, head_dim=64), 520),
+        (odd(num_attention_heads=4, head_dim=100, num_key_value_heads=4), None),
+        (odd(num_attention_heads=2, head_dim=100, num_key_value_heads=2), 200),
+        # 64 outputs of queries are a multiple of 16, and so are 64 + 2 x 8 of queries, keys and values.
+        (odd(head_dim=8, num_key_value_heads=1), None),
+        (odd(head_dim=4, num_key_value_heads=1), 40),
+    ],
+)
+def test_a_width_that_is_no_multiple_of_16_is_found(config: LlamaConfig, width: int | None) -> None:
+    assert uneven_width(config) == width
+
+
+def test_fp8_is_refused_for_a_width_that_torch_cannot_multiply() -> None:
+    reason = r"needs widths that are multiples of 16 \(a layer has 520\)"
+    found = planner(gpus(24), odd(intermediate_size=520))
+    refusals = {choice.quantization: choice.refusal for choice in found.plan().choices}
+    assert re.fullmatch(reason, refusals.pop("fp8"))
+    assert set(refusals.values()) == {""}
+    with pytest.raises(
+        DoesNotFit, match=f"LLAMA_QUANTIZATION is fp8, .* it {reason}; set .* to none or int8"
+    ):
+        found.pick("fp8")
+    stored = planner(gpus(24), odd(intermediate_size=520), stored="fp8")
+    with pytest.raises(DoesNotFit, match=f"'fp8' {reason}; use weights that are unquantized, or in"):
+        stored.pick("auto")
+    assert planner(gpus(24), odd(intermediate_size=520), engine="vllm").pick("fp8") == "fp8"
 
 
 def test_more_requests_of_a_shorter_context_fit() -> None:
     (*_, nf4) = planner(gpus(48), context=1024).plan().choices
-    assert nf4.requests == 15
+    assert nf4.requests == 16
+    assert planner(gpus(48), context=1024, rows=8).plan().choices[-1].requests == 17
 
 
 def test_a_quantized_checkpoint_is_planned_only_in_its_stored_precision() -> None:
@@ -143,7 +263,8 @@ def test_a_quantized_checkpoint_is_planned_only_in_its_stored_precision() -> Non
         ),
         (gpus(80, capability=AMPERE), "fp8", "none", "needs compute capability 8.9 .the GPU has 8.0."),
         (gpus(80), "none", "none", "set LLAMA_QUANTIZATION to fp8 or int8 or nf4"),
-        (gpus(48), "auto", "int8", "on a GPU with 74 GB free .for 'int8'"),
+        (gpus(48), "auto", "int8", "on a GPU with 73 GB free .for 'int8'"),
+        (gpus(85, capability=AMPERE), "auto", "fp8", "; use weights that are unquantized, or in "),
     ],
 )
 def test_the_refusal_of_a_precision_names_what_would_fit(
@@ -153,7 +274,7 @@ def test_the_refusal_of_a_precision_names_what_would_fit(
         planner(card, stored=stored).pick(wanted)
 
 
-@pytest.mark.parametrize(("wanted", "taken"), [("auto", "nf4"), ("int8", "int8"), ("fp8", "fp8")])
+@pytest.mark.parametrize(("wanted", "taken"), [("auto", "fp8"), ("int8", "int8"), ("nf4", "nf4")])
 def test_a_precision_that_fits_is_picked(wanted: Quantization | Literal["auto"], taken: Quantization) -> None:
     assert planner(gpus(80)).pick(wanted) == taken
 
@@ -204,14 +325,7 @@ def test_a_tensor_size_that_does_not_divide_the_heads_is_refused() -> None:
         parallel_sizes(LLAMA_2_70B, 3, tensor=3, pipeline=None)
 
 
-LLAMA_2_7B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    max_position_embeddings=4096,
-)
+LLAMA_2_7B = SMALL_MODELS["Llama 2 7B"]
 
 
 def test_weights_and_cache_of_a_7b_in_float32_take_twice_the_bytes() -> None:
@@ -222,7 +336,7 @@ def test_weights_and_cache_of_a_7b_in_float32_take_twice_the_bytes() -> None:
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert (wide.weights / 1e9, narrow.weights / 1e9) == pytest.approx((27.0, 13.5), abs=0.05)
-    assert (wide.requests, narrow.requests) == (4, 14)
+    assert (wide.requests, narrow.requests) == (4, 15)
 
 
 def test_unquantized_weights_are_counted_in_their_dtype() -> None:
@@ -239,9 +353,12 @@ def test_the_torch_engine_is_planned_in_the_dtype_that_is_set() -> None:
 
 
 def test_the_table_shows_how_many_requests_fit_beyond_the_servers_limit() -> None:
-    large = planner(gpus(149))
-    assert "  32 (56 fit)  " in table(large.plan(), large, 32).splitlines()[2]
-    assert "  56  " in table(large.plan(), large, 56).splitlines()[2]
+    for rows, cell in ((32, "32 (57 fit)"), (57, "57")):
+        large = planner(gpus(149), rows=rows)
+        assert table(large.plan(), large)[2][3] == cell
+
+
+CAPABILITIES = {"24 GB": "8.9", "L40S": "8.9", "A100": "8.0", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
 
 
 def rows_of(document: str, columns: int) -> list[list[str]]:
@@ -256,12 +373,13 @@ def test_the_tables_of_the_documents_agree_with_plan(document: str, sizes: int) 
     assert len(rows) >= 7
     for row in rows:
         if document == "deploy.md":
-            capability, precision, requests = "8.0" if "A100" in row[0] else "9.0", row[2], row[4]
+            (capability,) = {c for name, c in CAPABILITIES.items() if row[0].startswith(name)}
+            precision, requests = row[2], row[4]
         else:
             _, capability, precision, requests, _ = row
         command = ["plan", "--gpus", row[sizes].removesuffix(" GB"), "--capability", capability]
         result = CliRunner().invoke(app, command)
-        chosen = [line for line in result.stdout.splitlines() if line.endswith("chosen")]
+        chosen = [line for line in result.stdout.splitlines() if "  chosen: " in line]
         if precision == "none fits":
             assert (result.exit_code, chosen) == (1, [])
         else:
@@ -270,7 +388,7 @@ def test_the_tables_of_the_documents_agree_with_plan(document: str, sizes: int) 
 
 
 def test_the_table_has_one_row_per_precision() -> None:
-    lines = table(planner(gpus(80)).plan(), planner(gpus(80)), 32).splitlines()
-    assert [line.split()[0] for line in lines] == ["precision", "16", "fp8", "int8", "nf4"]
-    assert "needs 138.0 GB for weights (76.8 GB available)" in lines[1]
-    assert lines[4].endswith("torch   chosen")
+    cells = table(planner(gpus(80)).plan(), planner(gpus(80)))
+    assert [row[0] for row in cells] == ["precision", "16 bits", "fp8", "int8", "nf4"]
+    assert cells[1][-1] == "needs 138.0 GB for weights (78.6 GB available)"
+    assert cells[2][-1].startswith("chosen: ")
