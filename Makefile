@@ -95,11 +95,12 @@ bench-gpu: $(GPU_VENV)/.installed ## check the engine and measure a random 70B o
 quality: install ## measure how much quality each precision costs, with the embedded model on the CPU; ARGS="--weights FOLDER" for another model
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
-# The image's pins, the torch build for its CUDA (from the index that Cog uses), and Cog's server.
-$(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt
+# The image's pins, the torch build for its CUDA (from the index that Cog uses), Cog's server, and the embedded model.
+$(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt requirements-embedded.txt
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		-r requirements-gpu.txt -r requirements-bench.txt $$(grep '^cog' requirements.txt)
+		-r requirements-gpu.txt -r requirements-bench.txt $$(grep -e '^cog' -e '^gguf' requirements.txt)
+	$(GPU_BIN)/pip install --quiet --no-deps -r requirements-embedded.txt
 	@touch $@
 
 clean: ## delete the environments and caches

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import flash_reference
 import psutil
@@ -20,6 +21,7 @@ from benchmarks.gpu import results
 from benchmarks.gpu.attention_check import LENGTH, attention_config, attention_errors, check_attention
 from benchmarks.gpu.child_process import PROCESS, run_child
 from benchmarks.gpu.engine_check import compared
+from benchmarks.gpu.launches import counted_launches
 from benchmarks.gpu.measurements import CheckFailed, Measurements, Skipped
 from benchmarks.gpu.parts import PARTS, chosen
 from benchmarks.gpu.report import markdown
@@ -211,6 +213,39 @@ def test_different_tokens_are_named() -> None:
         CheckFailed, match=r"^request 1 differs from token 1 on: \[5, 6\] with b, \[4, 6\] with a$"
     ):
         compared("a", "b", [[1], [3, 4, 6]], [[1], [3, 5, 6]])
+
+
+class Event(NamedTuple):
+    """An event of torch's profiler."""
+
+    name: str
+    device: str = "CUDA"
+    is_user_annotation: bool = False
+
+    @property
+    def device_type(self) -> SimpleNamespace:
+        return SimpleNamespace(name=self.device)
+
+    @property
+    def time_range(self) -> SimpleNamespace:
+        return SimpleNamespace(elapsed_us=lambda: 2.0)
+
+
+def test_only_what_ran_on_the_gpu_counts_as_a_launch() -> None:
+    events = [
+        Event("gemm"),
+        Event("gemm"),
+        Event("copy"),
+        Event("aten::mm", "CPU"),
+        Event("mine", "CUDA", True),
+    ]
+    assert counted_launches(events) == {
+        "launches": 3,
+        "seconds_of_kernels": 6e-6,
+        "most_frequent": {"gemm": 2, "copy": 1},
+    }
+    with pytest.raises(RuntimeError, match="recorded no kernel"):
+        counted_launches(events[3:])
 
 
 PRECISION = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,13 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, Any]
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         wait(device)
-    launched = [event for event in profiler.events() if _is_launch(event)]
+    return counted_launches(profiler.events())
+
+
+def counted_launches(events: Iterable[Any]) -> dict[str, Any]:
+    """Count the events of torch's profiler that ran on the GPU. Raises RuntimeError if there are none."""
+    on_gpu = (event for event in events if event.device_type.name == "CUDA")
+    launched = [event for event in on_gpu if not event.is_user_annotation]
     if not launched:
         raise RuntimeError("torch's profiler recorded no kernel; it needs CUPTI, and permission to use it")
     return {
@@ -35,7 +41,3 @@ def launches(work: Callable[[], object], device: torch.device) -> dict[str, Any]
         "seconds_of_kernels": sum(event.time_range.elapsed_us() for event in launched) / 1e6,
         "most_frequent": dict(Counter(event.name for event in launched).most_common(_MOST_FREQUENT)),
     }
-
-
-def _is_launch(event: Any) -> bool:
-    return bool(event.device_type.name == "CUDA" and not event.is_user_annotation)

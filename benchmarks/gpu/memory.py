@@ -108,6 +108,7 @@ def used_memory(
         "cache_calculated": cache,
         "reserve_calculated": {**asdict(reserve), "total": reserve.total},
         "reserve_used": used - weights - cache,
-        "allocated_at_most": torch.cuda.max_memory_allocated(device),
-        "reserved_at_most": torch.cuda.max_memory_reserved(device),
+        # The rest of `used` is not torch's: the driver, graphs, and what libraries allocate for themselves.
+        "allocated_by_torch": torch.cuda.memory_allocated(device),
+        "kept_by_torch": torch.cuda.memory_reserved(device),
     }

@@ -26,6 +26,8 @@ from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape
 from llama.torch_engine.layer_packing import load_parts
 from llama.torch_engine.layers import take_apart
+from llama.torch_engine.rows import Rows
+from llama.torch_engine.runner import Runner
 
 _SHAPE = CacheShape(32, 4096)
 
@@ -71,8 +73,12 @@ def _load_weights(placement: Placement) -> None:
         folder = Path(name) / "model"
         write_packed(SMALL, "none", folder, placement.device)
         release_memory(placement.device)
+        # torch keeps 2 MiB for this and other small tensors, such as those of the rotary embedding, which is
+        # created before any weight is loaded.
+        small = torch.zeros(1, device=placement.device)
         with _no_more_memory(placement.device):
             load_parts(folder, SMALL, placement)
+        del small
 
 
 def _create_cache(placement: Placement) -> None:
@@ -91,8 +97,8 @@ def _capture_graphs(placement: Placement) -> None:
         cache = make_cache(SMALL, _SHAPE, placement)
         parts = take_apart(_model(placement), placement)
         batch = Batch(parts, cache, vocabulary=SMALL.vocab_size, eos_token_ids=[])
-        # torch keeps this memory for the step before the capture. The capture itself needs memory of its own.
-        batch.run_largest_prefill()
+        # torch keeps the memory of this step for the one before the capture. The capture itself needs more.
+        Runner(parts, Rows(cache)).decode(_SHAPE.rows, _SHAPE.length)
         with _no_more_memory(placement.device):
             batch.capture_graphs()
         return batch

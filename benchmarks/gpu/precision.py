@@ -88,8 +88,6 @@ class _Part:
         take("weights", lambda: {"seconds_to_build": seconds, **_bytes(model, self._config, self._placement)})
         take("generate_of_transformers", partial(_generate, model, self._sizes))
         self._release()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
         return take_apart(model, self._placement)
 
     def _measure_served(self, parts: ModelParts) -> None:

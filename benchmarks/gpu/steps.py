@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.device import seconds_per_call
+from benchmarks.gpu.measurements import Skipped
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.stepper import GREEDY, Stepper
 from llama.sampling_params import SamplingParams
@@ -41,7 +42,9 @@ def decode_steps(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
 
 def mixed_lengths(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
     """Compare a step of one long and many short requests with one of as many tokens in equal requests."""
-    rows = stepper.shape.rows
+    rows, length = stepper.shape.rows, stepper.shape.length
+    if rows < 2 or length <= sizes.long + sizes.repeats:
+        raise Skipped(f"the cache has room for {rows} requests of {length} tokens")
     mixed = [sizes.long, *[sizes.short] * (rows - 1)]
     result: dict[str, Any] = {"requests": rows, "long": sizes.long, "short": sizes.short}
     for name, lengths in (("mixed", mixed), ("equal", [sum(mixed) // rows] * rows)):
@@ -68,10 +71,12 @@ def sampling(stepper: Stepper, sizes: Sizes, defaults: dict[str, Any] | None) ->
 
 
 def published_defaults() -> dict[str, Any]:
-    """Return the sampling parameters of a request that sets nothing. `predict.py` needs Cog."""
-    from llama.serving.schema import input_defaults
-    from predict import Predictor
-
+    """Return the sampling parameters of a request that sets nothing. Raises Skipped without Cog."""
+    try:
+        from llama.serving.schema import input_defaults
+        from predict import Predictor
+    except ImportError as error:
+        raise Skipped(f"predict.py cannot be imported ({error})") from error
     params = SamplingParams.from_inputs(input_defaults(Predictor.run)).with_seed()
     return params.model_dump(exclude_none=True)
 

@@ -23,7 +23,7 @@ PRECISIONS = ("fp8", "nf4", "int8", "bf16")
 
 # The smallest and the largest ratio of the measured to the calculated figure that is accepted.
 _WEIGHTS = (0.99, 1.01)
-_LAUNCHES = (0.9, 1.1)
+_LAUNCHES = (0.9, 1.25)  # cuBLAS may divide a product among kernels, and add one that sums their results
 _SECONDS = (0.0, 1.5)  # the calculation knows only bytes, and no kernel reaches the bandwidth of a copy
 _MIXED = (0.0, 1.25)
 _MEMORY = (0.95, 1.05)
