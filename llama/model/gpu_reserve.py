@@ -27,8 +27,8 @@ SHORTEST_GRAPH = 256
 # ones take less. Source: "Dynamic Shape Support" in PyTorch's documentation of CUDAGraph Trees.
 _BYTES_PER_LAUNCH = 64 * 2**10
 
-# Kernel launches of a decode step, by precision: of each layer, and of everything else. Each is the largest
-# number of the fake run over GPUs and types, and one for every product in 16 bits, which cuBLAS may divide.
+# Kernel launches of a decode step, by precision: of each layer, and of everything else. Each is at least the
+# largest number of the fake run over GPUs and types. cuBLAS may divide a product in 16 bits in two.
 _LAUNCHES_PER_LAYER: dict[Quantization, int] = {
     "none": 21 + 4,
     "fp8": 49,

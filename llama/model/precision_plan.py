@@ -54,7 +54,7 @@ LLAMA_2_70B = LlamaConfig(
 )
 """The same as the 70B's own config.json, to plan with before its weights have been downloaded."""
 
-_ALL: tuple[Quantization, ...] = ("none", "fp8", "int8", "nf4")
+_ORDER: tuple[Quantization, ...] = ("none", "fp8", "int8", "nf4")
 _CAPABILITY: dict[Quantization, tuple[int, int]] = {
     "none": (7, 0),
     "fp8": (8, 9),
@@ -125,7 +125,7 @@ class Planner:
         If none leaves that much memory, it is the one that leaves the most.
         """
         stored = self._readable()
-        choices = tuple(map(self._choice, _ALL if stored == "none" else (stored,)))
+        choices = tuple(map(self._choice, _ORDER if stored == "none" else (stored,)))
         fitting = [choice for choice in choices if not choice.refusal]
         if self._oldest < _CAPABILITY["fp8"]:
             fitting.sort(key=lambda choice: choice.quantization == "int8")
