@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda.kernel_costs import H100, T4, Card
+from fake_cuda.models import placement_of, step_of, token_ids
+from fake_cuda.session import fake_cuda
 from transformers import LlamaConfig
 
 from llama.model.gpu_reserve import (
@@ -19,6 +22,7 @@ from llama.model.gpu_reserve import (
 )
 from llama.model.precision_plan import LLAMA_2_70B
 from llama.model.quantized_layers import Quantization
+from llama.torch_engine.attention import Chunk
 
 MIB = 2**20
 PRECISIONS: list[Quantization] = ["none", "fp8", "int8", "nf4"]
@@ -123,3 +127,40 @@ def test_scores_take_memory_where_torch_has_no_fused_kernel() -> None:
     odd = LlamaConfig(hidden_size=3200, num_attention_heads=32)  # 100
     fused, plain = (reserve("none", config, flash_attention=False) for config in (even, odd))
     assert plain.activations - fused.activations > 2 * 4 * 32 * 1024 * 4096
+
+
+@pytest.mark.parametrize(
+    ("card", "quantization", "mlp"),
+    [
+        (H100, "int8", 11008),
+        (H100, "nf4", 11008),
+        (T4, "none", 11008),
+        (H100, "fp8", 2048),  # attention has more tensors than the MLP
+    ],
+)
+def test_the_reserve_is_enough_for_other_models(card: Card, quantization: Quantization, mlp: int) -> None:
+    """Two layers of the width of Llama 2 7B, which has a KV head for each query head."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=mlp,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+    )
+    with fake_cuda(card) as fakes:
+        placement = placement_of(config, quantization=quantization)
+        flash_attention = placement.flash_attention
+        step = step_of(config, placement, 32, 4096)
+        before = fakes.memory.start_phase()
+        step.runner.prefill([Chunk(0, 4096 - 1024, token_ids(1024))])
+        prefill = fakes.memory.peak - before
+        before, launches = fakes.memory.start_phase(), fakes.trace.count
+        step.runner.decode(32, 4096)
+        decode, launches = fakes.memory.peak - before, fakes.trace.count - launches
+    planned = reserve(quantization, config, dtype=placement.dtype, flash_attention=flash_attention)
+    graphs = 6 if flash_attention else 30
+    most = launches_of_step(config, quantization)
+    assert prefill <= planned.activations
+    assert decode <= planned.graphs - graphs * most * BYTES_PER_LAUNCH
+    assert launches <= most
