@@ -25,10 +25,10 @@ from llama.torch_engine.layers import ModelParts, take_apart
 _KV_HEADS = 2
 LENGTH = 2048
 """The context of the configurations."""
-# The prompt tokens that each step reads, by row. The first row is read in two steps. Then come decode steps
-# for these rows and one more, which is not decoding.
-_CHUNKS = ({0: 1200, 1: 1, 2: 65}, {0: 300, 3: 129})
-_SMALL_CHUNKS = ({0: 60, 1: 1, 2: 17}, {0: 20, 3: 33})
+# The prompt tokens that each step reads, by row. A row may be read in several steps, and a step may read a
+# single token. Then come decode steps for these rows and one more, which is not decoding.
+_CHUNKS = ({0: 1200, 1: 1, 2: 65}, {0: 300, 3: 129}, {1: 1})
+_SMALL_CHUNKS = ({0: 60, 1: 1, 2: 17}, {0: 20, 3: 33}, {1: 1})
 _DECODE_STEPS = 2
 # Several roundings to the format follow each other: of rotated queries and keys, of the weights and of the
 # result. Sums are in float32. A wrong position or head gives an error of about 1.

@@ -94,9 +94,7 @@ class _Part:
         take, config, placement, sizes = self._measurements.take, self._config, self._placement, self._sizes
         shape = served_shape(config, placement, sizes)
         stepper = Stepper(parts, config, shape, placement)
-        for height in sorted({1, shape.rows}):
-            stepper.start([sizes.short] * height)
-            take(f"launches_{height}", partial(_launches, stepper, height))
+        take("launches", partial(_launches, stepper, sizes))
         take("step_without_graphs", partial(step_without_graphs, stepper, sizes))
         take("graphs", partial(capture, stepper, config, placement))
         run_largest_steps(stepper, sizes)
@@ -125,8 +123,13 @@ class _Part:
         release_memory(self._device)
 
 
-def _launches(stepper: Stepper, height: int) -> dict[str, Any]:
-    return {"requests": height, **launches(stepper.decode, stepper.device)}
+def _launches(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
+    """Return the launches of a decode step, by number of requests. Call it before graphs are captured."""
+    result = {}
+    for height in sorted({1, stepper.shape.rows}):
+        stepper.start([sizes.short] * height)
+        result[str(height)] = launches(stepper.decode, stepper.device)
+    return result
 
 
 def _bytes(model: LlamaForCausalLM, config: LlamaConfig, placement: Placement) -> dict[str, int]:

@@ -17,7 +17,16 @@ def precision_sections(measured: dict[str, Measured]) -> Iterator[str]:
         measured,
         "step_without_graphs",
         "## A decode step without CUDA graphs, by number of requests, in ms",
-        lambda figures: {height: _ms(seconds) for height, seconds in figures.items()},
+        lambda figures: {counted(height, "request"): _ms(seconds) for height, seconds in figures.items()},
+    )
+    yield from _by_precision(
+        measured,
+        "launches",
+        "## Kernel launches of a decode step, and the sum of the kernels' times",
+        lambda figures: {
+            counted(height, "request"): f"{row['launches']:,} ({_ms(row['seconds_of_kernels'])} ms)"
+            for height, row in figures.items()
+        },
     )
     yield from _by_precision(
         measured,

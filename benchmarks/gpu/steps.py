@@ -36,7 +36,11 @@ def decode_steps(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
         if height <= stepper.shape.rows:
             stepper.start([sizes.prompt] * height)
             seconds = seconds_per_call(stepper.step, stepper.device, sizes.repeats)
-            result[str(height)] = {"seconds": seconds, "tokens_per_second": height / seconds}
+            result[str(height)] = {
+                "prompt_tokens": sizes.prompt,
+                "seconds": seconds,
+                "tokens_per_second": height / seconds,
+            }
     return result
 
 

@@ -96,21 +96,23 @@ def _rows_of_precision(part: str, measured: dict[str, Any], counted: dict[str, A
 
 
 def _launches(part: str, measured: dict[str, Any], counted: dict[str, Any]) -> Iterator[Row]:
-    for row in (value for name, value in measured.items() if name.startswith("launches_")):
-        height = row["requests"]
-        if calculated := counted.get("decode", {}).get(str(height), {}).get("launches"):
-            yield Row(
-                part, f"launches of a step, {height} requests", "", calculated, row["launches"], _LAUNCHES
-            )
+    for height, row in measured.get("launches", {}).items():
+        if calculated := counted.get("decode", {}).get(height, {}).get("launches"):
+            name = f"launches of a step, {height} requests"
+            yield Row(part, name, "", calculated, row["launches"], _LAUNCHES)
 
 
 def _decode(part: str, measured: dict[str, Any], counted: dict[str, Any]) -> Iterator[Row]:
-    bandwidth = measured.get("copy_bandwidth")
+    """Compare with the time of moving the bytes of a step: those that were counted, or else the weights and the
+    cached tokens."""
+    bandwidth, weights = measured.get("copy_bandwidth"), measured.get("weights")
+    if not bandwidth or not weights:
+        return
     for height, row in measured.get("decode", {}).items():
-        size = counted.get("decode", {}).get(height, {}).get("bytes")
-        if bandwidth and size:
-            name = f"decode step, {height} requests"
-            yield Row(part, name, "ms", size / bandwidth, row["seconds"], _SECONDS)
+        tokens = int(height) * row["prompt_tokens"] * weights["bytes_per_cached_token"]
+        read = weights["bytes"] - weights["bytes_of_embedding"] + tokens
+        size = counted.get("decode", {}).get(height, {}).get("bytes", read)
+        yield Row(part, f"decode step, {height} requests", "ms", size / bandwidth, row["seconds"], _SECONDS)
 
 
 def _rows_of_serving(measured: dict[str, Any]) -> Iterator[Row]:
