@@ -69,7 +69,12 @@ class GpuReserve:
 
     @property
     def total(self) -> int:
-        return self.activations + self.graphs + self.workspaces
+        return self.without_graphs + self.graphs
+
+    @property
+    def without_graphs(self) -> int:
+        """The bytes to reserve if no graphs are captured."""
+        return self.activations + self.workspaces
 
 
 def gpu_reserve(

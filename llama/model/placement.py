@@ -72,6 +72,7 @@ def planner_for(settings: Settings, config: LlamaConfig, gpus: Sequence[Gpu], en
         context=context_length(config, settings.max_context),
         rows=settings.max_concurrency,
         dtype=dtype,
+        cuda_graphs=settings.cuda_graphs,
         flash_attention=capability is not None and has_flash_attention(config, dtype, capability),
         engine=engine,
         stored=from_config(getattr(config, "quantization_config", None) or {}),

@@ -109,6 +109,8 @@ class Planner:
     """The most requests that the engine runs at a time."""
     flash_attention: bool
     """Whether the torch engine uses flash attention on these GPUs."""
+    cuda_graphs: bool = True
+    """Whether the torch engine captures graphs."""
     engine: EngineName
     dtype: torch.dtype = torch.bfloat16
     """The dtype of everything that is not quantized, including the cache."""
@@ -192,9 +194,10 @@ class Planner:
     def _reserve(self, quantization: Quantization) -> int:
         """Bytes of a GPU that the torch engine needs beside weights and cache."""
         limits = {"rows": self.rows, "context": self.context}
-        return gpu_reserve(
+        reserve = gpu_reserve(
             self.config, quantization, self.dtype, **limits, flash_attention=self.flash_attention
-        ).total
+        )
+        return reserve.total if self.cuda_graphs else reserve.without_graphs
 
     @property
     def _oldest(self) -> tuple[int, int]:

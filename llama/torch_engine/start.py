@@ -138,7 +138,7 @@ def _free_memory(parts: ModelParts, config: LlamaConfig, placement: Placement, s
         flash_attention=placement.flash_attention,
     )
     # Graphs contain addresses in the cache, so they are captured after it has been created.
-    needed = reserve.total if settings.cuda_graphs else reserve.total - reserve.graphs
+    needed = reserve.total if settings.cuda_graphs else reserve.without_graphs
     return max(int(free) - needed, 0)
 
 

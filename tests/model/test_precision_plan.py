@@ -392,3 +392,10 @@ def test_the_table_has_one_row_per_precision() -> None:
     assert [row[0] for row in cells] == ["precision", "16 bits", "fp8", "int8", "nf4"]
     assert cells[1][-1] == "needs 138.0 GB for weights (78.6 GB available)"
     assert cells[2][-1].startswith("chosen: ")
+
+
+def test_without_graphs_more_memory_is_left_for_the_cache() -> None:
+    with_graphs, without = (planner(gpus(80), cuda_graphs=used).plan() for used in (True, False))
+    reserve = gpu_reserve(LLAMA_2_70B, "fp8", torch.bfloat16, rows=32, context=CONTEXT, flash_attention=True)
+    more = [b.cache - a.cache for a, b in zip(with_graphs.choices, without.choices, strict=True)]
+    assert more[1] == reserve.graphs > 10**9
