@@ -261,6 +261,13 @@ PRECISION = {
         "1": {"prompt_tokens": 500, "seconds": 0.045, "tokens_per_second": 22},
         "8": {"prompt_tokens": 500, "seconds": 0.08, "tokens_per_second": 100},
     },
+    "mixed_lengths": {
+        "requests": 2,
+        "long": 900,
+        "short": 100,
+        "seconds_mixed": 0.036,
+        "seconds_equal": 0.025,
+    },
     "memory": {
         "used": 79e9,
         "weights_calculated": 70e9,
@@ -271,7 +278,15 @@ PRECISION = {
         "context": 2048,
     },
 }
-CALCULATED = {"precisions": {"fp8": {"decode": {"1": {"launches": 4100, "bytes": 70e9}}}}}
+CALCULATED = {
+    "rows": 8,
+    "cases": {
+        "H100-fp8-bfloat16": {
+            "decode_launches": {"1": 4100, "8": 4000},
+            "traffic": {"full context": {"weights": 69e9, "cache": 9e9, "other_reads": 2e9, "writes": 1e9}},
+        }
+    },
+}
 
 
 def part(**changes: Any) -> dict[str, Any]:
@@ -290,17 +305,27 @@ def test_the_verdict_compares_measured_with_calculated_figures(tmp_path: Path) -
     assert reasons == []
     assert {row["name"]: (round(row["ratio"], 2), row["ok"]) for row in rows} == {
         "weights": (1.0, True),
-        "launches of a step, 1 requests": (0.98, True),
-        "decode step, 1 requests": (1.29, True),
-        "decode step, 8 requests": (2.19, False),
+        "launches of a step, 1 request": (0.98, True),
+        "decode step, 1 request": (1.29, True),
+        "decode step, 8 requests": (2.11, False),
+        "step of mixed lengths, 2 requests": (1.03, True),
+        "step of mixed lengths, and of equal ones": (1.44, False),
         "memory beside weights and cache": (1.5, False),
         "all memory": (1.01, True),
     }
     lines = verdict_table(rows).splitlines()
-    assert "| fp8 | decode step, 8 requests | 36.50 ms | 80.00 ms | 2.19 | 0 to 1.5 | **not ok** |" in lines
+    assert "| fp8 | decode step, 8 requests | 38.00 ms | 80.00 ms | 2.11 | 0 to 1.5 | **not ok** |" in lines
 
 
-@pytest.mark.parametrize(("text", "reason"), [(None, "there is no calculated.json"), ("{}", "is invalid")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "there is no calculated.json"),
+        ("{", "calculated.json is invalid"),
+        ("{}", "calculated.json has no cases"),
+        ('{"cases": {"T4": {}}}', "fp8 were not compared: calculated.json has none"),
+    ],
+)
 def test_a_missing_calculation_is_reported(tmp_path: Path, text: str | None, reason: str) -> None:
     path = tmp_path / "calculated.json"
     if text is not None:

@@ -62,10 +62,11 @@ def _setting(parts: dict[str, Document]) -> Iterator[str]:
 def _verdict(results: Document) -> Iterator[str]:
     yield "## Calculated and measured figures"
     yield (
-        "The calculated seconds of a decode step are the bytes that it moves, divided by the measured "
-        "bandwidth of a large copy. For mixed lengths, the calculated figure is the measured step of equal "
-        "requests with as many tokens. The other calculated figures come from `llama/model/gpu_reserve.py`, "
-        "`llama/model/precision_plan.py` and `gpu_calculated.json`."
+        "The calculated time of a decode step is the time of moving its bytes at the measured bandwidth of a "
+        "large copy. For 32 requests, all bytes were counted in a run on fake CUDA tensors "
+        "(`gpu_calculated.md`); for other numbers, only weights and cached tokens count. A step of mixed "
+        "lengths is also compared with the measured step of equal requests that have as many tokens. The "
+        "memory is that of `llama/model/precision_plan.py` and `llama/model/gpu_reserve.py`."
     )
     yield verdict_table(results["verdict"]) if results["verdict"] else "Nothing was compared."
     for reason in results["not_compared"]:

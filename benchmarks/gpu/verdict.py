@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.child_process import Document
-from benchmarks.tables import table
+from benchmarks.tables import counted, table
 from llama import ROOT
 
 CALCULATED = ROOT / "benchmarks" / "results" / "gpu_calculated.json"
@@ -28,6 +28,8 @@ _SECONDS = (0.0, 1.5)  # the calculation knows only bytes, and no kernel reaches
 _MIXED = (0.0, 1.25)
 _MEMORY = (0.95, 1.05)
 _AT_MOST = (0.0, 1.0)  # what is reserved must not be exceeded
+
+_OUTSIDE_OF_GRAPHS = 2  # launches of `Runner.decode` that advance the positions; they were not counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,39 +54,55 @@ class Row:
 
 def verdict(parts: dict[str, Document], calculated: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return all comparisons, and the reasons why some could not be made."""
-    measured = {
-        name: parts[name].get("measured", {})
-        for name in PRECISIONS
-        if name in parts and not parts[name].get("small")  # nothing is calculated for the small model
-    }
-    counted, reasons = _read(calculated) if measured else ({}, [])
+    # Nothing is calculated for the small model.
+    measured = {name: parts[name] for name in PRECISIONS if name in parts and not parts[name].get("small")}
+    document, reasons = _read(calculated) if measured else ({}, [])
     rows = list[Row]()
-    for name, figures in measured.items():
-        rows += _rows_of_precision(name, figures, counted.get(name, {}))
+    for name, part in measured.items():
+        case = _case(document, name, part)
+        if document and not case:
+            reasons.append(f"launches and bytes of {name} were not compared: {calculated.name} has none")
+        rows += _rows_of_precision(name, part.get("measured", {}), case, document.get("rows"))
     rows += _rows_of_serving(parts.get("serving", {}).get("measured", {}))
     return [{**asdict(row), "ratio": row.ratio, "ok": row.ok} for row in rows], reasons
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the counted figures by precision, or none and the reason."""
+    """Return the counted figures, or none and the reason."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        precisions = document["precisions"]
     except OSError:
         return {}, [f"launches and bytes of a step were not compared: there is no {path.name}"]
-    except (ValueError, KeyError, TypeError) as error:
-        return {}, [f"launches and bytes of a step were not compared: {path.name} is invalid ({error!r})"]
-    return precisions, []
+    except ValueError as error:
+        return {}, [f"launches and bytes of a step were not compared: {path.name} is invalid ({error})"]
+    if not isinstance(document, dict) or not document.get("cases"):
+        return {}, [f"launches and bytes of a step were not compared: {path.name} has no cases"]
+    return document, []
 
 
-def _rows_of_precision(part: str, measured: dict[str, Any], counted: dict[str, Any]) -> Iterator[Row]:
+def _case(document: dict[str, Any], precision: str, part: Document) -> dict[str, Any]:
+    """Return what was counted for a precision, on the most similar GPU that was calculated."""
+    capability = part.get("device", {}).get("capability", "")
+    cards = ("A100", "H100") if capability.startswith("8.") else ("H100",)
+    names = [f"{card}-{'none' if precision == 'bf16' else precision}-bfloat16" for card in cards]
+    found = (document.get("cases", {}).get(name) for name in names)
+    return next((case for case in found if case), {})
+
+
+def _rows_of_precision(
+    part: str, measured: dict[str, Any], case: dict[str, Any], counted_rows: int | None
+) -> Iterator[Row]:
+    """`case` has what was counted, of steps of `counted_rows` requests."""
     if weights := measured.get("weights"):
         yield Row(part, "weights", "GB", weights["bytes_calculated"], weights["bytes"], _WEIGHTS)
-    yield from _launches(part, measured, counted)
-    yield from _decode(part, measured, counted)
-    if mixed := measured.get("mixed_lengths"):
-        name = f"step of mixed lengths, {mixed['requests']} requests"
-        yield Row(part, name, "ms", mixed["seconds_equal"], mixed["seconds_mixed"], _MIXED)
+    for height, row in measured.get("launches", {}).items():
+        sizes = sorted(int(size) for size in case.get("decode_launches", {}) if int(size) >= int(height))
+        if sizes:
+            launches = case["decode_launches"][str(sizes[0])] + _OUTSIDE_OF_GRAPHS
+            name = f"launches of a step, {counted(height, 'request')}"
+            yield Row(part, name, "", launches, row["launches"], _LAUNCHES)
+    traffic = case.get("traffic", {}).get("full context", {})
+    yield from _seconds(part, measured, traffic, counted_rows)
     if graphs := measured.get("graphs"):
         name = f"memory of {graphs['graphs']} graphs"
         yield Row(part, name, "GB", graphs["bytes_calculated"], graphs["bytes"], _AT_MOST)
@@ -95,24 +113,36 @@ def _rows_of_precision(part: str, measured: dict[str, Any], counted: dict[str, A
         yield Row(part, "all memory", "GB", planned, memory["used"], _MEMORY)
 
 
-def _launches(part: str, measured: dict[str, Any], counted: dict[str, Any]) -> Iterator[Row]:
-    for height, row in measured.get("launches", {}).items():
-        if calculated := counted.get("decode", {}).get(height, {}).get("launches"):
-            name = f"launches of a step, {height} requests"
-            yield Row(part, name, "", calculated, row["launches"], _LAUNCHES)
+def _seconds(
+    part: str, measured: dict[str, Any], traffic: dict[str, int], counted_rows: int | None
+) -> Iterator[Row]:
+    """Compare steps with the time that moving their bytes takes.
 
-
-def _decode(part: str, measured: dict[str, Any], counted: dict[str, Any]) -> Iterator[Row]:
-    """Compare with the time of moving the bytes of a step: those that were counted, or else the weights and the
-    cached tokens."""
+    These are the counted bytes for as many requests as were counted. Otherwise, they are only the weights and
+    the cached tokens.
+    """
     bandwidth, weights = measured.get("copy_bandwidth"), measured.get("weights")
     if not bandwidth or not weights:
         return
+
+    def seconds(requests: int, tokens: int) -> float:
+        fixed = weights["bytes"] - weights["bytes_of_embedding"]
+        if traffic and requests == counted_rows:
+            fixed = sum(traffic.values()) - traffic["cache"]
+        return float((fixed + tokens * weights["bytes_per_cached_token"]) / bandwidth)
+
     for height, row in measured.get("decode", {}).items():
-        tokens = int(height) * row["prompt_tokens"] * weights["bytes_per_cached_token"]
-        read = weights["bytes"] - weights["bytes_of_embedding"] + tokens
-        size = counted.get("decode", {}).get(height, {}).get("bytes", read)
-        yield Row(part, f"decode step, {height} requests", "ms", size / bandwidth, row["seconds"], _SECONDS)
+        calculated = seconds(int(height), int(height) * row["prompt_tokens"])
+        yield Row(
+            part, f"decode step, {counted(height, 'request')}", "ms", calculated, row["seconds"], _SECONDS
+        )
+    if mixed := measured.get("mixed_lengths"):
+        requests = mixed["requests"]
+        calculated = seconds(requests, mixed["long"] + (requests - 1) * mixed["short"])
+        name = f"step of mixed lengths, {requests} requests"
+        yield Row(part, name, "ms", calculated, mixed["seconds_mixed"], _SECONDS)
+        name = "step of mixed lengths, and of equal ones"
+        yield Row(part, name, "ms", mixed["seconds_equal"], mixed["seconds_mixed"], _MIXED)
 
 
 def _rows_of_serving(measured: dict[str, Any]) -> Iterator[Row]:
