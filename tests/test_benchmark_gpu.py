@@ -111,9 +111,11 @@ def test_measurements_go_on_after_a_failure_and_are_saved_one_by_one(tmp_path: P
     assert saved["skipped"] == {"left out": "no kernel"}
     assert saved["failed"]["wrong"] == "1 instead of 2"
     assert saved["failed"]["broken"].endswith("ZeroDivisionError: division by zero")
+    saved["failed"][PROCESS] = "it ended with exit code 1\na warning\nthe reason"
     assert list(results.failures({"checks": saved})) == [
         "checks: wrong: 1 instead of 2",
         "checks: broken: ZeroDivisionError: division by zero",
+        "checks: the process: it ended with exit code 1: the reason",
     ]
 
 

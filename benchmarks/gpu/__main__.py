@@ -33,11 +33,12 @@ def main() -> None:
         sys.exit(str(error))
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        print(f"{part.name}: about {part.minutes:g} minutes on a GPU ...", file=sys.stderr, flush=True)
+        print(f"{part.name} (estimate for a GPU: {part.minutes:g} min) ...", file=sys.stderr, flush=True)
         results["parts"][part.name] = _measure(part, arguments)
         _write(results, arguments)
         _print_outcome(part.name, results["parts"][part.name])
-    print(verdict_table(results["verdict"]))
+    if results["verdict"]:
+        print(verdict_table(results["verdict"]))
     ran = {part.name: results["parts"][part.name] for part in parts}
     failed = [*document.failures(ran), *results["not_compared"]]
     if failed:

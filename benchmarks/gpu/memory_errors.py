@@ -97,7 +97,8 @@ def _capture_graphs(placement: Placement) -> None:
         cache = make_cache(SMALL, _SHAPE, placement)
         parts = take_apart(_model(placement), placement)
         batch = Batch(parts, cache, vocabulary=SMALL.vocab_size, eos_token_ids=[])
-        # torch keeps the memory of this step for the one before the capture. The capture itself needs more.
+        release_memory(placement.device)
+        # torch keeps the memory of this step for the one before each capture. The captures need more.
         Runner(parts, Rows(cache)).decode(_SHAPE.rows, _SHAPE.length)
         with _no_more_memory(placement.device):
             batch.capture_graphs()

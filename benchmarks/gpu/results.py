@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.child_process import Document
+from benchmarks.gpu.child_process import PROCESS, Document
 
 SETTING = ("device", "driver", "torch", "commit", "small")
 """The keys of a part that must be the same for its figures to be compared with those of another part."""
@@ -54,7 +54,12 @@ def failures(parts: dict[str, Document]) -> Iterator[str]:
     """Yield one line for each failed measurement: the part, the measurement and the reason."""
     for name, part in parts.items():
         for measurement, text in part.get("failed", {}).items():
-            lines = text.splitlines() or [""]
-            # The first line says how a process ended. The last line of a traceback has the exception.
-            reason = lines[-1] if lines[0].startswith("Traceback") else lines[0]
-            yield f"{name}: {measurement}: {reason}"
+            yield f"{name}: {measurement}: {_reason(measurement, text)}"
+
+
+def _reason(measurement: str, text: str) -> str:
+    """Return the most important line of a failure's text."""
+    lines = text.splitlines() or [""]
+    if measurement == PROCESS:  # how the process ended, and the last line of its output
+        return ": ".join(dict.fromkeys((lines[0], lines[-1])))
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
