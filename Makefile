@@ -20,7 +20,7 @@ IMAGE_PLATFORM := x86_64-manylinux_2_35
 TORCH_INDEX ?= https://download.pytorch.org/whl/cu$(subst .,,$(IMAGE_CUDA))
 RESOLVE = $(BIN)/uv pip compile --quiet --python-version $(IMAGE_PYTHON) --python-platform $(IMAGE_PLATFORM)
 
-.PHONY: help install predict serve up test test-vllm test-clients check check-images bench bench-gateway bench-gpu quality clean
+.PHONY: help install predict serve up test test-vllm test-clients check check-images bench bench-gateway bench-gpu quality gpu-calculated clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ bench-gpu: $(GPU_VENV)/.installed ## check the engine and measure a random 70B o
 
 quality: install ## measure how much quality each precision costs, with the embedded model on the CPU; ARGS="--weights FOLDER" for another model
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+gpu-calculated: install ## calculate the launches, bytes and memory of the 70B on a GPU, without a GPU
+	PYTHONPATH=tests $(BIN)/python -m fake_cuda.report
 
 # The image's pins, the torch build for its CUDA (from the index that Cog uses), Cog's server, and the embedded model.
 $(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt requirements-embedded.txt

@@ -1,0 +1,168 @@
+"""Writes what the 70B needs on a GPU to benchmarks/results/gpu_calculated.json and .md.
+
+All figures are calculated with fake tensors. Run it with `make gpu-calculated`; it takes some minutes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import bitsandbytes
+import torch
+
+from fake_cuda.cases import CASES, Case
+from fake_cuda.gpu import BYTES_PER_LAUNCH
+from fake_cuda.measure import CONTEXT, MIXED, PROMPT, ROWS, Figures, figures_of
+from llama import ROOT
+from llama.model.precision_plan import LLAMA_2_70B
+
+LABEL = "calculated, nothing ran on a GPU"
+LAYERS: int = LLAMA_2_70B.num_hidden_layers
+JSON = ROOT / "benchmarks" / "results" / "gpu_calculated.json"
+MARKDOWN = JSON.with_suffix(".md")
+
+_TEXT = ("Card", "Precision", "Attention", "Lengths")  # columns without numbers
+
+_INTRODUCTION = f"""# The 70B on a GPU, calculated
+
+All figures are {LABEL}. The engine's own code ran on fake CUDA tensors, which have shapes
+and dtypes but no memory (`tests/fake_cuda/`). `make gpu-calculated` writes this file, and
+`tests/torch_engine/test_fake_cuda_budget.py` fails if the engine needs anything else.
+
+All steps have {ROWS} rows of {CONTEXT:,} positions. An H100 has a compute capability of 9.0, an A100 of 8.0, and a T4 of
+7.5. The 70B does not fit on one GPU in every precision. The T4 stands for GPUs without flash attention.
+"""
+
+_LAUNCHES = f"""
+## Kernel launches
+
+A decode step is captured as one CUDA graph for each batch size and, without flash attention, for each of five
+lengths. A driver before version 550 takes up to {BYTES_PER_LAUNCH // 1024} KiB for each launch in a graph; newer ones
+take less. cuBLAS may split a 16-bit product into two launches, which is not counted. A prefill reads {PROMPT:,} tokens.
+"""
+
+_BYTES = f"""
+## Bytes of a decode step
+
+*Mixed* is one row of {MIXED[0]:,} tokens and {len(MIXED) - 1} of {MIXED[1]}; *full* is {ROWS} rows of {CONTEXT:,}. The
+time is the total divided by the bandwidth in the data sheet of the card (H100 3.35 TB/s, A100 80 GB 2.04 TB/s), so no
+step can be shorter.
+"""
+
+_MEMORY = f"""
+## GPU memory
+
+The first two columns stay. The others come on top while a phase runs: the largest sum of all tensors, minus what
+is left after the phase. The prefill reads the last {PROMPT:,} of {CONTEXT:,} positions. Workspaces of cuBLAS and
+buffers inside of sorting are not counted.
+"""
+
+
+def main() -> None:
+    cases = {}
+    for case in CASES:
+        one, all_layers = figures_of(case, 1), figures_of(case, LAYERS)
+        cases[str(case)] = _entry(case, one, all_layers)
+        print(case)
+    report = {
+        "label": LABEL,
+        "model": f"Llama 2 70B, {LAYERS} layers",
+        "versions": {"torch": torch.__version__, "bitsandbytes": bitsandbytes.__version__},
+        "rows": ROWS,
+        "context": CONTEXT,
+        "cases": cases,
+    }
+    JSON.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    MARKDOWN.write_text(as_markdown(report), encoding="utf-8")
+
+
+def _entry(case: Case, one: Figures, all_layers: Figures) -> dict[str, Any]:
+    per_layer = {
+        name: (sum(getattr(all_layers, name).values()) - sum(getattr(one, name).values())) // (LAYERS - 1)
+        for name in ("decode", "prefill")
+    }
+    outside = {name: sum(getattr(one, name).values()) - count for name, count in per_layer.items()}
+    return {
+        "card": case.card.name,
+        "bandwidth": case.card.bandwidth,
+        "quantization": case.quantization,
+        "dtype": case.dtype,
+        "launches_per_layer": per_layer,
+        "launches_outside_layers": outside,
+        **all_layers.as_json(),
+    }
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """Return the tables of a report."""
+    cases = list(report["cases"].values())
+    versions = " and ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "".join(
+        [
+            _INTRODUCTION,
+            f"\nCalculated with {versions}.\n",
+            _LAUNCHES,
+            _table(
+                "Card | Precision | Attention | Per layer | Outside | Step | Prefill per layer | Outside | Graphs | Their memory",
+                map(_launch_row, cases),
+            ),
+            _BYTES,
+            _table(
+                "Card | Precision | Lengths | Weights | Cache | Other reads | Writes | Total | At least",
+                (row for case in cases for row in _byte_rows(case)),
+            ),
+            _MEMORY,
+            _table(
+                "Card | Precision | Weights | Cache | Load | Take apart | Prefill | Decode | Sample | Swap rows",
+                map(_memory_row, cases),
+            ),
+        ]
+    )
+
+
+def _table(header: str, rows: Iterator[Sequence[str]]) -> str:
+    names = header.split(" | ")
+    lines = [names, ["---" if name in _TEXT else "---:" for name in names], *rows]
+    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _precision(case: dict[str, Any]) -> str:
+    return (
+        str(case["dtype"]) if case["quantization"] == "none" else f"{case['quantization']}, {case['dtype']}"
+    )
+
+
+def _launch_row(case: dict[str, Any]) -> list[str]:
+    inside, outside = case["launches_per_layer"], case["launches_outside_layers"]
+    counts = [inside["decode"], outside["decode"], sum(case["decode"].values())]
+    counts += [inside["prefill"], outside["prefill"], case["graphs"]]
+    attention = "flash" if case["flash_attention"] else "two products"
+    memory = f"{case['graph_bytes'] / 2**30:.2f} GiB"
+    return [case["card"], _precision(case), attention, *(f"{count:,}" for count in counts), memory]
+
+
+def _byte_rows(case: dict[str, Any]) -> Iterator[list[str]]:
+    for lengths, traffic in case["traffic"].items():
+        total = sum(traffic.values())
+        sizes = [f"{size / 1e9:.1f} GB" for size in (*traffic.values(), total)]
+        name = lengths.split()[0]
+        yield [case["card"], _precision(case), name, *sizes, f"{1000 * total / case['bandwidth']:.1f} ms"]
+
+
+def _memory_row(case: dict[str, Any]) -> list[str]:
+    memory = case["memory"]
+    weights = memory["take apart"]["stays"]
+    stays = [weights, memory["cache"]["stays"] - weights]
+    over = [memory[name]["over"] for name in ("load", "take apart", "prefill", "decode", "sample", "swap")]
+    return [
+        case["card"],
+        _precision(case),
+        *(f"{size / 1e9:.1f} GB" for size in stays),
+        *(f"{size / 2**20:,.0f} MiB" for size in over),
+    ]
+
+
+if __name__ == "__main__":
+    main()
