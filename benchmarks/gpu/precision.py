@@ -1,8 +1,8 @@
 """Measure a random Llama 2 70B in one precision: speed, prompts, sampling, graphs and memory.
 
-Three caches are measured one after the other: the one that a server would have on this GPU, one for the most
-requests with short rows, and one for a single long prompt. Knows the order; `steps.py` and `memory.py`
-measure.
+Several caches are measured one after the other: the one that a server would have on this GPU, one for the
+most requests with short rows, and one for a single long prompt. Knows the order; `steps.py`, `memory.py` and
+`launches.py` measure.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ class _Part:
     def measure(self) -> None:
         parts = self._parts()
         for name, measure in (
-            ("the cache of a server", self._measure_served),
-            ("the cache of most requests", self._measure_most_requests),
-            ("the cache of one prompt", self._measure_prompts),
+            ("steps with the cache of a server", self._measure_served),
+            ("steps with the most requests", self._measure_most_requests),
+            ("steps with a long prompt", self._measure_prompts),
+            ("launches of a step", self._count_launches),
         ):
             with self._measurements.recording_failures(name):
                 measure(parts)
@@ -94,8 +95,6 @@ class _Part:
         take, config, placement, sizes = self._measurements.take, self._config, self._placement, self._sizes
         shape = served_shape(config, placement, sizes)
         stepper = Stepper(parts, config, shape, placement)
-        take("launches", partial(_launches, stepper, sizes))
-        take("step_without_graphs", partial(step_without_graphs, stepper, sizes))
         take("graphs", partial(capture, stepper, config, placement))
         run_largest_steps(stepper, sizes)
         take("memory", partial(used_memory, config, placement, shape, self._free))
@@ -103,8 +102,8 @@ class _Part:
 
     def _measure_most_requests(self, parts: ModelParts) -> None:
         take, sizes = self._measurements.take, self._sizes
-        shape = CacheShape(sizes.rows, sizes.prompt + sizes.room)
-        stepper = Stepper(parts, self._config, shape, self._placement)
+        stepper = self._stepper_of_most_requests(parts)
+        take("step_without_graphs", partial(step_without_graphs, stepper, sizes))
         if self._device.type == "cuda":
             stepper.runner.capture()
         take("decode", partial(decode_steps, stepper, sizes))
@@ -117,6 +116,15 @@ class _Part:
         stepper = Stepper(parts, self._config, shape, self._placement)
         self._measurements.take("prompts", partial(prompts, stepper, self._sizes))
 
+    def _count_launches(self, parts: ModelParts) -> None:
+        """The profiler takes GPU memory of its own, and may slow down what follows, so this comes last."""
+        stepper = self._stepper_of_most_requests(parts)
+        self._measurements.take("launches", partial(_launches, stepper, self._sizes))
+
+    def _stepper_of_most_requests(self, parts: ModelParts) -> Stepper:
+        shape = CacheShape(self._sizes.rows, self._sizes.prompt + self._sizes.room)
+        return Stepper(parts, self._config, shape, self._placement)
+
     def _release(self) -> None:
         """Free the graphs and the cache of the measurements before. The graphs are in reference cycles."""
         gc.collect()
@@ -124,7 +132,7 @@ class _Part:
 
 
 def _launches(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
-    """Return the launches of a decode step, by number of requests. Call it before graphs are captured."""
+    """Return the launches of a decode step without graphs, by number of requests."""
     result = {}
     for height in sorted({1, stepper.shape.rows}):
         stepper.start([sizes.short] * height)
