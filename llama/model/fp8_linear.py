@@ -64,8 +64,11 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     # finds the largest absolute value with one kernel.
     largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     scale = largest.clamp(min=_SMALLEST) / _E4M3_MAX
-    # The division may give a value just above the largest e4m3 number; the conversion rounds it down again.
-    return (rows / scale).to(_E4M3), scale
+    rounded = torch.empty_like(rows, dtype=_E4M3)
+    # On a GPU, one kernel divides and converts. The quotient may be just above the largest e4m3 number; the
+    # conversion rounds it down again.
+    torch.div(rows, scale, out=rounded)
+    return rounded, scale
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:

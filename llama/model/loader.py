@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from llama.errors import BadCheckpoint, BadConfig, DoesNotFit
 from llama.model.assembly import ModelAssembler, TakeLayer
 from llama.model.checkpoint import EMBEDDINGS, HEAD, Checkpoint
+from llama.model.gpu_errors import lacks_memory
 from llama.model.placement import Placement
 from llama.weights.progress import progress
 
@@ -60,6 +61,8 @@ def load_model(
     try:
         model = empty_model(config, placement.device)
     except Exception as error:  # fields that only transformers checks, such as `attn_implementation`
+        if lacks_memory(error):
+            raise _does_not_fit(folder, placement, error) from error
         raise BadConfig(
             f"transformers cannot create the model that config.json in {folder} describes "
             f"({type(error).__name__}: {error}); copy config.json again"
@@ -74,12 +77,9 @@ def load_model(
                     done += tensor.nbytes
                     show(done)
                 assembler.end_file()
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFit(
-            f"the model in {folder} does not fit on {placement.device} with quantization "
-            f"{placement.quantization} ({error}); run `python -m llama plan` to see what fits"
-        ) from error
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # checks of torch and bitsandbytes
+        if lacks_memory(error):
+            raise _does_not_fit(folder, placement, error) from error
         raise BadCheckpoint(
             f"the tensor {name} in {folder} cannot be loaded ({error}); copy the weights again or, if this "
             "device does not support the operation, set LLAMA_QUANTIZATION or LLAMA_DEVICE to another value"
@@ -87,3 +87,10 @@ def load_model(
     assembler.check_complete(folder)
     model.tie_weights()
     return model
+
+
+def _does_not_fit(folder: Path, placement: Placement, error: Exception) -> DoesNotFit:
+    return DoesNotFit(
+        f"the model in {folder} does not fit on {placement.device} with quantization "
+        f"{placement.quantization} ({error}); run `python -m llama plan` to see what fits"
+    )

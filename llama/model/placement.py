@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig
 
-from llama.errors import BadSettings
+from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import context_length
+from llama.model.gpu_errors import lacks_memory
 from llama.model.precision_plan import Gpu, Planner
 from llama.model.quantized_layers import Quantization, from_config
 from llama.settings import EngineName, Settings
@@ -82,8 +83,8 @@ def planner_for(settings: Settings, config: LlamaConfig, gpus: Sequence[Gpu], en
 def pick_device(settings: Settings) -> torch.device:
     """The device that the settings name; `auto` means the first CUDA GPU, or the CPU if there is none.
 
-    Raises BadSettings if torch cannot use the device, or if it is neither the CPU nor a CUDA GPU: `mps` is
-    not supported.
+    Raises DoesNotFit if a GPU has no memory left. Raises BadSettings if torch cannot use the device for
+    another reason, or if it is neither the CPU nor a CUDA GPU: `mps` is not supported.
     """
     name = settings.device
     if name == "auto":
@@ -92,6 +93,11 @@ def pick_device(settings: Settings) -> torch.device:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
+        if lacks_memory(error):
+            raise DoesNotFit(
+                f"{name} has no memory left for this process ({error}); end other programs that use it, or "
+                "set LLAMA_DEVICE to another GPU"
+            ) from error
         raise BadSettings(
             f"LLAMA_DEVICE is {name!r}, which torch cannot use on this machine; set it to cpu or auto"
         ) from error

@@ -64,11 +64,14 @@ class Batch:
         self._scheduler = Scheduler(cache.shape.rows, rows, prefix_reuse=prefix_reuse)
 
     def capture_graphs(self) -> None:
-        """Let decode steps replay CUDA graphs from now on. Raises EngineNotStarted or OutOfMemoryError."""
+        """Let decode steps replay CUDA graphs from now on.
+
+        Raises EngineNotStarted, or an error that `lacks_memory` recognizes.
+        """
         self._runner.capture()
 
     def run_largest_prefill(self) -> None:
-        """Run the largest prefill, so that a lack of memory raises OutOfMemoryError before any request."""
+        """Run the largest prefill, so that a lack of memory is found before the first request."""
         count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)
         self._runner.prefill([Chunk(0, self.shape.length - count, self._tensor([0] * count))])
 

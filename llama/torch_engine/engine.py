@@ -15,9 +15,9 @@ from weakref import WeakSet
 
 from llama.engine import TokenStream
 from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
+from llama.model.gpu_errors import lacks_memory
 from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
-from llama.torch_engine.gpu_errors import lacks_memory
 from llama.torch_engine.scheduler import BatchRequest
 
 logger = logging.getLogger(__name__)

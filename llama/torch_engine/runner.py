@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from llama.errors import EngineNotStarted
+from llama.model.gpu_errors import lacks_memory
 from llama.model.gpu_reserve import graph_shapes
 from llama.torch_engine.attention import Attend, Attention, Chunk, torch_attention
 from llama.torch_engine.cpu_attention import CompiledAttention
 from llama.torch_engine.cpu_compiler import Kernels
 from llama.torch_engine.cuda_graphs import StepGraphs
 from llama.torch_engine.flash_attention import FlashAttention
-from llama.torch_engine.gpu_errors import lacks_memory
 from llama.torch_engine.kv_cache import KVCache
 from llama.torch_engine.layers import ModelParts
 from llama.torch_engine.operators import CompiledOperators, Operators, TorchOperators
@@ -83,7 +83,7 @@ class Runner:
     def capture(self) -> None:
         """Let decode steps replay CUDA graphs from now on.
 
-        Raises EngineNotStarted, or what `lacks_memory` recognizes.
+        Raises EngineNotStarted, or an error that `lacks_memory` recognizes.
         """
         shape = self._cache.shape
         sizes = graph_shapes(shape.rows, shape.length, flash_attention=self._cache.by_position)

@@ -3,13 +3,19 @@ torch, but no GPU raised them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from llama.errors import DoesNotFit, EngineNotStarted
+from llama.model.assembly import TakeLayer
+from llama.model.config import load_config
+from llama.model.gpu_errors import lacks_memory
+from llama.model.loader import load_model
+from llama.model.placement import Placement
 from llama.torch_engine.batch import Batch
 from llama.torch_engine.engine import TorchEngine
-from llama.torch_engine.gpu_errors import lacks_memory
 
 LACK_OF_MEMORY = {
     "torch's allocator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -60,6 +66,22 @@ def test_an_engine_that_lacks_memory_while_it_starts_says_what_to_set(error: Exc
     with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: .*CUDA (error|out of memory)") as raised:
         TorchEngine(load)
     assert "set a smaller LLAMA_CACHE_MEMORY, COG_MAX_CONCURRENCY or LLAMA_MAX_CONTEXT" in str(raised.value)
+
+
+def raises(error: Exception) -> TakeLayer:
+    def take_layer(layers: torch.nn.ModuleList, index: int) -> None:
+        raise error
+
+    return take_layer
+
+
+@pytest.mark.parametrize("error", LACK_OF_MEMORY.values(), ids=LACK_OF_MEMORY.keys())
+def test_a_model_that_does_not_fit_while_it_is_loaded_is_named(llama_folder: Path, error: Exception) -> None:
+    placement = Placement(torch.device("cpu"), torch.float32, "none", 64)
+    with pytest.raises(
+        DoesNotFit, match="^E3005 DoesNotFit: the model in .*tiny-llama-chat does not fit on cpu"
+    ):
+        load_model(llama_folder, load_config(llama_folder), placement, raises(error))
 
 
 def test_other_errors_of_a_start_are_raised_unchanged() -> None:
