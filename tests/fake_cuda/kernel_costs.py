@@ -1,8 +1,8 @@
 """How many kernels an operator launches on CUDA, and which bytes they read, write and allocate.
 
 An operator that is not listed is one launch that reads each input once and writes each output once. The reasons
-come from the sources of torch 2.11 (built with CUDA 12.8) and bitsandbytes 0.50.2. Knows operators and tensors;
-knows nothing about the engine.
+come from the sources of torch 2.11 (built with CUDA 12.8) and bitsandbytes 0.50.2. Memory that CUDA sets or copies
+without a kernel is no launch. Knows operators and tensors; knows nothing about the engine.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from llama.model.assembly import ModelAssembler
 from llama.model.loader import empty_model
 from llama.model.placement import Placement, place
 from llama.model.precision_plan import LLAMA_2_70B
+from llama.model.quantized_layers import STORED_SCALE, Quantization
 from llama.settings import Settings
 from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import ModelParts, take_apart
@@ -35,6 +36,16 @@ SMALL = LlamaConfig(
     max_position_embeddings=128,
     tie_word_embeddings=False,
 )
+BIASED = LlamaConfig(
+    **{
+        **SMALL.to_dict(),
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    }
+)
+"""A model with what the 70B does not have: biases, tied embeddings, and scaled positions."""
 
 
 def llama_2_70b(layers: int) -> LlamaConfig:
@@ -49,23 +60,30 @@ def placement_of(config: LlamaConfig, **settings: Any) -> Placement:
     return place(Settings(device="cuda:0", **settings), config)
 
 
-def load(config: LlamaConfig, placement: Placement) -> LlamaForCausalLM:
-    """Load a model from a checkpoint of fake tensors in bfloat16, on the CPU."""
-    shapes = _shapes(config)
+def load(config: LlamaConfig, placement: Placement, stored: Quantization = "none") -> LlamaForCausalLM:
+    """Load a model from a checkpoint of fake tensors on the CPU, whose decoder layers are stored in 16 bits, in FP8
+    or in int8. NF4 is not supported, because bitsandbytes reads numbers of its checkpoints on the CPU."""
+    tensors = dict(_checkpoint(config, stored))
     model = empty_model(config, placement.device)
-    assembler = ModelAssembler(model, frozenset(shapes), placement)
-    for name, shape in shapes.items():
-        assembler.add(name, torch.empty(shape, dtype=torch.bfloat16))
+    assembler = ModelAssembler(model, frozenset(tensors), placement)
+    for name, tensor in tensors.items():
+        assembler.add(name, tensor)
     assembler.end_file()
     assembler.check_complete(Path("fake"))
     model.tie_weights()
     return model
 
 
-def _shapes(config: LlamaConfig) -> Mapping[str, tuple[int, ...]]:
+def _checkpoint(config: LlamaConfig, stored: Quantization) -> Iterator[tuple[str, Tensor]]:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        shape, quantized = tuple(tensor.shape), stored != "none" and name.endswith("_proj.weight")
+        dtype = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[stored] if quantized else torch.bfloat16
+        yield name, torch.empty(shape, dtype=dtype)
+        if quantized:
+            scale_shape = (shape[0], 1) if stored == "fp8" else shape[:1]
+            yield f"{name.removesuffix('weight')}{STORED_SCALE[stored]}", torch.empty(scale_shape)
 
 
 @dataclass(frozen=True)

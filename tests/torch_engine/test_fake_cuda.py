@@ -14,7 +14,18 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_cuda.cases import CASES, DRAWN, EVERY_RULE, FLASH_CASES, GREEDY, TWO_PRODUCT_CASES, Case
-from fake_cuda.models import SMALL, Step, llama_2_70b, placement_of, step_for, step_of, tensors_of, token_ids
+from fake_cuda.models import (
+    BIASED,
+    SMALL,
+    Step,
+    llama_2_70b,
+    load,
+    placement_of,
+    step_for,
+    step_of,
+    tensors_of,
+    token_ids,
+)
 from fake_cuda.patches import (
     CUDA,
     TorchChanged,
@@ -29,8 +40,9 @@ from transformers import LlamaConfig
 
 from llama.model.gpu_reserve import graph_shapes
 from llama.model.precision_plan import bytes_of_weights
+from llama.model.quantized_layers import Quantization
 from llama.torch_engine.attention import Chunk
-from llama.torch_engine.layers import Norm
+from llama.torch_engine.layers import Norm, take_apart
 
 DEVICE = torch.device("cuda:0")
 ROWS = 32
@@ -78,10 +90,11 @@ def test_flash_attention_runs_where_the_gpu_and_the_type_allow_it() -> None:
         assert placement.flash_attention == (case in FLASH_CASES)
 
 
+@pytest.mark.parametrize("config", [SMALL, BIASED], ids=["small", "biased"])
 @every_case
-def test_everything_is_on_the_gpu_in_one_type(case: Case) -> None:
+def test_everything_is_on_the_gpu_in_one_type(case: Case, config: LlamaConfig) -> None:
     with fake_cuda(case.card):
-        parts, cache, rows, runner, sampler = vars(step_in(case, SMALL)).values()
+        parts, cache, rows, runner, sampler = vars(step_in(case, config)).values()
         tensors = dict(tensors_of(parts))
         assert len(tensors) >= 5 + 6 * len(parts.layers)
         assert {tensor.device for tensor in tensors.values()} == {DEVICE}
@@ -101,6 +114,16 @@ def test_everything_is_on_the_gpu_in_one_type(case: Case) -> None:
         rows.move(1, 0, 5)
         rows.clear(0, 5)
         rows.vacate(1)
+
+
+@pytest.mark.parametrize("stored", ["fp8", "int8"])
+def test_a_quantized_checkpoint_is_loaded_onto_the_gpu(stored: Quantization) -> None:
+    with fake_cuda():
+        placement = placement_of(SMALL, quantization=stored, dtype="bfloat16")
+        parts = take_apart(load(SMALL, placement, stored), placement)
+        assert {tensor.device for _, tensor in tensors_of(parts)} == {DEVICE}
+        logits = step_for(parts, SMALL, placement, 4, 128).runner.decode(2, 21)
+        assert (logits.dtype, logits.device) == (torch.float32, DEVICE)
 
 
 @every_case
