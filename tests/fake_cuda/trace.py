@@ -125,7 +125,8 @@ class Trace(CudaDispatch):
         self.waits.append(Wait(type(error).__name__, place_in_engine()))
 
     def ran(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
+        read = {name: value for name, value in kwargs.items() if name != "out"}
+        inputs, outputs = tensors_in((args, read)), tensors_in(result)
         devices = {tensor.device.type for tensor in (*inputs, *outputs)}
         name = _name(func)
         if name in ("_to_copy", "copy_") and devices == {"cpu", "cuda"}:
