@@ -232,6 +232,16 @@ def test_the_gateways_results_are_rendered_from_their_numbers() -> None:
     assert f"{words[missed]} of {len(results['targets'])} targets were missed" in read("docs/gateway.md")
 
 
+def test_the_calculated_figures_in_the_architecture_are_those_of_the_report() -> None:
+    report = json.loads(read("benchmarks/results/gpu_calculated.json"))["cases"]
+    architecture = read("docs/architecture.md")
+    for name, quantization in (("bfloat16", "none"), ("FP8", "fp8"), ("int8", "int8"), ("NF4", "nf4")):
+        case = report[f"H100-{quantization}-bfloat16"]
+        launches, total = case["decode_launches"]["32"], sum(case["traffic"]["mixed lengths"].values())
+        row = f"| {name} | {launches:,} | {total / 1e9:.1f} GB | {total / case['bandwidth'] * 1e3:.1f} ms |"
+        assert f"\n{row}\n" in architecture
+
+
 def test_the_readme_names_the_cpu_that_was_measured() -> None:
     machine = json.loads(read("benchmarks/results/cpu.json"))["machine"]
     assert machine["cores"] == 2
