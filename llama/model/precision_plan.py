@@ -56,7 +56,7 @@ LLAMA_2_70B = LlamaConfig(
 
 _ORDER: tuple[Quantization, ...] = ("none", "fp8", "int8", "nf4")
 _CAPABILITY: dict[Quantization, tuple[int, int]] = {
-    "none": (7, 0),
+    "none": (7, 5),  # the oldest for which torch 2.11 is built
     "fp8": (8, 9),
     "int8": (7, 5),
     "nf4": (7, 5),

@@ -49,10 +49,11 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Read each chunk into its row, and return the logits of each chunk's last token: [chunks, V]."""
-        attend = self._attention.prefill(chunks)
-        hidden = self._hidden(torch.cat([chunk.token_ids for chunk in chunks]), attend)
+        # Before the layers: this copy to a GPU waits for everything that was launched.
         lengths = torch.tensor([len(chunk.token_ids) for chunk in chunks], device=self._parts.device)
         ends = lengths.cumsum(0) - 1
+        attend = self._attention.prefill(chunks)
+        hidden = self._hidden(torch.cat([chunk.token_ids for chunk in chunks]), attend)
         return self._logits(*(part[ends] for part in hidden))
 
     @torch.inference_mode()
