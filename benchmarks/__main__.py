@@ -11,13 +11,12 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from benchmarks import isa, scenarios, workload
 from benchmarks.attempts import Attempts
-from benchmarks.machine import describe
+from benchmarks.machine import commit, describe
 from benchmarks.report import write_report
 from benchmarks.results_file import ResultsFile
 from benchmarks.run import Run
@@ -60,7 +59,7 @@ def _arguments() -> argparse.Namespace:
 def _setting(model: Path) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": describe(),
         "workload": {
             "parameters": _parameters(model),
@@ -76,11 +75,6 @@ def _parameters(model: Path) -> int:
 
     with safe_open(model / "model.safetensors", framework="pt") as file:
         return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Describe the machine on which the benchmark runs."""
+"""Describe the machine and the commit on which a benchmark runs."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,20 @@ def describe() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def commit() -> str:
+    """Return the commit, with "-dirty" if files other than results have been changed since, or "unknown"."""
+    from llama import ROOT  # here, because a peer that needs only `usable_cores` may not have pydantic
+
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")

@@ -11,7 +11,6 @@ import asyncio
 import datetime
 import json
 import resource
-import subprocess
 import tempfile
 import time
 from contextlib import AsyncExitStack
@@ -29,7 +28,7 @@ from benchmarks.gateway.processes import KEY, Process
 from benchmarks.gateway.report import markdown
 from benchmarks.gateway.streams import Row, Way, compare, log
 from benchmarks.gateway.targets import evaluate
-from benchmarks.machine import describe
+from benchmarks.machine import commit, describe
 from llama import ROOT
 from llama.serving.schema import write_schema
 from llama.serving.server import CogServer
@@ -76,7 +75,7 @@ def _arguments() -> argparse.Namespace:
 async def _measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": describe(),
         "versions": {name: version(name) for name in ("fastapi", "httpx2", "uvicorn", "coglet")},
         "streams": STREAMS,
@@ -221,11 +220,6 @@ async def _leaving(folder: Path, total: int) -> Row:
     }
     log(f"{total} requests with a killed server: {row}")
     return row
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":
