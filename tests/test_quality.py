@@ -1,4 +1,4 @@
-"""The measurement of quality (`benchmarks/quality.py`), compared with plain transformers on a tiny model."""
+"""The measurement of quality (`benchmarks/quality`), compared with plain transformers on a tiny model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ from small_models import CORPUS, write_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from benchmarks import quality
-from benchmarks.quality_figures import common_tokens, divergence, figures
-from benchmarks.quality_predictions import CANDIDATES, NEW_TOKENS, Predictions, Predictor
-from benchmarks.quality_report import markdown, quality_table
-from benchmarks.quality_windows import LENGTH, PROMPT, SCORED, TextTooShort, cut
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality.figures import common_tokens, divergence, figures
+from benchmarks.quality.predictions import (
+    CANDIDATES,
+    LENGTH,
+    NEW_TOKENS,
+    PROMPT,
+    SCORED,
+    Predictions,
+    Predictor,
+    TextTooShort,
+    cut,
+)
+from benchmarks.quality.report import markdown, quality_table
 from llama import ROOT
 from llama.model.config import load_config
 from llama.model.pack import pack

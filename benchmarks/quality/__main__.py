@@ -2,8 +2,9 @@
 
 For each precision: the perplexity of a text, how often the most likely token is that of the reference (bf16,
 or the widest precision that fits), the divergence from the reference's probabilities, and how far greedy
-answers agree with the reference's. The device does the same work for all precisions. `quality_predictions.py`
-has the method. The results are written after each precision, as JSON and as Markdown.
+answers agree with the reference's. The device does the same work for all precisions. `predictions.py` runs
+the model, and `figures.py` has the statistics. The results are written after each precision, as JSON and as
+Markdown.
 """
 
 from __future__ import annotations
@@ -27,18 +28,28 @@ from transformers import LlamaConfig
 
 from benchmarks.attempts import log
 from benchmarks.machine import describe
-from benchmarks.quality_figures import figures
-from benchmarks.quality_predictions import CANDIDATES, NEW_TOKENS, Predictions, Predictor
-from benchmarks.quality_report import write_report
-from benchmarks.quality_windows import LENGTH, PROMPT, SCORED, TextTooShort, Windows, cut
+from benchmarks.quality.figures import figures
+from benchmarks.quality.predictions import (
+    CANDIDATES,
+    LENGTH,
+    NEW_TOKENS,
+    PROMPT,
+    SCORED,
+    Predictions,
+    Predictor,
+    TextTooShort,
+    Windows,
+    cut,
+)
+from benchmarks.quality.report import write_report
 from llama import ROOT
 from llama.errors import LlamaError
 from llama.model.config import load_config
+from llama.model.gpu_errors import lacks_memory
 from llama.model.placement import Placement, pick_device, place
 from llama.settings import Settings
 from llama.text.load_tokenizer import fit_tokenizer, load_tokenizer
 from llama.torch_engine.cpu_compiler import Kernels, compile_in_background, use_threads
-from llama.torch_engine.gpu_errors import lacks_memory
 from llama.torch_engine.layer_packing import load_parts
 from llama.weights.folder import weights_folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_predictions import Predictions
+from benchmarks.quality.predictions import Predictions
 
 _SMALLEST = 1e-9  # of a probability: rounding may leave nothing, or less, for the tokens outside of a list
 

@@ -1,6 +1,6 @@
 """Turn the results of `benchmarks.quality` into Markdown, and write both files. Runs no model.
 
-`python -m benchmarks.quality_report benchmarks/results/quality.json` writes the `.md` file again.
+`python -m benchmarks.quality.report benchmarks/results/quality.json` writes the `.md` file again.
 """
 
 from __future__ import annotations

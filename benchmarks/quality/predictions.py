@@ -1,21 +1,22 @@
-"""Let a model in one precision predict the tokens of windows of text, with the engine's own steps.
+"""Cut a text into windows, and let a model predict their tokens with the engine's own steps.
 
 As in serving, a window's first tokens are read as a prompt (prefill), and the others are decoded one by one,
-many windows at a time. The runner's logits are the ones that the engine samples from. Knows tensors; knows
-nothing about precisions or files.
+many windows at a time. The engine samples from the same logits. Knows token ids and tensors; knows nothing
+about precisions or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from benchmarks.quality_windows import LENGTH, PROMPT, SCORED
 from llama.model.placement import Placement
+from llama.prompt.prompt_template import FormattedPrompt
+from llama.text.tokenizer import Tokenizer
 from llama.torch_engine.attention import Chunk
 from llama.torch_engine.cpu_compiler import Kernels
 from llama.torch_engine.kv_cache import CacheShape, KVCache
@@ -24,6 +25,12 @@ from llama.torch_engine.prompt_share import MOST_PROMPT_TOKENS
 from llama.torch_engine.rows import Rows
 from llama.torch_engine.runner import Runner
 
+PROMPT = 64
+"""The number of tokens at the start of a window that are read as a prompt and not scored."""
+SCORED = 256
+"""The number of tokens after the prompt. They are scored, and the next window's scored tokens follow them."""
+LENGTH = PROMPT + SCORED
+_FEWEST = 4  # windows; with fewer, a standard error means little
 NEW_TOKENS = 64
 """The number of tokens that are generated after each prompt."""
 CANDIDATES = 64
@@ -31,6 +38,43 @@ CANDIDATES = 64
 _ROWS = {"cuda": 32, "cpu": 64}
 """The most windows at a time. On a GPU, it is the number of requests that the server runs at once. On a CPU,
 an FP8 step takes nearly as long with 64 rows as with 8."""
+
+
+class TextTooShort(ValueError):
+    """The text has fewer tokens than _FEWEST windows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The windows of a text. Every token after the first prompt is scored once."""
+
+    token_ids: Tensor
+    """[windows, LENGTH], on the CPU."""
+    text_tokens: int
+    """The number of tokens of the whole text."""
+
+
+def cut(text: str, tokenizer: Tokenizer) -> Windows:
+    """Encode a text, and cut it into windows that start every SCORED tokens.
+
+    Every window begins with the beginning-of-sequence token if the tokenizer adds one to prompts. Tokens at
+    the end that do not fill a window are left out. Raises TextTooShort.
+    """
+    start = tokenizer.encode(FormattedPrompt(()))
+    token_ids = tokenizer.encode(FormattedPrompt((text,)))[len(start) :]
+    return Windows(_cut(token_ids, start), len(token_ids))
+
+
+def _cut(token_ids: Sequence[int], start: Sequence[int]) -> Tensor:
+    length = LENGTH - len(start)
+    needed = length + (_FEWEST - 1) * SCORED
+    if len(token_ids) < needed:
+        raise TextTooShort(
+            f"the text has {len(token_ids)} tokens, but at least {needed} are needed ({_FEWEST} windows of "
+            f"{LENGTH} tokens, one every {SCORED}); use a longer text"
+        )
+    windows = torch.tensor(token_ids).unfold(0, length, SCORED)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(windows), -1), windows], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
