@@ -99,10 +99,10 @@ gpu-calculated: install ## calculate the launches, bytes and memory of the 70B o
 	PYTHONPATH=tests $(BIN)/python -m fake_cuda.report
 
 # The image's pins, the torch build for its CUDA (from the index that Cog uses), Cog's server, and the embedded model.
-$(GPU_VENV)/.installed: requirements-gpu.txt requirements-bench.txt requirements.txt requirements-embedded.txt
+$(GPU_VENV)/.installed: requirements-gpu.txt requirements.txt requirements-embedded.txt
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		-r requirements-gpu.txt -r requirements-bench.txt $$(grep -e '^cog' -e '^gguf' requirements.txt)
+		-r requirements-gpu.txt $$(grep -e '^cog' -e '^gguf' requirements.txt)
 	$(GPU_BIN)/pip install --quiet --no-deps -r requirements-embedded.txt
 	@touch $@
 

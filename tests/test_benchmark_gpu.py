@@ -18,14 +18,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.gpu import results
-from benchmarks.gpu.attention_check import LENGTH, attention_config, attention_errors, check_attention
-from benchmarks.gpu.child_process import PROCESS, run_child
-from benchmarks.gpu.engine_check import compared
-from benchmarks.gpu.launches import counted_launches
-from benchmarks.gpu.measurements import CheckFailed, Measurements, Skipped
-from benchmarks.gpu.parts import PARTS, chosen
+from benchmarks.gpu.device import counted_launches
+from benchmarks.gpu.engine_checks import compared
+from benchmarks.gpu.kernel_checks import LENGTH, attention_config, attention_errors, check_attention
+from benchmarks.gpu.parts import PARTS, chosen, run_child
+from benchmarks.gpu.random_model import make_cache
 from benchmarks.gpu.report import markdown
-from benchmarks.gpu.stepper import make_cache
+from benchmarks.gpu.results import PROCESS, CheckFailed, Measurements, Skipped
 from benchmarks.gpu.verdict import verdict, verdict_table
 from llama import ROOT
 from llama.model.placement import Placement

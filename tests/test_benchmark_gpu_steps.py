@@ -9,9 +9,10 @@ import torch
 from fake_cuda.kernel_costs import H100
 from fake_cuda.session import fake_cuda
 
-from benchmarks.gpu.measurements import Measurements
+from benchmarks.gpu.parts import PRECISIONS
 from benchmarks.gpu.precision import measure_precision
-from benchmarks.gpu.verdict import CALCULATED, PRECISIONS, verdict
+from benchmarks.gpu.results import Measurements
+from benchmarks.gpu.verdict import CALCULATED, verdict
 from llama.model.quantized_layers import Quantization
 
 NEEDS_A_GPU = {

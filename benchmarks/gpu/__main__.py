@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.gpu import results as document
-from benchmarks.gpu.child_process import Document, run_child
-from benchmarks.gpu.parts import SECONDS_PER_PART, Part, chosen, described
+from benchmarks.gpu.parts import PARTS, SECONDS_PER_PART, Part, chosen, run_child
 from benchmarks.gpu.report import markdown
+from benchmarks.gpu.results import Document, failures, load
 from benchmarks.gpu.verdict import CALCULATED, verdict, verdict_table
-from benchmarks.machine import describe
+from benchmarks.machine import commit, describe
 from benchmarks.report import write_json
 from benchmarks.workload import OUT
 from llama import ROOT
+
+RESULTS = ROOT / "benchmarks/results/gpu.json"
 
 
 def main() -> None:
     arguments = _arguments()
     try:
         parts = chosen(arguments.parts)
-        results = document.load(arguments.results)
+        results = load(arguments.results)
     except ValueError as error:
         sys.exit(str(error))
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -40,15 +40,16 @@ def main() -> None:
     if results["verdict"]:
         print(verdict_table(results["verdict"]))
     ran = {part.name: results["parts"][part.name] for part in parts}
-    failed = [*document.failures(ran), *results["not_compared"]]
+    failed = [*failures(ran), *results["not_compared"]]
     if failed:
         sys.exit("\n".join(["failed:", *failed]))
 
 
 def _arguments() -> argparse.Namespace:
+    parts = "\n".join(f"  {part.name:14} {part.minutes:2g} min  {part.measures}" for part in PARTS)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description=f"{__doc__}\nparts, and estimates of their time (not measured):\n\n{described()}",
+        description=f"{__doc__}\nparts, and estimates of their time (not measured):\n\n{parts}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -75,40 +76,23 @@ def _arguments() -> argparse.Namespace:
     if arguments.small:
         arguments.device = "cpu"
     if arguments.results is None:
-        arguments.results = (
-            OUT / "gpu-small.json" if arguments.small else ROOT / "benchmarks/results/gpu.json"
-        )
+        arguments.results = OUT / "gpu-small.json" if arguments.small else RESULTS
     return arguments
 
 
 def _measure(part: Part, arguments: argparse.Namespace) -> Document:
     with tempfile.TemporaryDirectory(dir=arguments.disk) as folder:
         written = Path(folder) / "part.json"
-        command = [sys.executable, "-m", "benchmarks.gpu.child", part.name, str(written)]
+        command = [sys.executable, "-m", "benchmarks.gpu.parts", part.name, str(written)]
         command += ["--device", arguments.device, *(["--small"] if arguments.small else [])]
         measured = run_child(command, written, arguments.seconds)
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": describe(),
         "small": arguments.small,
         **measured,
     }
-
-
-def _commit() -> str:
-    """Return the commit, with "-dirty" if files other than results have been changed since."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
-        unchanged = subprocess.run(
-            [*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], check=False
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("-dirty" if unchanged.returncode else "")
 
 
 def _write(results: Document, arguments: argparse.Namespace) -> None:

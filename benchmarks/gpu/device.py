@@ -1,22 +1,27 @@
-"""The device that is measured: what it is, how long work on it takes, and how much memory is free.
+"""The device that is measured: its description, the time and the kernel launches of a call, and free memory.
 
-Everything also runs on a CPU, so that the program can be tested without a GPU. Knows torch's interface to
-devices; knows nothing about models.
+All but the launches can also be measured on a CPU, so that the program can be tested without a GPU. Knows
+torch's interface to devices; knows nothing about models.
 """
 
 from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.results import Skipped
 
 _COPIED = {"cuda": 2**30, "cpu": 2**26}
 _FACTS = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+_MOST_FREQUENT = 12
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -89,6 +94,34 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * size / seconds_per_call(lambda: target.copy_(source), device)
+
+
+def launches(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Return the number of kernels, copies and fills of a call on the GPU, and the most frequent ones.
+
+    Raises Skipped on a CPU, and RuntimeError if the profiler records nothing.
+    """
+    if device.type != "cuda":
+        raise Skipped("a CPU launches no kernels")
+    work()
+    wait(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        wait(device)
+    return counted_launches(profiler.events())
+
+
+def counted_launches(events: Iterable[Any]) -> dict[str, Any]:
+    """Count the events of torch's profiler that ran on the GPU. Raises RuntimeError if there are none."""
+    on_gpu = (event for event in events if event.device_type.name == "CUDA")
+    launched = [event for event in on_gpu if not event.is_user_annotation]
+    if not launched:
+        raise RuntimeError("torch's profiler recorded no kernel; it needs CUPTI, and permission to use it")
+    return {
+        "launches": len(launched),
+        "seconds_of_kernels": sum(event.time_range.elapsed_us() for event in launched) / 1e6,
+        "most_frequent": dict(Counter(event.name for event in launched).most_common(_MOST_FREQUENT)),
+    }
 
 
 def free_memory(device: torch.device) -> int:

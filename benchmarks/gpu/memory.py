@@ -1,64 +1,61 @@
-"""Measure the memory of the captured graphs, and all memory that is neither weights nor cache.
+"""Compare the memory that is used on a GPU with the plan, and check the errors when there is too little.
 
-Knows free memory before and after; `llama/model/gpu_reserve.py` has what was planned.
+Knows free memory before and after; `llama/model/gpu_reserve.py` calculates what is planned.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
 from benchmarks.gpu.device import free_memory, release_memory, wait
-from benchmarks.gpu.measurements import Skipped
-from benchmarks.gpu.sizes import Sizes
-from benchmarks.gpu.stepper import Stepper
-from benchmarks.gpu.steps import ALL_RULES
+from benchmarks.gpu.random_model import SMALL, make_cache, placement_of, random_model, write_packed
+from benchmarks.gpu.results import CheckFailed, Measurements, Skipped
+from benchmarks.gpu.steps import Stepper
+from llama.errors import DoesNotFit
 from llama.model.gpu_reserve import GpuReserve, gpu_reserve, graph_shapes
 from llama.model.placement import Placement
 from llama.model.precision_plan import bytes_of_weights, bytes_per_token
-from llama.torch_engine.kv_cache import CacheShape, fit_cache
-from llama.torch_engine.prompt_share import MOST_PROMPT_TOKENS
+from llama.torch_engine.batch import Batch
+from llama.torch_engine.engine import TorchEngine
+from llama.torch_engine.kv_cache import CacheShape, KVCache, fit_cache
+from llama.torch_engine.layer_packing import load_parts
+from llama.torch_engine.layers import ModelParts, take_apart
+from llama.torch_engine.rows import Rows
+from llama.torch_engine.runner import Runner
+
+_SHAPE = CacheShape(32, 4096)
 
 
-def reserve_of(config: LlamaConfig, placement: Placement, shape: CacheShape) -> GpuReserve:
-    """Return the calculated reserve for a cache of this shape."""
-    return gpu_reserve(
-        config,
-        placement.quantization,
-        placement.arithmetic,
-        rows=shape.rows,
-        context=shape.length,
-        flash_attention=placement.flash_attention,
-    )
-
-
-def served_shape(config: LlamaConfig, placement: Placement, sizes: Sizes) -> CacheShape:
+def served_shape(config: LlamaConfig, placement: Placement, wanted: CacheShape) -> CacheShape:
     """Return the shape of the cache that the engine would create after the weights are loaded."""
-    wanted = CacheShape(sizes.rows, sizes.context)
     if placement.device.type == "cpu":
         return wanted
     release_memory(placement.device)
-    budget = free_memory(placement.device) - reserve_of(config, placement, wanted).total
+    budget = free_memory(placement.device) - _reserve(config, placement, wanted).total
     return fit_cache(
         config, placement.cache_dtype, budget=max(budget, 0), context=wanted.length, rows=wanted.rows
     )
 
 
-def capture(stepper: Stepper, config: LlamaConfig, placement: Placement) -> dict[str, Any]:
+def capture(stepper: Stepper) -> dict[str, Any]:
     """Capture the graphs. Return how many there are, and the seconds and bytes that they take.
 
     The bytes include what their warm-up allocates.
     """
-    device = placement.device
+    device, shape, placement = stepper.device, stepper.shape, stepper.placement
     if device.type == "cpu":
         raise Skipped("a CPU has no CUDA graphs")
-    batch_sizes, lengths = graph_shapes(
-        stepper.shape.rows, stepper.shape.length, flash_attention=placement.flash_attention
-    )
+    batch_sizes, lengths = graph_shapes(shape.rows, shape.length, flash_attention=placement.flash_attention)
     release_memory(device)
     wait(device)
     before, started = free_memory(device), time.perf_counter()
@@ -72,34 +69,22 @@ def capture(stepper: Stepper, config: LlamaConfig, placement: Placement) -> dict
         "lengths": lengths,
         "seconds": seconds,
         "bytes": before - free_memory(device),
-        "bytes_calculated": reserve_of(config, placement, stepper.shape).graphs,
+        "bytes_calculated": _reserve(stepper.config, placement, shape).graphs,
     }
 
 
-def run_largest_steps(stepper: Stepper, sizes: Sizes) -> None:
-    """Run the steps that allocate most: the longest prompt chunk, and sampling with all rules in all rows."""
-    tokens = min(MOST_PROMPT_TOKENS["cuda"], stepper.shape.length)
-    stepper.prefill(stepper.shape.length, tokens)
-    stepper.start([sizes.short] * stepper.shape.rows, ALL_RULES)
-    stepper.step()
-
-
-def used_memory(
-    config: LlamaConfig, placement: Placement, shape: CacheShape, free_at_first: int
-) -> dict[str, Any]:
+def used_memory(stepper: Stepper, free_at_first: int) -> dict[str, Any]:
     """Compare the memory in use with the plan. Call it after the largest steps.
 
     `free_at_first` is the free memory before the weights were made. What torch's allocator keeps counts as
     used, so it is the peak since memory was last released.
     """
-    device = placement.device
+    device, shape = stepper.device, stepper.shape
     if device.type == "cpu":
         raise Skipped("the memory of a CPU is not planned")
     wait(device)
     used = free_at_first - free_memory(device)
-    weights = bytes_of_weights(config, placement.quantization)
-    cache = shape.rows * shape.length * bytes_per_token(config, placement.cache_dtype)
-    reserve = reserve_of(config, placement, shape)
+    weights, cache, reserve = planned(stepper.config, stepper.placement, shape)
     return {
         "rows": shape.rows,
         "context": shape.length,
@@ -112,3 +97,105 @@ def used_memory(
         "allocated_by_torch": torch.cuda.memory_allocated(device),
         "kept_by_torch": torch.cuda.memory_reserved(device),
     }
+
+
+def planned(config: LlamaConfig, placement: Placement, shape: CacheShape) -> tuple[int, int, GpuReserve]:
+    """Return the calculated bytes of the weights and of a cache of this shape, and the reserve."""
+    return (
+        bytes_of_weights(config, placement.quantization),
+        shape.rows * shape.length * bytes_per_token(config, placement.cache_dtype),
+        _reserve(config, placement, shape),
+    )
+
+
+def _reserve(config: LlamaConfig, placement: Placement, shape: CacheShape) -> GpuReserve:
+    return gpu_reserve(
+        config,
+        placement.quantization,
+        placement.arithmetic,
+        rows=shape.rows,
+        context=shape.length,
+        flash_attention=placement.flash_attention,
+    )
+
+
+def check_memory_errors(measurements: Measurements, device: torch.device) -> None:
+    """Check that a lack of memory is reported as DoesNotFit, at each stage of the start of an engine.
+
+    torch's allocator is told to take no more memory. Run it in a process of its own: after the last stage, a
+    failed capture, torch cannot be used any more.
+    """
+    stages = {"weights": _load_weights, "cache": _create_cache, "graphs": _capture_graphs}
+    for name, start in stages.items():
+        measurements.take(f"lack of memory for {name}", partial(_check_error, device, start))
+
+
+def _check_error(device: torch.device, start: Callable[[Placement], object]) -> str:
+    """Return the message of the error. Raises CheckFailed if it is another error, or none."""
+    if device.type != "cuda":
+        raise Skipped("the memory of a CPU is not limited")
+    try:
+        start(placement_of(SMALL, device, "none", "auto", _SHAPE.length))
+    except DoesNotFit as error:
+        return error.message
+    except Exception as error:
+        raise CheckFailed(f"the error is {type(error).__name__}: {error}") from error
+    raise CheckFailed("there was no error")
+
+
+@contextmanager
+def _no_more_memory(device: torch.device) -> Iterator[None]:
+    """Let torch's allocator take no more memory than it has now."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved(device) / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _load_weights(placement: Placement) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        write_packed(SMALL, "none", folder, placement.device)
+        release_memory(placement.device)
+        # torch keeps 2 MiB for this and other small tensors, such as those of the rotary embedding, which is
+        # created before any weight is loaded.
+        small = torch.zeros(1, device=placement.device)
+        with _no_more_memory(placement.device):
+            load_parts(folder, SMALL, placement)
+        del small
+
+
+def _create_cache(placement: Placement) -> None:
+    def load() -> Batch:
+        parts = _parts(placement)
+        release_memory(placement.device)
+        with _no_more_memory(placement.device):
+            cache = make_cache(SMALL, _SHAPE, placement)
+        return _batch(parts, cache)
+
+    TorchEngine(load).close()
+
+
+def _capture_graphs(placement: Placement) -> None:
+    def load() -> Batch:
+        cache = make_cache(SMALL, _SHAPE, placement)
+        parts = _parts(placement)
+        batch = _batch(parts, cache)
+        release_memory(placement.device)
+        # torch keeps the memory of this step for the one before each capture. The captures need more.
+        Runner(parts, Rows(cache)).decode(_SHAPE.rows, _SHAPE.length)
+        with _no_more_memory(placement.device):
+            batch.capture_graphs()
+        return batch
+
+    TorchEngine(load).close()
+
+
+def _parts(placement: Placement) -> ModelParts:
+    return take_apart(random_model(SMALL, "none", placement.device, placement.dtype), placement)
+
+
+def _batch(parts: ModelParts, cache: KVCache) -> Batch:
+    return Batch(parts, cache, vocabulary=SMALL.vocab_size, eos_token_ids=[])

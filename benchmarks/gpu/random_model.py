@@ -1,4 +1,4 @@
-"""Make a random Llama 2 70B on the GPU, in memory or as a packed folder.
+"""Make models with random weights: in memory, with their placement and cache, or as a packed folder.
 
 Speed depends on shapes, not on the values of the weights. Knows layers and files; knows nothing about what is
 measured.
@@ -15,9 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.gpu.results import Skipped
 from benchmarks.workload import VOCABULARY, tokenizer_model
+from llama.errors import DoesNotFit
 from llama.model.loader import empty_model
+from llama.model.placement import Placement, place
 from llama.model.quantized_layers import Quantization, quantize, to_config, to_stored
+from llama.settings import Settings
+from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.weights.file_checks import INDEX
 
 _LATER_LAYER = re.compile(r"model\.layers\.[1-9]")
@@ -38,6 +43,29 @@ SMALL = LlamaConfig(
     initializer_range=0.2,
     dtype="bfloat16",
 )
+
+
+def placement_of(
+    config: LlamaConfig, device: torch.device, quantization: Quantization, dtype: str, context: int
+) -> Placement:
+    """Return the placement that the engine would choose.
+
+    Raises Skipped if the device cannot hold the model or cannot compute in this precision.
+    """
+    settings = Settings.model_validate(
+        {"device": str(device), "quantization": quantization, "dtype": dtype, "max_context": context}
+    )
+    try:
+        return place(settings, config)
+    except DoesNotFit as error:
+        raise Skipped(error.message) from error
+
+
+def make_cache(config: LlamaConfig, shape: CacheShape, placement: Placement) -> KVCache:
+    """Create a cache in the layout that the placement's attention needs."""
+    return KVCache(
+        config, shape, placement.cache_dtype, placement.device, by_position=placement.flash_attention
+    )
 
 
 def random_model(

@@ -15,12 +15,11 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.gpu.device import free_memory, release_memory
-from benchmarks.gpu.measurements import CheckFailed
-from benchmarks.gpu.memory import reserve_of
-from benchmarks.gpu.random_model import SMALL, write_packed
-from benchmarks.gpu.stepper import placement_of
+from benchmarks.gpu.memory import planned
+from benchmarks.gpu.random_model import SMALL, placement_of, write_packed
+from benchmarks.gpu.results import CheckFailed
 from llama import ROOT
-from llama.model.precision_plan import LLAMA_2_70B, bytes_of_weights, bytes_per_token
+from llama.model.precision_plan import LLAMA_2_70B
 from llama.model.quantized_layers import Quantization
 from llama.serving.schema import write_schema
 from llama.serving.server import CogServer
@@ -59,12 +58,9 @@ def measure_serving(device: torch.device, folder: Path, *, small: bool) -> dict[
             used = free - free_memory(device)
         output.seek(0)
         log = output.read().decode(errors="replace")
-    return {**result, **_logged(log), **_memory(config, device, log, used)}
-
-
-def _logged(log: str) -> dict[str, str]:
-    found = re.search(r"ready after ([^)]*\))", log)
-    return {"setup": found[1]} if found else {}
+    if setup := re.search(r"ready after ([^)]*\))", log):
+        result["setup"] = setup[1]
+    return {**result, **_memory(config, device, log, used)}
 
 
 def _memory(config: LlamaConfig, device: torch.device, log: str, used: int) -> dict[str, Any]:
@@ -77,7 +73,6 @@ def _memory(config: LlamaConfig, device: torch.device, log: str, used: int) -> d
     if device.type == "cpu":
         return result
     placement = placement_of(config, device, _QUANTIZATION, "auto", shape.length)
-    cache = shape.rows * shape.length * bytes_per_token(config, placement.cache_dtype)
-    planned = bytes_of_weights(config, _QUANTIZATION) + cache + reserve_of(config, placement, shape).total
+    weights, cache, reserve = planned(config, placement, shape)
     # The server's process also has a CUDA context, which the plan does not include.
-    return {**result, "used": used, "planned": planned}
+    return {**result, "used": used, "planned": weights + cache + reserve.total}

@@ -13,13 +13,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.child_process import Document
+from benchmarks.gpu.parts import PRECISIONS
+from benchmarks.gpu.results import Document
 from benchmarks.tables import counted, table
 from llama import ROOT
 
 CALCULATED = ROOT / "benchmarks" / "results" / "gpu_calculated.json"
 """What the run on fake CUDA tensors counted, for the 70B."""
-PRECISIONS = ("fp8", "nf4", "int8", "bf16")
 
 # The smallest and the largest ratio of the measured to the calculated figure that is accepted.
 _WEIGHTS = (0.99, 1.01)
@@ -63,7 +63,9 @@ def verdict(parts: dict[str, Document], calculated: Path) -> tuple[list[dict[str
         if document and not case:
             reasons.append(f"launches and bytes of {name} were not compared: {calculated.name} has none")
         rows += _rows_of_precision(name, part.get("measured", {}), case, document.get("rows"))
-    rows += _rows_of_serving(parts.get("serving", {}).get("measured", {}))
+    served = parts.get("serving", {}).get("measured", {}).get("serving", {})
+    if "planned" in served:
+        rows.append(Row("serving", "all memory", "GB", served["planned"], served["used"], _MEMORY))
     return [{**asdict(row), "ratio": row.ratio, "ok": row.ok} for row in rows], reasons
 
 
@@ -72,21 +74,22 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        return {}, [f"launches and bytes of a step were not compared: there is no {path.name}"]
+        reason = f"there is no {path.name}"
     except ValueError as error:
-        return {}, [f"launches and bytes of a step were not compared: {path.name} is invalid ({error})"]
-    if not isinstance(document, dict) or not document.get("cases"):
-        return {}, [f"launches and bytes of a step were not compared: {path.name} has no cases"]
-    return document, []
+        reason = f"{path.name} is invalid ({error})"
+    else:
+        if isinstance(document, dict) and document.get("cases"):
+            return document, []
+        reason = f"{path.name} has no cases"
+    return {}, [f"launches and bytes of a step were not compared: {reason}"]
 
 
 def _case(document: dict[str, Any], precision: str, part: Document) -> dict[str, Any]:
-    """Return what was counted for a precision, on the most similar GPU that was calculated."""
+    """Return what was counted for a precision, for the GPU that is most similar to the measured one."""
     capability = part.get("device", {}).get("capability", "")
     cards = ("A100", "H100") if capability.startswith("8.") else ("H100",)
-    names = [f"{card}-{'none' if precision == 'bf16' else precision}-bfloat16" for card in cards]
-    found = (document.get("cases", {}).get(name) for name in names)
-    return next((case for case in found if case), {})
+    found = (document.get("cases", {}).get(f"{card}-{PRECISIONS[precision]}-bfloat16") for card in cards)
+    return next(filter(None, found), {})
 
 
 def _rows_of_precision(
@@ -95,11 +98,11 @@ def _rows_of_precision(
     """`case` has what was counted, of steps of `counted_rows` requests."""
     if weights := measured.get("weights"):
         yield Row(part, "weights", "GB", weights["bytes_calculated"], weights["bytes"], _WEIGHTS)
-    for height, row in measured.get("launches", {}).items():
-        sizes = sorted(int(size) for size in case.get("decode_launches", {}) if int(size) >= int(height))
+    for requests, row in measured.get("launches", {}).items():
+        sizes = sorted(int(size) for size in case.get("decode_launches", {}) if int(size) >= int(requests))
         if sizes:
             launches = case["decode_launches"][str(sizes[0])] + _OUTSIDE_OF_GRAPHS
-            name = f"launches of a step, {counted(height, 'request')}"
+            name = f"launches of a step, {counted(requests, 'request')}"
             yield Row(part, name, "", launches, row["launches"], _LAUNCHES)
     traffic = case.get("traffic", {}).get("full context", {})
     yield from _seconds(part, measured, traffic, counted_rows)
@@ -131,11 +134,10 @@ def _seconds(
             fixed = sum(traffic.values()) - traffic["cache"]
         return float((fixed + tokens * weights["bytes_per_cached_token"]) / bandwidth)
 
-    for height, row in measured.get("decode", {}).items():
-        calculated = seconds(int(height), int(height) * row["prompt_tokens"])
-        yield Row(
-            part, f"decode step, {counted(height, 'request')}", "ms", calculated, row["seconds"], _SECONDS
-        )
+    for requests, row in measured.get("decode", {}).items():
+        calculated = seconds(int(requests), int(requests) * row["prompt_tokens"])
+        name = f"decode step, {counted(requests, 'request')}"
+        yield Row(part, name, "ms", calculated, row["seconds"], _SECONDS)
     if mixed := measured.get("mixed_lengths"):
         requests = mixed["requests"]
         calculated = seconds(requests, mixed["long"] + (requests - 1) * mixed["short"])
@@ -145,17 +147,11 @@ def _seconds(
         yield Row(part, name, "ms", mixed["seconds_equal"], mixed["seconds_mixed"], _MIXED)
 
 
-def _rows_of_serving(measured: dict[str, Any]) -> Iterator[Row]:
-    served = measured.get("serving", {})
-    if "planned" in served:
-        yield Row("serving", "all memory", "GB", served["planned"], served["used"], _MEMORY)
-
-
 _SCALE = {"GB": 1e-9, "ms": 1e3, "": 1.0}
 
 
 def verdict_table(rows: list[dict[str, Any]]) -> str:
-    """Return the comparisons as a table, which is readable in a terminal too."""
+    """Return the comparisons as a Markdown table."""
 
     def shown(row: dict[str, Any], key: str) -> str:
         number = row[key] * _SCALE[row["unit"]]

@@ -1,26 +1,32 @@
-"""Compare the attention of a device, in 16 bits, with the same in float64 on the CPU.
+"""Compare attention and quantized linear layers on a device with float64 on the CPU.
 
-Rows have very different lengths, and what they do not use is filled with NaN before. So a kernel that reads
-beyond a row's own length is found. Knows attention and its cache; knows nothing about layers or requests.
+For attention, rows have very different lengths, and the cache is filled with NaN first. So a kernel that
+reads beyond a row's own length is found. Knows attention, its cache and how each precision stores a weight;
+knows nothing about requests.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.gpu.measurements import CheckFailed
-from benchmarks.gpu.stepper import make_cache
+from benchmarks.gpu.random_model import make_cache, placement_of
+from benchmarks.gpu.results import CheckFailed, Measurements, Skipped
+from benchmarks.tables import counted
 from llama.model.placement import Placement
+from llama.model.quantized_layers import Quantization, quantize, stored_shape, to_stored
 from llama.torch_engine.attention import Attention, Chunk, torch_attention
 from llama.torch_engine.flash_attention import FlashAttention
 from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import ModelParts, take_apart
+from llama.torch_engine.linears import Scratch, packed_together
 
 _KV_HEADS = 2
 LENGTH = 2048
@@ -35,6 +41,13 @@ _DECODE_STEPS = 2
 _ROUNDINGS = 3
 _SUMS = 1e-5
 _POISON_WITH_MASK = 100.0  # with a mask, NaN times a weight of zero would be NaN
+# Rows of the input of a linear layer. Libraries choose other kernels for other numbers of rows.
+_LINEAR_ROWS = (1, 4, 16, 17, 32, 300)
+_TOLERANCE: dict[Quantization, float] = {
+    "fp8": 2.0**-4,  # inputs are rounded to 3 bits of mantissa, which changes each by at most this fraction
+    "int8": 0.02,  # inputs are rounded to 255 steps between the row's largest values, of about 4.5 deviations
+    "nf4": 2.0**-7,  # inputs are not rounded, but weights and results are, to 8 bits
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,23 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def check_kernels(measurements: Measurements, device: torch.device, *, small: bool) -> None:
+    """Run all checks. `small` makes them fast on a CPU."""
+    for dtype, head_dim, group in product(("bfloat16", "float16"), (64, 128), (1, 8)):
+        name = f"attention in {dtype}, head_dim {head_dim}, {group} query heads per KV head"
+        measurements.take(name, partial(_check_attention_on, device, dtype, head_dim, group, small))
+    for quantization in _TOLERANCE:
+        name = f"linear layers in {quantization}"
+        measurements.take(name, partial(_check_linear, device, quantization, small))
+
+
+def _check_attention_on(
+    device: torch.device, dtype: str, head_dim: int, group: int, small: bool
+) -> dict[str, Any]:
+    config = attention_config(head_dim, group)
+    return check_attention(config, placement_of(config, device, "none", dtype, LENGTH), small=small)
+
+
 def check_attention(config: LlamaConfig, placement: Placement, *, small: bool) -> dict[str, Any]:
     """Check prompt chunks and decode steps with a configuration of `attention_config`.
 
@@ -78,9 +108,10 @@ def check_attention(config: LlamaConfig, placement: Placement, *, small: bool) -
     )
     errors = attention_errors(attention, parts, cache, small=small)
     tolerance = _ROUNDINGS * torch.finfo(placement.dtype).eps + _SUMS
-    if not max(errors) <= tolerance or any(map(math.isnan, errors)):
-        raise CheckFailed(f"relative errors of the steps: {errors}; at most {tolerance} is tolerated")
-    return {"kernel": type(attention).__name__, "relative_error": max(errors), "tolerance": tolerance}
+    return {
+        "kernel": type(attention).__name__,
+        **_accepted({f"step {step}": error for step, error in enumerate(errors)}, tolerance),
+    }
 
 
 def attention_errors(attention: Attention, parts: ModelParts, cache: KVCache, *, small: bool) -> list[float]:
@@ -142,8 +173,51 @@ def _random_projections(rows: _Rows, count: int) -> Tensor:
     return projections.half().bfloat16().to(rows.parts.dtype)
 
 
+def _check_linear(device: torch.device, quantization: Quantization, small: bool) -> dict[str, Any]:
+    """Check two layers with the same input, joined as the engine joins them. Raises CheckFailed."""
+    if quantization == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise Skipped("FP8 needs compute capability 8.9")
+    torch.manual_seed(0)
+    outputs, inputs = ((256, 128), 512) if small else ((2048, 1024), 8192)
+    layers = [
+        quantize(
+            torch.randn(count, inputs, device=device).bfloat16() * 0.02, None, quantization, torch.bfloat16
+        )
+        for count in outputs
+    ]
+    weight = torch.cat([_dequantized(layer, quantization) for layer in layers])
+    joined = packed_together(layers, torch.bfloat16, Scratch())
+    errors = {}
+    with torch.inference_mode():
+        for count in _LINEAR_ROWS:
+            x = torch.randn(count, inputs, device=device).bfloat16()
+            errors[counted(count, "row")] = _relative_error(joined(x), x.cpu().double() @ weight.T)
+    return {**_accepted(errors, _TOLERANCE[quantization]), "relative_errors": errors}
+
+
+def _dequantized(layer: nn.Module, quantization: Quantization) -> Tensor:
+    """Return the weights [out, in] of a layer, in float64 on the CPU."""
+    stored = {name: tensor.cpu() for name, tensor in to_stored(layer).items()}
+    weight = stored["weight"]
+    if quantization == "fp8":
+        return weight.double() * stored["weight_scale"].double()
+    if quantization == "int8":
+        return weight.double() * stored["SCB"].double()[:, None] / 127
+    # Two weights per byte, the first one in the upper half, and 64 weights per scale.
+    codes = torch.stack((weight.flatten() >> 4, weight.flatten() & 15), dim=1).flatten()
+    values = stored["weight.quant_map"].double()[codes.long()].view(-1, 64)
+    scaled = values * stored["weight.absmax"].double()[:, None]
+    return scaled.view(stored_shape(layer))
+
+
 def _relative_error(got: Tensor, expected: Tensor) -> float:
-    """Return the largest relative error of a head's result. `got` is [N, heads x D]."""
+    """Return the largest relative error of a vector [..., D] of `expected`. It is NaN if a number is NaN."""
     difference = got.cpu().double().view_as(expected) - expected
-    # A maximum with NaN is NaN.
     return float((difference.norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def _accepted(errors: dict[str, float], tolerance: float) -> dict[str, float]:
+    """Return the largest error. Raises CheckFailed if an error is larger than tolerated, or NaN."""
+    if not all(error <= tolerance for error in errors.values()):
+        raise CheckFailed(f"relative errors: {errors}; at most {tolerance} is tolerated")
+    return {"relative_error": max(errors.values()), "tolerance": tolerance}

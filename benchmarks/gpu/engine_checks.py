@@ -1,19 +1,20 @@
-"""Compare the tokens of a small model: between a device and the CPU, and with and without CUDA graphs.
+"""Compare the tokens of a small model: on a device and on the CPU, and with and without CUDA graphs.
 
 Knows the engine, its batch and requests; knows nothing about kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.gpu.measurements import CheckFailed, Skipped
-from benchmarks.gpu.random_model import SMALL, random_model
-from benchmarks.gpu.stepper import make_cache, placement_of
+from benchmarks.gpu.random_model import SMALL, make_cache, placement_of, random_model
+from benchmarks.gpu.results import CheckFailed, Measurements, Skipped
 from llama.model.placement import Placement
 from llama.model.quantized_layers import Quantization
 from llama.sampling_params import SamplingParams
@@ -21,7 +22,6 @@ from llama.torch_engine.batch import Batch
 from llama.torch_engine.engine import TorchEngine
 from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
-from llama.torch_engine.scheduler import BatchRequest
 
 _SHAPE = CacheShape(8, 512)
 _NEW_TOKENS = 40
@@ -31,7 +31,21 @@ _NEW_TOKENS = 40
 _CANCELLED = {10: 4, 20: 2}
 
 
-def check_tokens(device: torch.device) -> dict[str, Any]:
+def check_engines(measurements: Measurements, device: torch.device) -> None:
+    """Run all checks."""
+    measurements.take("tokens in float32", partial(_check_tokens, device))
+    cases: tuple[tuple[str, str, Quantization], ...] = (
+        ("bfloat16", "bfloat16", "none"),
+        ("float16", "float16", "none"),
+        ("fp8", "bfloat16", "fp8"),
+        ("nf4", "bfloat16", "nf4"),
+        ("int8", "bfloat16", "int8"),
+    )
+    for name, dtype, quantization in cases:
+        measurements.take(f"engine in {name}", partial(_check_graphs, device, dtype, quantization))
+
+
+def _check_tokens(device: torch.device) -> dict[str, Any]:
     """Compare tokens between the CPU and the device, in float32. On a GPU, steps are replayed from graphs.
 
     12 requests of different lengths run on a real engine. Every other one is sampled. Raises CheckFailed.
@@ -45,7 +59,7 @@ def check_tokens(device: torch.device) -> dict[str, Any]:
     return compared("the CPU", "the device", *answers)
 
 
-def check_engine(device: torch.device, dtype: str, quantization: Quantization) -> dict[str, Any]:
+def _check_graphs(device: torch.device, dtype: str, quantization: Quantization) -> dict[str, Any]:
     """Compare tokens with and without CUDA graphs, on the same device, in 16 bits.
 
     Two waves of requests run, with cancelled requests in the first one. The prompts of the second wave begin
@@ -57,8 +71,8 @@ def check_engine(device: torch.device, dtype: str, quantization: Quantization) -
         raise Skipped(
             "without flash attention, a graph may read more positions than the step, and round differently"
         )
-    with_graphs, copied = _scripted(placement, graphs=device.type == "cuda")
-    without, _ = _scripted(placement, graphs=False)
+    with_graphs, copied = _run_waves(placement, graphs=device.type == "cuda")
+    without, _ = _run_waves(placement, graphs=False)
     if not copied:
         raise CheckFailed("no prefix was reused")
     tokens = compared("steps without graphs", "steps with graphs", without, with_graphs)
@@ -67,20 +81,16 @@ def check_engine(device: torch.device, dtype: str, quantization: Quantization) -
 
 def compared(first: str, second: str, wanted: list[list[int]], got: list[list[int]]) -> dict[str, Any]:
     """Return the numbers of requests and tokens. Raises CheckFailed if a token differs."""
-    different = list(_differences(first, second, wanted, got))
+    different = []
+    for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        if a != b:
+            at = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+            different.append(
+                f"request {index} differs from token {at} on: {b[at:]} with {second}, {a[at:]} with {first}"
+            )
     if different:
         raise CheckFailed("\n".join(different))
     return {"requests": len(got), "tokens": sum(map(len, got))}
-
-
-def _differences(first: str, second: str, wanted: list[list[int]], got: list[list[int]]) -> Iterator[str]:
-    for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
-        if a != b:
-            at = next(
-                (i for i, pair in enumerate(zip(a, b, strict=False)) if len(set(pair)) == 2),
-                min(len(a), len(b)),
-            )
-            yield f"request {index} differs from token {at} on: {b[at:]} with {second}, {a[at:]} with {first}"
 
 
 def _answers(model: LlamaForCausalLM, placement: Placement) -> list[list[int]]:
@@ -112,7 +122,7 @@ class _CountingCache(KVCache):
         super().copy(source, target, count)
 
 
-def _scripted(placement: Placement, *, graphs: bool) -> tuple[list[list[int]], int]:
+def _run_waves(placement: Placement, *, graphs: bool) -> tuple[list[list[int]], int]:
     """Run both waves. Return the answers, including cancelled ones, and how many positions were copied."""
     torch.manual_seed(0)
     model = random_model(SMALL, placement.quantization, placement.device, placement.dtype)
@@ -122,25 +132,18 @@ def _scripted(placement: Placement, *, graphs: bool) -> tuple[list[list[int]], i
     batch = _batch(model, placement, cache)
     if graphs:
         batch.capture_graphs()
-    requests = list[BatchRequest]()
     prompts = [_prompt(20 + 9 * index, index) for index in range(_SHAPE.rows)]
-    for wave in (prompts, [prompt + _prompt(7, 99) for prompt in prompts]):
-        started = _submitted(batch, wave)
-        requests += started
-        _run(batch, started, _CANCELLED if wave is prompts else {})
-    return [request.tokens[request.prompt_length :] for request in requests], cache.copied
+    answers = _run(batch, prompts, _CANCELLED)
+    answers += _run(batch, [prompt + _prompt(7, 99) for prompt in prompts], {})
+    return answers, cache.copied
 
 
-def _submitted(batch: Batch, prompts: Sequence[list[int]]) -> list[BatchRequest]:
+def _run(batch: Batch, prompts: Sequence[list[int]], cancelled: dict[int, int]) -> list[list[int]]:
+    """Step until all requests have ended, and return their tokens. `cancelled` is like _CANCELLED."""
     params = SamplingParams(temperature=0.0, max_new_tokens=_NEW_TOKENS)
     requests = [batch.request(prompt, params) for prompt in prompts]
     for request in requests:
         batch.add(request)
-    return requests
-
-
-def _run(batch: Batch, requests: Sequence[BatchRequest], cancelled: dict[int, int]) -> None:
-    """Step until all requests have ended. `cancelled` is as _CANCELLED."""
     step, running = 0, list(requests)
     while not batch.idle:
         for _ in range(cancelled.get(step, 0)):
@@ -150,6 +153,7 @@ def _run(batch: Batch, requests: Sequence[BatchRequest], cancelled: dict[int, in
     for request in requests:
         for _ in request.stream:  # raises GenerationFailed if the request has failed
             pass
+    return [request.tokens[request.prompt_length :] for request in requests]
 
 
 def _batch(model: LlamaForCausalLM, placement: Placement, cache: KVCache) -> Batch:
