@@ -97,7 +97,7 @@ def _answers(model: LlamaForCausalLM, placement: Placement) -> list[list[int]]:
     def load() -> Batch:
         batch = _batch(model, placement, make_cache(SMALL, _SHAPE, placement))
         if placement.device.type == "cuda":
-            batch.capture_graphs()
+            batch.prepare_gpu(graphs=True)
         return batch
 
     engine = TorchEngine(load)
@@ -131,7 +131,7 @@ def _run_waves(placement: Placement, *, graphs: bool) -> tuple[list[list[int]], 
     )
     batch = _batch(model, placement, cache)
     if graphs:
-        batch.capture_graphs()
+        batch.prepare_gpu(graphs=True)
     prompts = [_prompt(20 + 9 * index, index) for index in range(_SHAPE.rows)]
     answers = _run(batch, prompts, _CANCELLED)
     answers += _run(batch, [prompt + _prompt(7, 99) for prompt in prompts], {})

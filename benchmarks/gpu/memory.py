@@ -187,7 +187,7 @@ def _capture_graphs(placement: Placement) -> None:
         # torch keeps the memory of this step for the one before each capture. The captures need more.
         Runner(parts, Rows(cache)).decode(_SHAPE.rows, _SHAPE.length)
         with _no_more_memory(placement.device):
-            batch.capture_graphs()
+            batch.prepare_gpu(graphs=True)
         return batch
 
     TorchEngine(load).close()

@@ -7,6 +7,7 @@ a container without network access.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Self
 
 import torch
@@ -38,6 +39,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
+        self._one = torch.ones((), device=weight.device) if _needs_single_scale(weight.device) else None
 
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None) -> Self:
@@ -48,14 +50,31 @@ class Fp8Linear(nn.Module):
         return cls(rounded, scale, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = _rounded(x.reshape(-1, self.in_features))
-        # With one scale per row, the CUDA kernel supports only bfloat16 output.
-        product = torch._scaled_mm(
-            rounded, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), out_dtype=torch.bfloat16
-        ).to(x.dtype)
+        product = self._product(*_rounded(x.reshape(-1, self.in_features)), x.dtype)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply rows [N, in] e4m3 with scales [N, 1] by the weights. Return [N, out] of type `dtype`."""
+        weight, weight_scale = self.weight.t(), self.weight_scale.t()
+        # With one scale per row, the CUDA kernel supports only bfloat16 output.
+        multiply = partial(torch._scaled_mm, rows, weight, out_dtype=torch.bfloat16)
+        if self._one is None:
+            return multiply(scale_a=scale, scale_b=weight_scale).to(dtype)
+        result = torch.empty(len(rows), self.out_features, dtype=dtype, device=rows.device)
+        product = multiply(scale_a=self._one, scale_b=self._one)
+        return torch.mul(product * scale, weight_scale, out=result)
+
+
+def _needs_single_scale(device: torch.device) -> bool:
+    """Whether a product must have one scale for each matrix, instead of one for each row.
+
+    On compute capability 8.9, torch 2.11's kernel with a scale for each row clears its workspace on another
+    stream. A CUDA graph does not contain that, so a replay may never end, or give wrong results. torch 2.12
+    fixes this: github.com/pytorch/pytorch/pull/177651.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (8, 9)
 
 
 def _rounded(rows: Tensor) -> tuple[Tensor, Tensor]:

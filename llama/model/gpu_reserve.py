@@ -87,7 +87,7 @@ def gpu_reserve(
     flash_attention: bool,
 ) -> GpuReserve:
     """Calculate the reserve for at most `rows` requests of `context` tokens. Activations are in `dtype`."""
-    sizes = _Sizes(config, quantization, dtype.itemsize)
+    sizes = _Sizes(config, quantization, dtype)
     tokens = min(MOST_PROMPT_TOKENS, context)
     prefill, decode = sizes.step(tokens, rows), sizes.step(rows, rows)
     if not flash_attention:
@@ -136,11 +136,16 @@ def doubling(first: int, last: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Sizes of the tensors of a step. `element` is the bytes of one activation."""
+    """Sizes of the tensors of a step. Activations are in `dtype`."""
 
     config: LlamaConfig
     quantization: Quantization
-    element: int
+    dtype: torch.dtype
+
+    @property
+    def element(self) -> int:
+        """Bytes of one activation."""
+        return self.dtype.itemsize
 
     def step(self, tokens: int, results: int) -> int:
         """Bytes of the tensors that are alive at the peak of a step that returns this many rows of logits."""
@@ -160,9 +165,10 @@ class _Sizes:
         """
         heads, kv_heads = int(self.config.num_attention_heads), int(self.config.num_key_value_heads)
         masks = tokens * (context + 8) * (heads // kv_heads * self.element + 1)
-        if self.config.head_dim % 8 == 0:
+        if self.config.head_dim % 8 == 0 and self.dtype is not torch.bfloat16:
             return masks
-        # torch has no fused kernel, and computes scores, masked scores and weights in float32.
+        # torch has no fused kernel for such heads, nor for bfloat16 before Ampere. It computes scores,
+        # masked scores and weights in float32.
         return masks + tokens * context * heads * 3 * 4
 
     def scores(self, rows: int, context: int) -> int:

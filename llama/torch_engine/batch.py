@@ -31,7 +31,7 @@ from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
-_OVERFLOW = "the model's output is not finite; set LLAMA_DTYPE to bfloat16 or float32"
+_OVERFLOW = "the model's output is not finite; set LLAMA_DTYPE to float32 (or bfloat16, from Ampere on)"
 _SAME_LENGTH = 256  # decode steps take about the same time if their longest requests differ by less than this
 
 
@@ -53,9 +53,8 @@ class Batch:
         the number of CPU threads to the durations of decode steps."""
         self._vocabulary, self._eos = vocabulary, frozenset(eos_token_ids)
         self._stretched_from, self._device = parts.stretched_from, parts.device
-        self._threads = threads
         self._share = PromptShare(MOST_PROMPT_TOKENS[parts.device.type])
-        self.shape = cache.shape
+        self._threads, self.shape = threads, cache.shape
         self.generated = 0
         """The number of tokens generated so far, over all requests."""
         rows = Rows(cache)
@@ -63,17 +62,15 @@ class Batch:
         self._sampler = Sampler(rows, vocabulary, self._eos)
         self._scheduler = Scheduler(cache.shape.rows, rows, prefix_reuse=prefix_reuse)
 
-    def capture_graphs(self) -> None:
-        """Let decode steps replay CUDA graphs from now on.
-
-        Raises EngineNotStarted, or an error that `lacks_memory` recognizes.
-        """
-        self._runner.capture()
-
-    def run_largest_prefill(self) -> None:
-        """Run the largest prefill, so that a lack of memory is found before the first request."""
+    def prepare_gpu(self, *, graphs: bool) -> None:
+        """Capture graphs and run the largest steps, so that a lack of memory is found before any request.
+        Raises EngineNotStarted, or an error that `lacks_memory` recognizes."""
+        if graphs:
+            self._runner.capture()
         count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)
         self._runner.prefill([Chunk(0, self.shape.length - count, self._tensor([0] * count))])
+        logits = self._runner.decode(self.shape.rows, self.shape.length)
+        self._sampler.sample_all(logits[:, : self._vocabulary])
 
     def request(self, token_ids: Sequence[int], params: SamplingParams) -> BatchRequest:
         """Return a new request for `add`. Any thread may call this. Raises InvalidInput."""

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
 from llama.engine import TokenStream
-from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed
+from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed, LlamaError
 from llama.model.gpu_errors import lacks_memory
 from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
@@ -78,7 +78,8 @@ class TorchEngine:
         try:
             batch = load()
         except BaseException as error:
-            loaded.set_exception(_does_not_fit(error) if lacks_memory(error) else error)
+            explained = isinstance(error, LlamaError) or not lacks_memory(error)
+            loaded.set_exception(error if explained else _does_not_fit(error))
             return
         loaded.set_result(batch)
         failure: EngineError = EngineStopped("the engine was stopped; restart the server")

@@ -23,6 +23,9 @@ NOT_FINITE = -1
 # On a CPU, only the best logits are sorted at first: sorting all 32,000 takes longer than the rest of
 # sampling.
 _SHORTLIST = 256
+_EVERY_RULE = SamplingParams(
+    repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.1, min_new_tokens=1, top_k=50, top_p=0.9
+)
 # A lower temperature is raised to this one: a caller may send a number that float32 cannot represent, and
 # sampling at this temperature is practically greedy already.
 _COLDEST = 1e-6
@@ -140,6 +143,10 @@ class Sampler:
         self._generated[rows] += 1
         return torch.where(usable, tokens, NOT_FINITE)
 
+    def sample_all(self, logits: Tensor) -> None:
+        """Sample in all rows by every rule, before the first request. `logits` is [rows, V] float32."""
+        self.sample(logits, 0, [_EVERY_RULE])
+
     def _penalized(self, logits: Tensor, rows: slice, params: Sequence[SamplingParams]) -> Tensor:
         if any(p.repetition_penalty not in (0, 1) for p in params):
             logits = penalize_repetition(logits, self._seen[rows], self._repetition[rows])
@@ -161,18 +168,18 @@ class Sampler:
         scaled = logits / self._temperature[rows, None]
         if not filtered:
             return draw(scaled.double().softmax(dim=-1), uniform)
-        size = min(self._shortlist, scaled.shape[-1])
-        values, ids = scaled.topk(size)
-        weights, settled = self._kept(values, scaled, rows)
-        # Only on a CPU, where the shortlist is rarely too short. On a GPU, the shortlist has all logits,
-        # because this check would have to wait for the device.
-        if size < scaled.shape[-1] and not (settled | self._greedy[rows]).all():
-            values, ids = scaled.sort(dim=-1, descending=True)
-            weights, _ = self._kept(values, scaled, rows)
         # Draw in the order of token ids: the order by weight may change if two weights are nearly equal.
-        ids, order = ids.sort(dim=-1)
-        index = draw(weights.gather(-1, order), uniform)
-        return ids.gather(-1, index[:, None])[:, 0]
+        if self._shortlist < scaled.shape[-1]:
+            values, ids = scaled.topk(self._shortlist)
+            weights, settled = self._kept(values, scaled, rows)
+            # Only on a CPU, where the shortlist is rarely too short: on a GPU, this check would have to wait.
+            if (settled | self._greedy[rows]).all():
+                ids, order = ids.sort(dim=-1)
+                index = draw(weights.gather(-1, order), uniform)
+                return ids.gather(-1, index[:, None])[:, 0]
+        values, ids = scaled.sort(dim=-1, descending=True)
+        weights, _ = self._kept(values, scaled, rows)
+        return draw(torch.empty_like(weights).scatter_(-1, ids, weights), uniform)
 
     def _kept(self, values: Tensor, scaled: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Apply top_k and top_p to `values` [B, S], the best logits of each row, sorted best first.

@@ -66,9 +66,7 @@ def start_engine(
                 threads=_thread_count(placement, settings),
             )
             if placement.device.type == "cuda":
-                if settings.cuda_graphs:
-                    batch.capture_graphs()
-                batch.run_largest_prefill()
+                batch.prepare_gpu(graphs=settings.cuda_graphs)
             return batch
 
     return TorchEngine(load)

@@ -68,6 +68,14 @@ def test_an_engine_that_lacks_memory_while_it_starts_says_what_to_set(error: Exc
     assert "set a smaller LLAMA_CACHE_MEMORY, COG_MAX_CONCURRENCY or LLAMA_MAX_CONTEXT" in str(raised.value)
 
 
+def test_an_error_that_already_says_what_to_do_is_not_replaced() -> None:
+    def load() -> Batch:
+        raise DoesNotFit("the model does not fit") from LACK_OF_MEMORY["the driver"]
+
+    with pytest.raises(DoesNotFit, match="^E3005 DoesNotFit: the model does not fit$"):
+        TorchEngine(load)
+
+
 def raises(error: Exception) -> TakeLayer:
     def take_layer(layers: torch.nn.ModuleList, index: int) -> None:
         raise error

@@ -125,7 +125,9 @@ def test_fewer_requests_and_a_shorter_context_need_less() -> None:
 def test_scores_take_memory_where_torch_has_no_fused_kernel() -> None:
     even = LlamaConfig(hidden_size=3328, num_attention_heads=32)  # a head dimension of 104
     odd = LlamaConfig(hidden_size=3200, num_attention_heads=32)  # 100
-    fused, plain = (reserve("none", config, flash_attention=False) for config in (even, odd))
+    fused, plain = (
+        reserve("none", config, dtype=torch.float16, flash_attention=False) for config in (even, odd)
+    )
     assert plain.activations - fused.activations > 2 * 4 * 32 * 1024 * 4096
 
 

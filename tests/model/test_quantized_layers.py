@@ -71,6 +71,19 @@ def test_fp8_has_one_scale_per_output_and_per_input_row() -> None:
     assert rows.max() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_fp8_with_one_scale_for_each_matrix_gives_the_same_products(dtype: torch.dtype, rows: int) -> None:
+    """GPUs of compute capability 8.9 multiply in this way."""
+    layer = quantized(linear(), "fp8")
+    assert isinstance(layer, Fp8Linear)
+    x = inputs(rows).to(dtype)
+    by_row = layer(x)
+    layer._one = torch.ones(())
+    assert layer(x).dtype is dtype
+    assert (layer(x) - by_row).float().norm() < 0.01 * by_row.float().norm()  # both round to bfloat16
+
+
 def test_fp8_of_zeros_is_zero() -> None:
     layer = quantized(linear(), "fp8")
     assert torch.equal(layer(torch.zeros(2, INPUTS)), torch.zeros(2, OUTPUTS))

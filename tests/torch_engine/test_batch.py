@@ -197,6 +197,14 @@ def test_a_request_cancelled_while_it_waits_never_runs(model: LlamaForCausalLM) 
     assert collect(first.stream) == generate(model, prompt_of(1, 5), 100)
 
 
+def test_preparing_a_gpu_does_not_change_later_answers(model: LlamaForCausalLM, computing: Computing) -> None:
+    batch, params = batch_of(model, rows=3, computing=computing), SamplingParams(seed=4, max_new_tokens=9)
+    requests = [(prompt_of(1, 30), greedy(20)), (prompt_of(2, 9), params)]
+    expected = answers_of(batch_of(model, rows=3, computing=computing), *requests)
+    batch.prepare_gpu(graphs=False)
+    assert answers_of(batch, *requests) == expected
+
+
 def test_many_short_requests_lose_no_row(model: LlamaForCausalLM) -> None:
     batch = batch_of(model, rows=3)
     for round_ in range(30):

@@ -64,8 +64,7 @@ def engine_on(case: Case) -> Iterator[tuple[TorchEngine, Fakes]]:
     def load_batch() -> Batch:
         fakes.enter_this_thread()
         batch = batch_on(case)
-        batch.capture_graphs()
-        batch.run_largest_prefill()
+        batch.prepare_gpu(graphs=True)
         fakes.trace.waits.clear()
         return batch
 
@@ -104,7 +103,7 @@ def test_the_engine_serves_requests_and_uploads_only_what_is_listed(case: Case) 
 def test_prefixes_are_reused_and_rows_are_released(case: Case) -> None:
     with fake_cuda(case.card) as fakes:
         batch = batch_on(case)
-        batch.capture_graphs()
+        batch.prepare_gpu(graphs=True)
         first, second = (batch.request([9] * 40 + [last], params(20)) for last in (3, 4))
         batch.add(first)
         batch.step()
