@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fake_cuda.kernel_costs import A100, H100, T4, Card
+from fake_cuda.kernel_costs import A100, H100, L40S, T4, Card
 from llama.model.quantized_layers import Quantization
 from llama.sampling_params import SamplingParams
 
@@ -35,6 +35,7 @@ FLASH_CASES = (
     Case(H100, "int8", "float16"),
     Case(H100, "nf4", "bfloat16"),
     Case(A100, "nf4", "bfloat16"),
+    Case(L40S, "fp8", "bfloat16"),
 )
 TWO_PRODUCT_CASES = (
     Case(T4, "none", "float16"),

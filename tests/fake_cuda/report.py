@@ -31,8 +31,9 @@ All figures are {LABEL}. The engine's own code ran on fake CUDA tensors, which h
 and dtypes but no memory (`tests/fake_cuda/`). `make gpu-calculated` writes this file, and
 `tests/torch_engine/test_fake_cuda_budget.py` fails if the engine needs anything else.
 
-All steps have {ROWS} rows of {CONTEXT:,} positions. An H100 has a compute capability of 9.0, an A100 of 8.0, and a T4 of
-7.5. The 70B does not fit on one GPU in every precision. The T4 stands for GPUs without flash attention.
+All steps have {ROWS} rows of {CONTEXT:,} positions. The compute capabilities are 9.0 (H100), 8.9
+(L40S), 8.0 (A100) and 7.5 (T4). The 70B does not fit on one GPU in every precision: the L40S stands for GPUs whose FP8
+kernels take one scale for each matrix, and the T4 for GPUs without flash attention.
 """
 
 _LAUNCHES = f"""
@@ -47,8 +48,8 @@ _BYTES = f"""
 ## Bytes of a decode step
 
 *Mixed* is one row of {MIXED[0]:,} tokens and {len(MIXED) - 1} of {MIXED[1]}; *full* is {ROWS} rows of {CONTEXT:,}. The
-time is the total divided by the bandwidth in the data sheet of the card (H100 3.35 TB/s, A100 80 GB 2.04 TB/s), so no
-step can be shorter.
+time is the total divided by the bandwidth in the data sheet of the card (H100 3.35 TB/s, A100 80 GB 2.04 TB/s,
+L40S 0.864 TB/s, T4 0.32 TB/s), so no step can be shorter.
 """
 
 _MEMORY = f"""
