@@ -7,7 +7,7 @@ a container without network access.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -39,7 +39,6 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
-        self._one = torch.ones((), device=weight.device) if _needs_single_scale(weight.device) else None
 
     @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None) -> Self:
@@ -54,6 +53,12 @@ class Fp8Linear(nn.Module):
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
+
+    @cached_property
+    def _one(self) -> Tensor | None:
+        """A scale of 1 if a product must have one scale for each matrix; otherwise None."""
+        device = self.weight.device
+        return torch.ones((), device=device) if _needs_single_scale(device) else None
 
     def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply rows [N, in] e4m3 with scales [N, 1] by the weights. Return [N, out] of type `dtype`."""
