@@ -7,7 +7,7 @@ a container without network access.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 BLOCK_SIZE = {"cpu": 2**18, "cuda": 2**24}
 """The number of weights that are quantized at a time, by device. It keeps temporary tensors small compared
 with a layer."""
-MULTIPLE = 16
+WIDTH_MULTIPLE = 16
 """On a GPU, torch multiplies only by weights whose dimensions are multiples of this number. Source:
 `_check_scaled_mm_sizes` in torch's _meta_registrations.py."""
 _E4M3 = torch.float8_e4m3fn
@@ -62,13 +62,18 @@ class Fp8Linear(nn.Module):
 
     def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiply rows [N, in] e4m3 with scales [N, 1] by the weights. Return [N, out] of type `dtype`."""
-        weight, weight_scale = self.weight.t(), self.weight_scale.t()
-        # With one scale per row, the CUDA kernel supports only bfloat16 output.
-        multiply = partial(torch._scaled_mm, rows, weight, out_dtype=torch.bfloat16)
-        if self._one is None:
-            return multiply(scale_a=scale, scale_b=weight_scale).to(dtype)
-        # In place, because float32 would need twice the memory. Rounding to e4m3 loses far more than this.
-        return multiply(scale_a=self._one, scale_b=self._one).mul_(scale).mul_(weight_scale).to(dtype)
+        weight_scale, one = self.weight_scale.t(), self._one
+        product = torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=scale if one is None else one,
+            scale_b=weight_scale if one is None else one,
+            out_dtype=torch.bfloat16,  # the only type that the CUDA kernel supports with one scale per row
+        )
+        if one is not None:
+            # In place: float32 would need twice the memory. Rounding to e4m3 loses far more than this.
+            product.mul_(scale).mul_(weight_scale)
+        return product.to(dtype)
 
 
 def _needs_single_scale(device: torch.device) -> bool:
@@ -102,10 +107,10 @@ def row_blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def uneven_width(config: LlamaConfig) -> int | None:
-    """The first width of a model's linear layers that is not a multiple of MULTIPLE, or None.
+    """The first width of a model's linear layers that is not a multiple of WIDTH_MULTIPLE, or None.
 
     The engine joins the projections to queries, keys and values, so the sum of their outputs counts.
     """
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     widths = (config.hidden_size, config.intermediate_size, queries, queries + 2 * keys)
-    return next((width for width in widths if width % MULTIPLE), None)
+    return next((width for width in widths if width % WIDTH_MULTIPLE), None)

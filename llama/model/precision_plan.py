@@ -24,16 +24,14 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadConfig, BadSettings, DoesNotFit
-from llama.model.fp8_linear import MULTIPLE, uneven_width
+from llama.model.fp8_linear import WIDTH_MULTIPLE, uneven_width
 from llama.model.gpu_reserve import gpu_reserve
 from llama.model.quantized_layers import Quantization, bytes_of_weight
 from llama.settings import EngineName
 
 ENOUGH_REQUESTS = 8
 """`auto` takes the first precision that leaves memory for this many requests."""
-
 _TYPICAL_CONTEXT = 2048  # tokens; few requests are longer
-
 VLLM_RESERVE = 2 * 2**30
 """Bytes of each GPU that are reserved for activations and graphs of vLLM. This is an estimate. vLLM also
 leaves a tenth of each GPU's memory free."""
@@ -122,9 +120,9 @@ class Planner:
         """Calculate what every precision needs, and choose one. Raises BadConfig.
 
         The chosen one is the first of 16 bits, FP8, int8 and NF4 that leaves memory for ENOUGH_REQUESTS: of
-        full context for 16 bits, and of at most _TYPICAL_CONTEXT tokens for the others. On GPUs that have no
-        FP8, NF4 comes before int8: for 32 requests, a step of the 70B reads 44 GB in NF4, and 69 GB in int8.
-        If none leaves that much memory, it is the one that leaves the most.
+        full context for 16 bits, and of at most _TYPICAL_CONTEXT tokens for the others. On GPUs without FP8,
+        NF4 comes before int8, because a step moves fewer bytes (calculated). If none leaves that much memory,
+        it is the one that leaves the most.
         """
         stored = self._readable()
         choices = tuple(map(self._choice, _ORDER if stored == "none" else (stored,)))
@@ -192,7 +190,7 @@ class Planner:
         return len(self.gpus) * max(min(gpu.free for gpu in self.gpus) - reserve, 0)
 
     def _reserve(self, quantization: Quantization) -> int:
-        """Bytes of a GPU that the torch engine needs beside weights and cache."""
+        """Bytes of a GPU that the torch engine needs in addition to weights and cache."""
         limits = {"rows": self.rows, "context": self.context}
         reserve = gpu_reserve(
             self.config, quantization, self.dtype, **limits, flash_attention=self.flash_attention
@@ -213,7 +211,7 @@ class Planner:
             needed, had = (".".join(map(str, c)) for c in (_CAPABILITY[quantization], self._oldest))
             yield f"needs compute capability {needed} (the GPU has {had})"
         if quantization == "fp8" and self.engine == "torch" and (uneven := uneven_width(self.config)):
-            yield f"needs widths that are multiples of {MULTIPLE} (a layer has {uneven})"
+            yield f"needs widths that are multiples of {WIDTH_MULTIPLE} (a layer has {uneven})"
         if quantization in ("int8", "nf4") and self.engine == "vllm":
             yield "is not supported by vLLM"
 
