@@ -27,7 +27,7 @@ from benchmarks.quality.predictions import (
     PROMPT,
     SCORED,
     Predictions,
-    Predictor,
+    TextPredictor,
     TextTooShort,
     cut,
 )
@@ -54,7 +54,7 @@ def predicted(folder: Path, windows: Tensor, *, flash_attention: bool) -> Predic
     placement = Placement(CPU, torch.float32, "none", LENGTH + 1, flash_attention)
     parts = load_parts(folder, config, placement)
     kernels = None if flash_attention else compiled_kernels(torch.float32, torch.float32)
-    return Predictor(parts, config, placement, config.vocab_size, kernels).predict(windows)
+    return TextPredictor(parts, config, placement, config.vocab_size, kernels).predict(windows)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def measured(folder: Path, text: Path, results: Path) -> tuple[dict[str, Any], l
     """Measure a folder in this process. Return the results in the file, and the names that failed."""
     settings = partial(Settings, device="cpu", max_context=LENGTH + 1)
     subject = quality.read_subject(folder, text)
-    failed = quality.measure_all(subject, settings, quality.setting(subject, text, CPU), results)
+    failed = quality.measure_all(subject, settings, quality.new_results(subject, text, CPU), results)
     assert [path.name for path in sorted(results.parent.iterdir())] == ["quality.json", "quality.md"]
     return json.loads(results.read_text("utf-8")), failed
 

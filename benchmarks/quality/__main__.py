@@ -1,10 +1,9 @@
 """`make quality`: measure how much quality each precision costs, with the engine's own code.
 
-For each precision: the perplexity of a text, how often the most likely token is that of the reference (bf16,
-or the widest precision that fits), the divergence from the reference's probabilities, and how far greedy
-answers agree with the reference's. The device does the same work for all precisions. `predictions.py` runs
-the model, and `figures.py` has the statistics. The results are written after each precision, as JSON and as
-Markdown.
+For each precision, it measures the perplexity of a text, how often the most likely token is that of the
+reference (bf16, or the widest precision that fits), the divergence from the reference's probabilities, and
+how many tokens greedy answers have in common with the reference's. `predictions.py` runs the model, and
+`figures.py` has the statistics. The results are written after each precision, as JSON and as Markdown.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from benchmarks.quality.predictions import (
     PROMPT,
     SCORED,
     Predictions,
-    Predictor,
+    TextPredictor,
     TextTooShort,
     Windows,
     cut,
@@ -45,7 +44,7 @@ from benchmarks.quality.report import write_report
 from llama import ROOT
 from llama.errors import LlamaError
 from llama.model.config import load_config
-from llama.model.gpu_errors import lacks_memory
+from llama.model.gpu_errors import is_out_of_memory
 from llama.model.placement import Placement, pick_device, place
 from llama.settings import Settings
 from llama.text.load_tokenizer import fit_tokenizer, load_tokenizer
@@ -84,7 +83,7 @@ def main() -> None:
         device = pick_device(settings())
     except (LlamaError, TextTooShort, OSError, UnicodeDecodeError) as error:
         sys.exit(f"nothing was measured: {error}")
-    results = setting(subject, arguments.text, device)
+    results = new_results(subject, arguments.text, device)
     path = arguments.results or _default_path(device)
     failed = measure_all(subject, settings, results, path)
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
@@ -102,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--results",
         type=Path,
-        help="the JSON file to write; the Markdown file is written beside it "
+        help="the JSON file to write; a Markdown file is written next to it "
         "(default: benchmarks/results/quality.json, or quality_gpu.json on a GPU)",
     )
     return parser.parse_args()
@@ -114,13 +113,18 @@ def _default_path(device: torch.device) -> Path:
 
 
 def read_subject(folder: Path, text: Path) -> Subject:
+    """Read a model's configuration and tokenizer, and cut the text into windows.
+
+    Raises LlamaError, TextTooShort, OSError or UnicodeDecodeError.
+    """
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     fit_tokenizer(tokenizer, config.vocab_size, folder)
     return Subject(folder, config, tokenizer.size, cut(text.read_text(encoding="utf-8"), tokenizer))
 
 
-def setting(subject: Subject, text: Path, device: torch.device) -> dict[str, Any]:
+def new_results(subject: Subject, text: Path, device: torch.device) -> dict[str, Any]:
+    """Return results that describe what is measured and on which machine, without figures."""
     windows = subject.windows.token_ids
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -167,7 +171,7 @@ def measure_all(
             }
         except Exception as error:  # so that the other precisions are measured
             results["left_out"][name] = " ".join(f"{type(error).__name__}: {error}".split())
-            if not isinstance(error, LlamaError) and not lacks_memory(error):
+            if not isinstance(error, LlamaError) and not is_out_of_memory(error):
                 traceback.print_exc()
                 failed.append(name)
         write_report(results, path)
@@ -177,15 +181,15 @@ def measure_all(
 
 
 def predict(subject: Subject, placement: Placement, candidates: Tensor | None) -> Predictions:
-    """Load the model, and let it predict the text. `candidates` is as in `Predictor.predict`."""
+    """Load the model, and let it predict the text. `candidates` is as in `TextPredictor.predict`."""
     kernels = _kernels(placement)
     parts = load_parts(subject.folder, subject.config, placement)
-    predictor = Predictor(parts, subject.config, placement, subject.vocabulary, kernels)
+    predictor = TextPredictor(parts, subject.config, placement, subject.vocabulary, kernels)
     return predictor.predict(subject.windows.token_ids, candidates)
 
 
 def _kernels(placement: Placement) -> Kernels | None:
-    """The compiled kernels that the engine uses on a CPU."""
+    """Return the compiled kernels that the engine uses on a CPU, or None on a GPU."""
     if placement.device.type != "cpu":
         return None
     cache_dir = Settings().cache_dir

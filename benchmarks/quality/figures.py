@@ -10,15 +10,15 @@ from torch import Tensor
 
 from benchmarks.quality.predictions import Predictions
 
-_SMALLEST = 1e-9  # of a probability: rounding may leave nothing, or less, for the tokens outside of a list
+_SMALLEST = 1e-9  # the probability of all other tokens together; rounding may make it zero or negative
 
 
 def figures(predictions: Predictions, reference: Predictions) -> dict[str, Any]:
     """Return the figures of one precision.
 
     Each is a mean over the windows with its standard error, which is computed from the differences between
-    windows. Perplexity is exp(mean loss). Its change is exp(mean difference of the losses) - 1, a fraction of
-    the reference's perplexity.
+    windows. Only `same_answers` is a number of windows. Perplexity is exp(mean loss). Its change is
+    exp(mean difference of the losses) - 1, a fraction of the reference's perplexity.
     """
     losses, generated = predictions.losses.double(), predictions.generated
     return {
@@ -34,8 +34,8 @@ def figures(predictions: Predictions, reference: Predictions) -> dict[str, Any]:
 def divergence(predictions: Predictions, reference: Predictions) -> Tensor:
     """Return the Kullback-Leibler divergence from the reference at each position, in nats: [N, SCORED].
 
-    It is that of two distributions over the candidates and one more outcome, which stands for all other
-    tokens. It is at most the divergence over all tokens, and close to it if the others are unlikely.
+    The distributions have an outcome for each candidate, and one for all other tokens together. The result is
+    at most the divergence over all tokens, and close to it if the other tokens are unlikely.
     """
     ours, theirs = (_with_rest(p.log_probabilities.double()) for p in (predictions, reference))
     return (theirs.exp() * (theirs - ours)).sum(dim=-1)

@@ -35,9 +35,9 @@ NEW_TOKENS = 64
 """The number of tokens that are generated after each prompt."""
 CANDIDATES = 64
 """The number of the reference's most likely tokens whose probabilities are compared, at every position."""
+# The most windows at a time. On a GPU, it is the number of requests that the server runs at once. On a CPU,
+# an FP8 step takes nearly as long with 64 rows as with 8.
 _ROWS = {"cuda": 32, "cpu": 64}
-"""The most windows at a time. On a GPU, it is the number of requests that the server runs at once. On a CPU,
-an FP8 step takes nearly as long with 64 rows as with 8."""
 
 
 class TextTooShort(ValueError):
@@ -88,12 +88,12 @@ class Predictions:
     candidates: Tensor
     """The tokens whose probabilities are compared: [N, SCORED, CANDIDATES]."""
     log_probabilities: Tensor
-    """Those of the candidates: [N, SCORED, CANDIDATES] float32."""
+    """The log-probabilities of the candidates: [N, SCORED, CANDIDATES] float32."""
     generated: Tensor
     """The greedy answer to each window's prompt, without an end-of-sequence token: [N, NEW_TOKENS]."""
 
 
-class Predictor:
+class TextPredictor:
     """A model with a key/value cache for a batch of windows."""
 
     def __init__(

@@ -28,7 +28,7 @@ Figure = dict[str, float]
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
-    """Write the JSON file, which is always complete, and then the Markdown file beside it."""
+    """Write the JSON file, which is always complete, and then the Markdown file next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)
     path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
@@ -43,10 +43,11 @@ def _sections(results: dict[str, Any]) -> Iterator[str]:
     text = results["text"]
     yield f"# Quality of each precision: {results['model']} on {_device(results)}"
     yield (
-        f"The text is {text['name']}. It has {text['tokens']:,} tokens, in {text['windows']} windows of "
-        f"{text['prompt_tokens'] + text['scored_tokens']} tokens, one every {text['scored_tokens']}. As in "
-        f"serving, the engine reads the first {text['prompt_tokens']} tokens of a window as a prompt and "
-        f"decodes the others one by one. These {text['windows'] * text['scored_tokens']:,} tokens are scored."
+        f"The text is {text['name']}. It has {text['tokens']:,} tokens and is cut into {text['windows']} "
+        f"windows of {text['prompt_tokens'] + text['scored_tokens']} tokens. A window starts every "
+        f"{text['scored_tokens']} tokens. As in serving, the engine reads the first {text['prompt_tokens']} "
+        "tokens of a window as a prompt and decodes the others one by one. These "
+        f"{text['windows'] * text['scored_tokens']:,} tokens are scored."
     )
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     yield f"Measured on {results['date']} with {versions}."
@@ -63,7 +64,7 @@ def _sections(results: dict[str, Any]) -> Iterator[str]:
 
 
 def quality_table(results: dict[str, Any]) -> str:
-    """Return the table of all precisions, which the reference shows too."""
+    """Return the table of all precisions, which `docs/reference.md` shows too."""
     reference = NAMES[results["reference"]]
     head = (
         "precision",
@@ -118,10 +119,10 @@ def _explanation(results: dict[str, Any]) -> str:
     return (
         "± is one standard error, calculated from the differences between windows. The perplexity of "
         f"{reference} itself is {_estimate(row['perplexity'], '.1f')}, because some windows are harder than "
-        "others. The changes are calculated window by window, so this does not enter. The greedy token is "
-        "compared at every scored position, after the same text. The answers continue the prompts of the "
-        f"windows. The divergence (Kullback-Leibler) is that from the probabilities of {reference}, in which "
-        f"all but the {text['candidates']} most likely tokens count as one outcome."
+        "others. The changes are calculated window by window, so these differences do not affect them. The "
+        "greedy token is compared at every scored position, after the same text. The answers continue the "
+        f"prompts of the windows. The divergence is the Kullback-Leibler divergence from {reference}. All "
+        f"tokens except the {text['candidates']} that {reference} finds most likely count as one outcome."
     )
 
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from llama.model.precision_plan import Gpu, Plan, Planner, PrecisionOption
 
 _LARGEST = 1e9  # GB
-# What torch's CUDA context takes of a GPU, measured with torch 2.10 on an RTX 6000 Ada in
-# https://github.com/unslothai/unsloth-zoo/pull/1053. The free memory of this machine's GPUs is measured when
-# the context exists.
+# The memory of a GPU that torch's CUDA context takes, measured with torch 2.10 on an RTX 6000 Ada in
+# https://github.com/unslothai/unsloth-zoo/pull/1053. It is subtracted only from sizes that the user gives: on
+# this machine's GPUs, the context exists before the free memory is read.
 _CUDA_CONTEXT = 426 * 2**20
-# For how many requests at a time bitsandbytes multiplies by NF4 weights as they are, by compute capability.
-# For more, it writes the large weights out in 16 bits and reads them again. Source: the function
+# The most requests at a time for which bitsandbytes multiplies by packed NF4 weights, by compute capability.
+# For more requests, it first writes the large weights to memory in 16 bits. Source: the function
 # `_gemm_4bit_use_custom_cuda` in its backends/cuda/ops.py, with which the tests compare these numbers.
 _NF4_REQUESTS = {(8, 7): 4, (9, 0): 16, (10, 0): 4, (10, 3): 4, (11, 0): 4}
 _NF4_REQUESTS_ELSEWHERE = 32
@@ -72,7 +72,7 @@ def plan(
     planner = planner_for(settings, config, cards, engine)
     found = planner.plan()
     print(f"requests of {planner.context} tokens on the {engine} engine:")
-    _print_rows(rows(found, planner), found)
+    _print_table(table_cells(found, planner), found)
     return int(found.chosen is None)
 
 
@@ -87,10 +87,10 @@ def _share_for_vllm(cards: Sequence[Gpu], config: LlamaConfig, settings: Setting
     return [replace(gpu, free=int(gpu.free * share)) for gpu in assume_identical(cards, stages * tensor)]
 
 
-def _print_rows(cells: Sequence[Sequence[str]], found: Plan) -> None:
+def _print_table(cells: Sequence[Sequence[str]], found: Plan) -> None:
     """Print a table. On a terminal, its last column is wrapped, and the chosen precision is in colour."""
     if not sys.stdout.isatty():  # rich would turn a closed pipe into the exit code 1
-        print(text_of(cells))
+        print(_aligned(cells))
         return
     from rich.console import Console
     from rich.table import Table
@@ -103,7 +103,7 @@ def _print_rows(cells: Sequence[Sequence[str]], found: Plan) -> None:
     Console(highlight=False).print(table)
 
 
-def rows(found: Plan, planner: Planner) -> list[tuple[str, ...]]:
+def table_cells(found: Plan, planner: Planner) -> list[tuple[str, ...]]:
     """The cells of the table: a header and one row per choice. The last column has no name."""
     return [
         ("precision", "weights", "cache", "requests", ""),
@@ -122,7 +122,7 @@ def rows(found: Plan, planner: Planner) -> list[tuple[str, ...]]:
     ]
 
 
-def text_of(cells: Sequence[Sequence[str]]) -> str:
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
     """Return a table as text, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -148,7 +148,7 @@ def _use(choice: PrecisionOption, planner: Planner) -> str:
 
 
 def nf4_requests(capability: tuple[int, int]) -> int:
-    """For how many requests at a time NF4 is fast, by compute capability."""
+    """The most requests at a time for which NF4 is fast on a GPU of this compute capability."""
     return _NF4_REQUESTS.get(capability, _NF4_REQUESTS_ELSEWHERE)
 
 

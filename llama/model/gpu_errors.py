@@ -1,6 +1,6 @@
-"""Recognizes errors that mean that a GPU does not have enough memory.
+"""Recognizes the errors with which torch and CUDA report that a GPU is out of memory.
 
-Knows the exceptions and messages of torch and CUDA; knows nothing about what was being done.
+Knows their exceptions and messages; knows nothing about the work that failed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-# The driver's message, and those of cuBLAS, which allocates memory for its handles itself.
+# The driver's message, and those of cuBLAS, which allocates the memory of its handles without torch.
 _MESSAGES = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -17,8 +17,8 @@ _MESSAGES = (
 )
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Return whether an error, or one of those that caused it, is a lack of GPU memory.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or one of the errors that caused it, reports that a GPU is out of memory.
 
     torch's allocator raises `torch.OutOfMemoryError`. Other memory, such as that of a captured graph, is
     allocated by CUDA itself. If that fails, torch raises `torch.AcceleratorError`, which is a RuntimeError,

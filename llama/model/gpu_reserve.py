@@ -1,4 +1,4 @@
-"""Calculates the memory of a GPU that the torch engine needs beside weights and the key/value cache.
+"""Calculates the GPU memory that the torch engine needs in addition to weights and the key/value cache.
 
 The formulas follow the tensors that a step creates. The tests compare them with a run of the whole engine on
 fake CUDA tensors. Nothing has been measured on a GPU. Knows arithmetic on a model's configuration; knows
@@ -27,13 +27,14 @@ SHORTEST_GRAPH = 256
 # ones take less. Source: "Dynamic Shape Support" in PyTorch's documentation of CUDAGraph Trees.
 _BYTES_PER_LAUNCH = 64 * 2**10
 
-# Kernel launches of a decode step, by precision: of each layer, and of everything else. Each is at least the
-# largest number of the fake run over GPUs and types. cuBLAS may divide a product in 16 bits in two.
+# Kernel launches of a decode step: of each layer, by precision, and of everything else. The first term is at
+# least the largest number that the fake run counts, over all GPUs and dtypes. The last one is for 16-bit
+# products, which cuBLAS may split into two launches.
 _LAUNCHES_PER_LAYER: dict[Quantization, int] = {
     "none": 21 + 4,
     "fp8": 44,
     "int8": 54,
-    "nf4": 26 + 7 + 7,  # bitsandbytes may unpack each weight first
+    "nf4": 26 + 7 + 7,  # the second term: bitsandbytes may unpack each weight first
 }
 _OTHER_LAUNCHES = 16 + 1
 
@@ -150,8 +151,8 @@ class _Sizes:
     def step(self, tokens: int, results: int) -> int:
         """Bytes of the tensors that are alive at the peak of a step that returns this many rows of logits."""
         hidden, mlp, queries, keys = self._widths
-        # Alive all the time: the hidden states and their two terms, the latest output of attention, and the
-        # latest input of the down-projection.
+        # Kept during the whole step: the hidden states and the two tensors whose sum they are, the latest
+        # output of attention, and the latest input of the down-projection.
         carried = self.element * (3 * hidden + queries + mlp)
         # An unpacked weight, and the outputs of the layers that have the same input.
         unpacking = self._unpacked + tokens * self.element * max(2 * mlp, queries + 2 * keys)
@@ -161,19 +162,19 @@ class _Sizes:
     def masks(self, tokens: int, context: int) -> int:
         """Bytes that the masks of a prefill take without flash attention.
 
-        The query heads that share a KV head have masks of their own.
+        Each of the query heads that share a KV head has its own copy of the mask.
         """
         heads, kv_heads = int(self.config.num_attention_heads), int(self.config.num_key_value_heads)
         masks = tokens * (context + 8) * (heads // kv_heads * self.element + 1)
         if self.config.head_dim % 8 == 0 and self.dtype is not torch.bfloat16:
             return masks
         # torch has no fused kernel for such heads, nor for bfloat16 before Ampere. It computes scores,
-        # masked scores and weights in float32.
+        # masked scores and attention weights in float32.
         return masks + tokens * context * heads * 3 * 4
 
     def scores(self, rows: int, context: int) -> int:
-        """Bytes that the scores of a decode step take without flash attention: scores and weights in float32,
-        weights in the type of activations, and the mask in float32."""
+        """Bytes that the scores of a decode step take without flash attention: scores and attention weights
+        in float32, the same weights in `dtype`, and the mask in float32."""
         heads, kv_heads = int(self.config.num_attention_heads), int(self.config.num_key_value_heads)
         return rows * context * (heads * (4 + 4 + self.element) + kv_heads * 4)
 
@@ -195,8 +196,8 @@ class _Sizes:
 
     @property
     def _attention(self) -> int:
-        """Bytes per token in attention: the projections, and the steps of rotating queries and keys, or the
-        rotated ones and four copies of the queries, which flash attention makes."""
+        """Bytes per token in attention: the projections and the intermediate results of rotating queries and
+        keys; or the rotated ones, and four copies of the queries that flash attention makes."""
         _, _, queries, keys = self._widths
         return 6 * self.element * (queries + keys)
 
@@ -209,9 +210,9 @@ class _Sizes:
         match self.quantization:
             case "none" | "nf4":
                 return gated
-            case "fp8":  # beside the gates: their input in FP8; or the input divided by its scale, and in FP8
+            case "fp8":  # the gates and their input in FP8; or an input, its quotient, and its FP8 numbers
                 return max(gated + hidden, (self.element + 4 + 1) * widest)
-            case "int8":  # the gates, and the up-projections in int32, in float16 and in their own type
+            case "int8":  # the gates, and the up-projections in int32, in float16 and in `dtype`
                 return max(gated, (2 * self.element + 4 + 2) * widest) + hidden
 
     @property

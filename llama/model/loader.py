@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from llama.errors import BadCheckpoint, BadConfig, DoesNotFit
 from llama.model.assembly import ModelAssembler, TakeLayer
 from llama.model.checkpoint import EMBEDDINGS, HEAD, Checkpoint
-from llama.model.gpu_errors import lacks_memory
+from llama.model.gpu_errors import is_out_of_memory
 from llama.model.placement import Placement
 from llama.weights.progress import progress
 
@@ -61,7 +61,7 @@ def load_model(
     try:
         model = empty_model(config, placement.device)
     except Exception as error:  # fields that only transformers checks, such as `attn_implementation`
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise _does_not_fit(folder, placement, error) from error
         raise BadConfig(
             f"transformers cannot create the model that config.json in {folder} describes "
@@ -78,7 +78,7 @@ def load_model(
                     show(done)
                 assembler.end_file()
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # checks of torch and bitsandbytes
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise _does_not_fit(folder, placement, error) from error
         raise BadCheckpoint(
             f"the tensor {name} in {folder} cannot be loaded ({error}); copy the weights again or, if this "

@@ -21,7 +21,7 @@ from torch import Tensor
 from llama.errors import BadCheckpoint, BadSettings, DiskFull, DoesNotFit
 from llama.model.checkpoint import Checkpoint
 from llama.model.config import load_config
-from llama.model.gpu_errors import lacks_memory
+from llama.model.gpu_errors import is_out_of_memory
 from llama.model.precision_plan import bytes_of_weights
 from llama.model.quantized_layers import Quantization, quantize, to_config, to_stored
 from llama.weights.disk import LOCK, disk_errors, folder_lock, sync
@@ -53,7 +53,7 @@ def pack(source: Path, target: Path, quantization: Quantization, device: torch.d
         try:
             _write(checkpoint, source, part, quantization, device)
         except RuntimeError as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(
                 f"one layer does not fit in the free memory of {device} ({error}); set LLAMA_DEVICE to cpu"

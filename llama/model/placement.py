@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import context_length
-from llama.model.gpu_errors import lacks_memory
+from llama.model.gpu_errors import is_out_of_memory
 from llama.model.precision_plan import Gpu, Planner
 from llama.model.quantized_layers import Quantization, from_config
 from llama.settings import EngineName, Settings
@@ -93,7 +93,7 @@ def pick_device(settings: Settings) -> torch.device:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise DoesNotFit(
                 f"{name} has no memory left for this process ({error}); end other programs that use it, or "
                 "set LLAMA_DEVICE to another GPU"

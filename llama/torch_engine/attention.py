@@ -118,8 +118,8 @@ class TorchAttention(Attention):
         """Return what is added to the scores of a chunk, [query heads per KV head x N, end]: -inf at later
         positions, 0 elsewhere.
 
-        Each row starts at a multiple of 8 numbers. Otherwise, torch's kernel for GPUs would copy it in every
-        layer.
+        The start of each row is a multiple of 8 numbers. Otherwise, torch's kernel for GPUs would copy the
+        bias in every layer.
         """
         hidden = self._positions[: chunk.end] > self._positions[chunk.start : chunk.end, None]
         size = (self._group, len(chunk.token_ids), -(-chunk.end // 8) * 8)
@@ -219,7 +219,7 @@ class TwoProductAttention(TorchAttention):
 
 
 def torch_attention(parts: ModelParts, cache: KVCache) -> TorchAttention:
-    """Return the one of these two that decodes faster with this model.
+    """Return the class of the two above that decodes faster with this model.
 
     On a Xeon with AMX, the fused kernel is faster in bfloat16. For 32 requests of 192 tokens, one layer of
     the benchmark model takes 1.3 ms with it, and 2.9 ms with two products. On an EPYC without AMX, it takes

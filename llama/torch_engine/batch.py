@@ -31,7 +31,7 @@ from llama.torch_engine.thread_count import ThreadCount
 
 logger = logging.getLogger(__name__)
 
-_OVERFLOW = "the model's output is not finite; set LLAMA_DTYPE to float32 (or bfloat16, from Ampere on)"
+_OVERFLOW = "the model's output is not finite; set LLAMA_DTYPE to float32, or to bfloat16 on Ampere or later"
 _SAME_LENGTH = 256  # decode steps take about the same time if their longest requests differ by less than this
 
 
@@ -63,8 +63,8 @@ class Batch:
         self._scheduler = Scheduler(cache.shape.rows, rows, prefix_reuse=prefix_reuse)
 
     def prepare_gpu(self, *, graphs: bool) -> None:
-        """Capture graphs and run the largest steps, so that a lack of memory is found before any request.
-        Raises EngineNotStarted, or an error that `lacks_memory` recognizes."""
+        """Capture graphs and run the largest steps, so that memory runs out now instead of during a request.
+        Raises EngineNotStarted, or an error that `is_out_of_memory` recognizes."""
         if graphs:
             self._runner.capture()
         count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from llama.engine import TokenStream
 from llama.errors import DoesNotFit, EngineError, EngineStopped, GenerationFailed, LlamaError
-from llama.model.gpu_errors import lacks_memory
+from llama.model.gpu_errors import is_out_of_memory
 from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
 from llama.torch_engine.scheduler import BatchRequest
@@ -78,7 +78,7 @@ class TorchEngine:
         try:
             batch = load()
         except BaseException as error:
-            explained = isinstance(error, LlamaError) or not lacks_memory(error)
+            explained = isinstance(error, LlamaError) or not is_out_of_memory(error)
             loaded.set_exception(error if explained else _does_not_fit(error))
             return
         loaded.set_result(batch)

@@ -2,8 +2,8 @@
 
 The public functions of torch 2.11 cannot do this: `scaled_dot_product_attention` needs a mask, and reads
 every row to the length of the longest one. So this module calls the operator that they are built on. It needs
-16-bit numbers and a GPU of compute capability 8.0 or later (`model/placement.py` decides). Knows projections,
-rotary tables and the layout of the cache; knows nothing about requests.
+16-bit numbers and a GPU of compute capability 8.0 or later (`model/placement.py` decides). Not run on a GPU.
+Knows projections, rotary tables and the layout of the cache; knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class FlashAttention(Attention):
             cells=self._row_starts[:batch_size] + positions,
             query_starts=self._counts[: batch_size + 1],
             row_starts=self._row_starts[: batch_size + 1],
-            # The position of a row that is not decoding is the last one of the cache: nothing is read there.
+            # 0 for rows that are not decoding, because their position is the last one of the row.
             lengths=((positions + 1) % self._length).int(),
             most_queries=1,
             most_keys=self._length,

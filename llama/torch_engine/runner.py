@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.errors import EngineNotStarted
-from llama.model.gpu_errors import lacks_memory
+from llama.model.gpu_errors import is_out_of_memory
 from llama.model.gpu_reserve import graph_shapes
 from llama.torch_engine.attention import Attend, Attention, Chunk, torch_attention
 from llama.torch_engine.cpu_attention import CompiledAttention
@@ -49,7 +49,7 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Read each chunk into its row, and return the logits of each chunk's last token: [chunks, V]."""
-        # Before the layers: this copy to a GPU waits for everything that was launched.
+        # Before the layers are launched, because this copy to a GPU waits for everything that was launched.
         lengths = torch.tensor([len(chunk.token_ids) for chunk in chunks], device=self._parts.device)
         ends = lengths.cumsum(0) - 1
         attend = self._attention.prefill(chunks)
@@ -84,7 +84,7 @@ class Runner:
     def capture(self) -> None:
         """Let decode steps replay CUDA graphs from now on.
 
-        Raises EngineNotStarted, or an error that `lacks_memory` recognizes.
+        Raises EngineNotStarted, or an error that `is_out_of_memory` recognizes.
         """
         shape = self._cache.shape
         sizes = graph_shapes(shape.rows, shape.length, flash_attention=self._cache.by_position)
@@ -92,7 +92,7 @@ class Runner:
             torch.cuda.set_device(self._parts.device)  # for this thread, which captures the graphs
             self._graphs = StepGraphs(self._step, *sizes)
         except Exception as error:
-            if lacks_memory(error):
+            if is_out_of_memory(error):
                 raise
             # An error during a capture causes an error of the capture itself; the first one has the reason.
             cause = error.__context__ or error

@@ -144,7 +144,7 @@ class Sampler:
         return torch.where(usable, tokens, NOT_FINITE)
 
     def sample_all(self, logits: Tensor) -> None:
-        """Sample in all rows by every rule, before the first request. `logits` is [rows, V] float32."""
+        """Sample in all rows by every rule, to allocate the most memory. `logits` is [rows, V] float32."""
         self.sample(logits, 0, [_EVERY_RULE])
 
     def _penalized(self, logits: Tensor, rows: slice, params: Sequence[SamplingParams]) -> Tensor:
@@ -172,7 +172,7 @@ class Sampler:
         if self._shortlist < scaled.shape[-1]:
             values, ids = scaled.topk(self._shortlist)
             weights, settled = self._kept(values, scaled, rows)
-            # Only on a CPU, where the shortlist is rarely too short: on a GPU, this check would have to wait.
+            # Only on a CPU, where the shortlist is rarely too short. On a GPU, this check would wait for it.
             if (settled | self._greedy[rows]).all():
                 ids, order = ids.sort(dim=-1)
                 index = draw(weights.gather(-1, order), uniform)

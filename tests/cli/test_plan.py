@@ -151,7 +151,7 @@ CARDS = {
 
 
 def unpacked(card: Card, rows: int) -> list[tuple[int, int]]:
-    """The shapes of a layer's weights that bitsandbytes writes out in 16 bits, by its own rule."""
+    """The shapes of a layer's weights that bitsandbytes first writes to memory in 16 bits, by its own rule."""
     config = LLAMA_2_70B
     hidden, mlp, keys = (
         config.hidden_size,
@@ -167,7 +167,7 @@ def unpacked(card: Card, rows: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", CARDS)
 def test_nf4_is_called_fast_as_long_as_bitsandbytes_unpacks_no_large_weight(name: str) -> None:
-    """The projections to keys and values are small: they are an eighth of those to queries."""
+    """The projections to keys and to values do not count: each has an eighth of the weights of that to queries."""
     card, hidden = CARDS[name], LLAMA_2_70B.hidden_size
     most = nf4_requests(card.capability)
     assert not any(min(shape) >= hidden for rows in range(1, most + 1) for shape in unpacked(card, rows))
@@ -191,7 +191,7 @@ def documented_steps() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("cells", documented_steps(), ids=lambda cells: cells[0])
-def test_the_times_of_a_step_in_the_guide_are_calculated(cells: list[str]) -> None:
+def test_the_times_of_a_step_in_the_guide_are_those_that_the_bandwidth_allows(cells: list[str]) -> None:
     name, bandwidth, chosen, requests, *times = cells
     card, terabytes = CARDS[name], float(bandwidth.removesuffix(" TB/s"))
     capability = ".".join(map(str, card.capability))

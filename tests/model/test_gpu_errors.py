@@ -1,5 +1,7 @@
-"""Which errors of a GPU are a lack of memory, and how the engine reports them. The errors are real objects of
-torch, but no GPU raised them."""
+"""Which errors mean that a GPU is out of memory, and how the engine reports them.
+
+The errors are real objects of torch, but no GPU raised them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from llama.errors import DoesNotFit, EngineNotStarted
 from llama.model.assembly import TakeLayer
 from llama.model.config import load_config
-from llama.model.gpu_errors import lacks_memory
+from llama.model.gpu_errors import is_out_of_memory
 from llama.model.loader import load_model
 from llama.model.placement import Placement
 from llama.torch_engine.batch import Batch
@@ -38,10 +40,10 @@ def raised_while_handling(first: BaseException, second: BaseException) -> BaseEx
 
 
 @pytest.mark.parametrize("error", LACK_OF_MEMORY.values(), ids=LACK_OF_MEMORY.keys())
-def test_a_lack_of_memory_is_recognized_also_behind_other_errors(error: BaseException) -> None:
-    assert lacks_memory(error)
+def test_a_lack_of_memory_is_recognized_even_if_it_caused_another_error(error: BaseException) -> None:
+    assert is_out_of_memory(error)
     later = RuntimeError("CUDA error: operation failed due to a previous error during capture")
-    assert lacks_memory(raised_while_handling(error, later))
+    assert is_out_of_memory(raised_while_handling(error, later))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_a_lack_of_memory_is_recognized_also_behind_other_errors(error: BaseExce
     ids=lambda error: type(error).__name__,
 )
 def test_other_errors_are_not_a_lack_of_memory(error: BaseException) -> None:
-    assert not lacks_memory(error)
+    assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("error", LACK_OF_MEMORY.values(), ids=LACK_OF_MEMORY.keys())

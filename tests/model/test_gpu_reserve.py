@@ -1,4 +1,4 @@
-"""The memory of a GPU beside weights and cache, compared with figures that were calculated by other means."""
+"""The GPU memory that is reserved in addition to weights and cache, compared with runs on fake CUDA tensors."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_every_launch_of_every_graph_takes_64_kib(
 @pytest.mark.parametrize(
     ("quantization", "dtype", "flash_attention", "prefill", "decode"),
     [
-        # MiB in a run of the engine on fake tensors: reading 1,024 tokens at the end of 4,096, and one token
-        # for each of 32 requests.
+        # MiB that a run of the engine on fake tensors counted: for a prefill of the last 1,024 of 4,096 tokens,
+        # and for a decode step of 32 requests.
         ("none", torch.bfloat16, True, 344, 10),
         ("fp8", torch.bfloat16, True, 344, 10),
         ("fp8", torch.float16, True, 352, 11),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llama import ROOT
 from llama.cli.main import app
-from llama.cli.plan import rows as table
+from llama.cli.plan import table_cells
 from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import load_config
 from llama.model.fp8_linear import uneven_width
@@ -171,7 +171,7 @@ def test_fp8_is_preferred_on_gpus_that_have_it_and_nf4_to_int8_elsewhere(
     assert planner([card], SMALL_MODELS[model]).pick("auto") == auto
 
 
-def test_eight_requests_count_as_enough_up_to_2048_tokens_each() -> None:
+def test_a_quantized_precision_needs_room_for_eight_requests_of_at_most_2048_tokens() -> None:
     request = 2048 * bytes_per_token(LLAMA_2_70B, torch.bfloat16)
     needed = planner(gpus(80)).plan().choices[1]
     for context in (2048, 4096):
@@ -217,7 +217,7 @@ def odd(**widths: int) -> LlamaConfig:
         (odd(head_dim=4, num_key_value_heads=1), 40),
     ],
 )
-def test_a_width_that_is_no_multiple_of_16_is_found(config: LlamaConfig, width: int | None) -> None:
+def test_a_width_that_is_not_a_multiple_of_16_is_found(config: LlamaConfig, width: int | None) -> None:
     assert uneven_width(config) == width
 
 
@@ -355,7 +355,7 @@ def test_the_torch_engine_is_planned_in_the_dtype_that_is_set() -> None:
 def test_the_table_shows_how_many_requests_fit_beyond_the_servers_limit() -> None:
     for rows, cell in ((32, "32 (57 fit)"), (57, "57")):
         large = planner(gpus(149), rows=rows)
-        assert table(large.plan(), large)[2][3] == cell
+        assert table_cells(large.plan(), large)[2][3] == cell
 
 
 CAPABILITIES = {"24 GB": "8.9", "L40S": "8.9", "A100": "8.0", "H100": "9.0", "H200": "9.0", "B200": "10.0"}
@@ -388,7 +388,7 @@ def test_the_tables_of_the_documents_agree_with_plan(document: str, sizes: int) 
 
 
 def test_the_table_has_one_row_per_precision() -> None:
-    cells = table(planner(gpus(80)).plan(), planner(gpus(80)))
+    cells = table_cells(planner(gpus(80)).plan(), planner(gpus(80)))
     assert [row[0] for row in cells] == ["precision", "16 bits", "fp8", "int8", "nf4"]
     assert cells[1][-1] == "needs 138.0 GB for weights (78.6 GB available)"
     assert cells[2][-1].startswith("chosen: ")

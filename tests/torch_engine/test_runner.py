@@ -217,7 +217,7 @@ def test_the_last_position_that_a_request_reads_can_be_used(computing: Computing
 
 
 def test_flash_attention_reads_each_row_to_its_own_length() -> None:
-    """At 32 rows, one of 4,000 tokens and 31 of 200, a step reads no position that the rows do not hold."""
+    """With one row of 4,000 tokens and 31 of 200, a step reads no position behind a row's last token."""
     model = make_model(num_hidden_layers=1, max_position_embeddings=4096)
     runner = make_runner(model, rows=32, length=4096, computing="flash")
     lengths = [4000, *[200] * 31]
@@ -237,7 +237,7 @@ def test_flash_attention_reads_nothing_for_rows_that_are_not_decoding() -> None:
     assert positions_read.total == 50
 
 
-def test_what_flash_attention_does_not_read_may_be_anything() -> None:
+def test_positions_that_flash_attention_does_not_read_may_be_nan() -> None:
     model = make_model()
     runner, ids = make_runner(model, computing="flash"), random_ids(41)
     for layer in runner.rows.cache.layers:
