@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.gpu import results
 from benchmarks.gpu.device import counted_launches
-from benchmarks.gpu.engine_checks import compared
+from benchmarks.gpu.engine_checks import compare_tokens
 from benchmarks.gpu.kernel_checks import LENGTH, attention_config, attention_errors, check_attention
 from benchmarks.gpu.parts import PARTS, chosen, run_child
 from benchmarks.gpu.random_model import make_cache
@@ -147,7 +147,7 @@ def test_a_failed_part_does_not_end_the_run(tmp_path: Path) -> None:
     assert "- fp8: the process: it was ended after 0.2 s" in path.with_suffix(".md").read_text()
 
 
-def test_results_of_something_else_are_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_without_results_of_this_program_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     path.write_text("{}")
     done = run("checks", "--results", str(path))
@@ -172,7 +172,11 @@ def test_a_small_run_on_the_cpu_measures_and_reports_everything(tmp_path: Path) 
     assert fp8["mixed_lengths"]["seconds_mixed"] > 0
     assert set(parts["fp8"]["skipped"]) == {"launches", "graphs", "memory"}
     report = path.with_suffix(".md").read_text()
-    for title in ("Checks that passed", "One long request beside short ones", "Cog's server"):
+    for title in (
+        "Checks that passed",
+        "A decode step of one long request and many short ones",
+        "Cog's server",
+    ):
         assert f"## {title}" in report
 
 
@@ -209,11 +213,11 @@ def test_the_attention_check_finds_wrong_attention(attention: type[FlashAttentio
 
 
 def test_different_tokens_are_named() -> None:
-    assert compared("a", "b", [[1, 2], [3]], [[1, 2], [3]]) == {"requests": 2, "tokens": 3}
+    assert compare_tokens("a", "b", [[1, 2], [3]], [[1, 2], [3]]) == {"requests": 2, "tokens": 3}
     with pytest.raises(
         CheckFailed, match=r"^request 1 differs from token 1 on: \[5, 6\] with b, \[4, 6\] with a$"
     ):
-        compared("a", "b", [[1], [3, 4, 6]], [[1], [3, 5, 6]])
+        compare_tokens("a", "b", [[1], [3, 4, 6]], [[1], [3, 5, 6]])
 
 
 class Event(NamedTuple):
@@ -310,8 +314,8 @@ def test_the_verdict_compares_measured_with_calculated_figures(tmp_path: Path) -
         "decode step, 1 request": (1.29, True),
         "decode step, 8 requests": (2.11, False),
         "step of mixed lengths, 2 requests": (1.03, True),
-        "step of mixed lengths, and of equal ones": (1.44, False),
-        "memory beside weights and cache": (1.5, False),
+        "step of mixed lengths, compared with equal ones": (1.44, False),
+        "memory besides weights and cache": (1.5, False),
         "all memory": (1.01, True),
     }
     lines = verdict_table(rows).splitlines()

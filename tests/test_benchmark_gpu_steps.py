@@ -1,4 +1,4 @@
-"""The GPU benchmark beside the run on fake CUDA tensors: it runs there too, and finds the figures of that run."""
+"""The GPU benchmark on fake CUDA tensors: its steps run, and its verdict finds the calculated figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ NEEDS_A_GPU = {
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "nf4"])
-def test_graphs_memory_and_steps_are_measured_on_a_gpu(tmp_path: Path, quantization: Quantization) -> None:
+def test_graphs_memory_and_steps_are_measured_on_a_fake_gpu(
+    tmp_path: Path, quantization: Quantization
+) -> None:
     with fake_cuda(H100) as fakes:
         measurements = Measurements(tmp_path / "part.json", {})
         measure_precision(measurements, quantization, torch.device("cuda:0"), small=True)

@@ -1,7 +1,7 @@
 """Check the engine on one GPU, and measure a random Llama 2 70B on it.
 
-Each part runs in a process of its own, and a part that fails does not end the others. The results are added
-to a JSON file, from which the Markdown file beside it is written. The exit code is 1 if anything failed.
+Each part runs in a process of its own, and a part that fails does not stop the others. The results are added
+to a JSON file, from which a Markdown file next to it is written. The exit code is 1 if anything failed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The device that is measured: its description, the time and the kernel launches of a call, and free memory.
 
-All but the launches can also be measured on a CPU, so that the program can be tested without a GPU. Knows
-torch's interface to devices; knows nothing about models.
+Everything except launches can also be measured on a CPU, so that the program can be tested without a GPU.
+Knows torch's interface to devices; knows nothing about models.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.results import Skipped
 
-_COPIED = {"cuda": 2**30, "cpu": 2**26}
-_FACTS = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+_COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
+_DEVICE_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
 _MOST_FREQUENT = 12
 
 
@@ -35,7 +35,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {**described, "device": {"name": "cpu"}}
     properties, cudnn = torch.cuda.get_device_properties(device), torch.backends.cudnn
-    facts = _nvidia_smi(device, *_FACTS)
+    facts = _nvidia_smi(device, *_DEVICE_FIELDS)
     described["driver"] = facts.pop("driver_version", None)
     described["device"] = {
         "name": properties.name,
@@ -50,7 +50,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, str]:
-    """Return the clocks of the moment, or nothing if nvidia-smi cannot be run."""
+    """Return the current clocks, power and temperature, or nothing if nvidia-smi cannot be run."""
     return _nvidia_smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -90,7 +90,7 @@ def seconds_per_call(work: Callable[[], object], device: torch.device, repeats: 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Return the bandwidth of a large copy, in bytes per second. Read and written bytes both count."""
-    size = _COPIED[device.type]
+    size = _COPY_BYTES[device.type]
     source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * size / seconds_per_call(lambda: target.copy_(source), device)
@@ -125,7 +125,7 @@ def counted_launches(events: Iterable[Any]) -> dict[str, Any]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of the GPU, of which torch's unused blocks are no part. 0 on a CPU."""
+    """Return the free bytes of the GPU, without the unused blocks that torch keeps. 0 on a CPU."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 

@@ -25,9 +25,9 @@ from llama.torch_engine.layers import take_apart
 
 _SHAPE = CacheShape(8, 512)
 _NEW_TOKENS = 40
-# Before which steps running requests are cancelled, and how many. So the numbers of running requests are 8, 4
-# and 2, for each of which there is a graph. With any other number, a graph would have more rows than the step
-# without graphs, for which libraries may choose another kernel, which rounds differently.
+# The number of requests that are cancelled, by the step before which they are. So 8, 4 and then 2 requests
+# run, and there is a graph for each of these batch sizes. For any other number, the graph has more rows than
+# the step without graphs. Libraries may then choose another kernel, which rounds differently.
 _CANCELLED = {10: 4, 20: 2}
 
 
@@ -56,7 +56,7 @@ def _check_tokens(device: torch.device) -> dict[str, Any]:
         model = LlamaForCausalLM(SMALL).float().eval().requires_grad_(False).to(place)
         placement = placement_of(SMALL, place, "none", "float32", _SHAPE.length)
         answers.append(_answers(model, placement))
-    return compared("the CPU", "the device", *answers)
+    return compare_tokens("the CPU", "the device", *answers)
 
 
 def _check_graphs(device: torch.device, dtype: str, quantization: Quantization) -> dict[str, Any]:
@@ -75,11 +75,11 @@ def _check_graphs(device: torch.device, dtype: str, quantization: Quantization) 
     without, _ = _run_waves(placement, graphs=False)
     if not copied:
         raise CheckFailed("no prefix was reused")
-    tokens = compared("steps without graphs", "steps with graphs", without, with_graphs)
+    tokens = compare_tokens("steps without graphs", "steps with graphs", without, with_graphs)
     return {**tokens, "positions_reused": copied}
 
 
-def compared(first: str, second: str, wanted: list[list[int]], got: list[list[int]]) -> dict[str, Any]:
+def compare_tokens(first: str, second: str, wanted: list[list[int]], got: list[list[int]]) -> dict[str, Any]:
     """Return the numbers of requests and tokens. Raises CheckFailed if a token differs."""
     different = []
     for index, (a, b) in enumerate(zip(wanted, got, strict=True)):

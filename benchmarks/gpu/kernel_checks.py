@@ -1,7 +1,7 @@
 """Compare attention and quantized linear layers on a device with float64 on the CPU.
 
-For attention, rows have very different lengths, and the cache is filled with NaN first. So a kernel that
-reads beyond a row's own length is found. Knows attention, its cache and how each precision stores a weight;
+For attention, rows have very different lengths, and the cache is filled with NaN first, so that a kernel that
+reads beyond a row's own length gives NaN. Knows attention, its cache and how each precision stores a weight;
 knows nothing about requests.
 """
 
@@ -31,21 +31,22 @@ from llama.torch_engine.linears import Scratch, packed_together
 _KV_HEADS = 2
 LENGTH = 2048
 """The context of the configurations."""
-# The prompt tokens that each step reads, by row. A row may be read in several steps, and a step may read a
-# single token. Then come decode steps for these rows and one more, which is not decoding.
+# The number of prompt tokens that each step reads, by row. A prompt may be read in several steps, and a step
+# may read a single token. Decode steps follow, for these rows and for one more, which is not decoding.
 _CHUNKS = ({0: 1200, 1: 1, 2: 65}, {0: 300, 3: 129}, {1: 1})
 _SMALL_CHUNKS = ({0: 60, 1: 1, 2: 17}, {0: 20, 3: 33}, {1: 1})
 _DECODE_STEPS = 2
-# Several roundings to the format follow each other: of rotated queries and keys, of the weights and of the
-# result. Sums are in float32. A wrong position or head gives an error of about 1.
+# Numbers are rounded to the dtype several times: rotated queries and keys, attention weights, and the result.
+# Sums are in float32. A wrong position or head gives a relative error of about 1.
 _ROUNDINGS = 3
 _SUMS = 1e-5
-_POISON_WITH_MASK = 100.0  # with a mask, NaN times a weight of zero would be NaN
+_POISON_WITH_MASK = 100.0  # not NaN: a masked position has weight zero, and zero times NaN is NaN
 # Rows of the input of a linear layer. Libraries choose other kernels for other numbers of rows.
 _LINEAR_ROWS = (1, 4, 16, 17, 32, 300)
 _TOLERANCE: dict[Quantization, float] = {
     "fp8": 2.0**-4,  # inputs are rounded to 3 bits of mantissa, which changes each by at most this fraction
-    "int8": 0.02,  # inputs are rounded to 255 steps between the row's largest values, of about 4.5 deviations
+    # Inputs are rounded to 255 levels up to a row's largest value, which is about 4.5 standard deviations.
+    "int8": 0.02,
     "nf4": 2.0**-7,  # inputs are not rounded, but weights and results are, to 8 bits
 }
 

@@ -1,6 +1,6 @@
-"""Compare the memory that is used on a GPU with the plan, and check the errors when there is too little.
+"""Compare the memory that is used on a GPU with the plan, and check the errors when memory runs out.
 
-Knows free memory before and after; `llama/model/gpu_reserve.py` calculates what is planned.
+Knows the free memory of a GPU; `llama/model/gpu_reserve.py` calculates the plan.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def served_shape(config: LlamaConfig, placement: Placement, wanted: CacheShape) 
 
 
 def capture(stepper: Stepper) -> dict[str, Any]:
-    """Capture the graphs. Return how many there are, and the seconds and bytes that they take.
+    """Capture the graphs. Return their number, and the seconds and bytes that capturing them takes.
 
-    The bytes include what their warm-up allocates.
+    The bytes include those that the steps before each capture allocate.
     """
     device, shape, placement = stepper.device, stepper.shape, stepper.placement
     if device.type == "cpu":
@@ -76,8 +76,8 @@ def capture(stepper: Stepper) -> dict[str, Any]:
 def used_memory(stepper: Stepper, free_at_first: int) -> dict[str, Any]:
     """Compare the memory in use with the plan. Call it after the largest steps.
 
-    `free_at_first` is the free memory before the weights were made. What torch's allocator keeps counts as
-    used, so it is the peak since memory was last released.
+    `free_at_first` is the free memory before the weights were made. Memory that torch's allocator keeps
+    counts as used, so the result is the peak since memory was last released.
     """
     device, shape = stepper.device, stepper.shape
     if device.type == "cpu":

@@ -1,8 +1,9 @@
 """The parts of `make bench-gpu`, and the process in which each of them runs.
 
-A part has all GPU memory, and its failure ends no other part. `python -m benchmarks.gpu.parts PART FILE`
-measures one, and writes its results to FILE after each measurement. torch is imported only in that process,
-and what only one part needs is imported by that part, so that a missing package fails no other.
+Each part can use all GPU memory, and its failure does not stop the others. The command
+`python -m benchmarks.gpu.parts PART FILE` measures one part, and writes its results to FILE after each
+measurement. torch is imported only in that process. Packages that only one part needs are imported by that
+part, so that the others run without them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from llama.model.quantized_layers import Quantization
 
 SECONDS_PER_PART = 540.0
-"""The default time limit of a part. A run of one part ends within 10 minutes."""
+"""The default time limit of a part, so that a run of one part ends within 10 minutes."""
 
 PRECISIONS: dict[str, Quantization] = {"fp8": "fp8", "nf4": "nf4", "int8": "int8", "bf16": "none"}
 """The parts that measure a random 70B, and how its weights are quantized."""
@@ -53,7 +54,7 @@ PARTS = (
     Part("fp8", 3, "speed and memory of a random 70B in FP8"),
     Part("nf4", 3, "the same in NF4"),
     Part("int8", 4, "the same in int8"),
-    Part("bf16", 3, "the same in bfloat16, which only a GPU with more than 140 GB holds"),
+    Part("bf16", 3, "the same in bfloat16, which needs a GPU with more than 140 GB"),
     Part("quality", 5, "perplexity of each precision, with a small model"),
     Part("serving", 6, "the start of Cog's server with a packed 70B; writes 40 GB to the disk"),
 )
@@ -161,7 +162,7 @@ def _measure(
 
 
 def _measure_quality(measurements: Measurements, device: torch.device, folder: Path) -> None:
-    """Keep the figures of all precisions that the device supports, also if one precision fails."""
+    """Run `benchmarks.quality`, and keep its figures even if one precision fails."""
     if device.type == "cpu":
         raise Skipped("on a CPU, it takes minutes; run `python -m benchmarks.quality`")
     path = folder / "quality.json"

@@ -62,7 +62,7 @@ def measure_precision(
 
 
 def _release(device: torch.device) -> None:
-    """Free the graphs and the cache of the measurements before. The graphs are in reference cycles."""
+    """Free the graphs and the cache of the previous measurements. Only `gc` frees reference cycles."""
     gc.collect()
     release_memory(device)
 
@@ -118,8 +118,8 @@ def _bytes(model: LlamaForCausalLM, config: LlamaConfig, placement: Placement) -
 def _generate(model: LlamaForCausalLM, sizes: Sizes) -> dict[str, float | None]:
     """Return the tokens per second of `generate` of transformers, by number of requests.
 
-    Prefill does not count: the speed is calculated from the difference of two runs with different lengths. It
-    is None if the GPU runs out of memory.
+    Prefill does not count: the speed is calculated from the difference of two runs with different lengths. A
+    speed is None if the GPU ran out of memory.
     """
     return {
         str(batch_size): _generate_speed(model, batch_size, sizes.prompt) for batch_size in (1, sizes.rows)

@@ -58,11 +58,11 @@ def _setting(parts: dict[str, Document]) -> Iterator[str]:
 def _verdict(results: Document) -> Iterator[str]:
     yield "## Calculated and measured figures"
     yield (
-        "The calculated time of a decode step is the time of moving its bytes at the measured bandwidth of a "
-        "large copy. For 32 requests, all bytes were counted in a run on fake CUDA tensors "
+        "The calculated time of a decode step is the time that moving its bytes takes at the measured "
+        "bandwidth of a large copy. For 32 requests, all bytes were counted in a run on fake CUDA tensors "
         "(`gpu_calculated.md`); for other numbers, only weights and cached tokens count. A step of mixed "
-        "lengths is also compared with the measured step of equal requests that have as many tokens. The "
-        "memory is calculated by `llama/model/precision_plan.py` and `llama/model/gpu_reserve.py`."
+        "lengths is also compared with the measured step of equally long requests that have as many tokens. "
+        "The memory is calculated by `llama/model/precision_plan.py` and `llama/model/gpu_reserve.py`."
     )
     yield verdict_table(results["verdict"]) if results["verdict"] else "Nothing was compared."
     for reason in results["not_compared"]:
@@ -149,13 +149,13 @@ _TABLES: tuple[tuple[str, str, Cells], ...] = (
     ),
     (
         "mixed_lengths",
-        "One long request beside short ones",
+        "A decode step of one long request and many short ones",
         lambda figures: {
             "requests": str(figures["requests"]),
-            f"one of {figures['long']:,} tokens, others of {figures['short']}, ms": _ms(
+            f"one of {figures['long']:,} tokens, the others of {figures['short']}, ms": _ms(
                 figures["seconds_mixed"]
             ),
-            "as many tokens in equal requests, ms": _ms(figures["seconds_equal"]),
+            "equally long ones with as many tokens, ms": _ms(figures["seconds_equal"]),
         },
     ),
     ("sampling", "A decode step by sampling parameters, in ms", _sampling),
@@ -182,10 +182,10 @@ _TABLES: tuple[tuple[str, str, Cells], ...] = (
         lambda figures: {
             "requests": str(figures["rows"]),
             "tokens per request": f"{figures['context']:,}",
-            "all": _gb(figures["used"]),
+            "all, measured": _gb(figures["used"]),
             "weights, calculated": _gb(figures["weights_calculated"]),
             "cache, calculated": _gb(figures["cache_calculated"]),
-            "other": _gb(figures["reserve_used"]),
+            "other, measured": _gb(figures["reserve_used"]),
             "other, calculated": _gb(figures["reserve_calculated"]["total"]),
         },
     ),

@@ -1,4 +1,4 @@
-"""The results of the GPU benchmark: those of one part, and the file that has those of all parts.
+"""The results of the GPU benchmark: those of one part, and the file with those of all parts.
 
 The figures of a part are saved after each measurement. Every part has the device, the versions and the commit
 that it was measured with, because a later run may measure other parts elsewhere. Knows names, exceptions and
@@ -39,7 +39,7 @@ class CheckFailed(Exception):
 
 
 class Measurements:
-    """The results of a part, and the file that has those so far. A measurement that fails ends no other."""
+    """The results of a part, and the file with those so far. A failed measurement does not stop the rest."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         """`facts` describe the device and the versions of the software."""
@@ -66,7 +66,7 @@ class Measurements:
 
     @contextmanager
     def recording_failures(self, name: str) -> Iterator[None]:
-        """Go on after the body if it raises an exception.
+        """Record an exception of the `with` block instead of raising it.
 
         Skipped is recorded as skipped, and any other exception as a failure: the message of CheckFailed, or
         the last lines of the traceback.
@@ -102,7 +102,7 @@ def load(path: Path) -> Document:
 
 
 def differences(parts: dict[str, Document]) -> dict[str, dict[str, list[str]]]:
-    """Return what parts were measured with that is not the same for all. For each key, the parts by value."""
+    """Return each key of _SAME whose value is not the same for all parts, with the parts by value."""
     found: dict[str, dict[str, list[str]]] = {}
     for key in _SAME:
         by_value: dict[str, list[str]] = {}

@@ -45,7 +45,7 @@ ALL_RULES = SamplingParams(
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers of requests and tokens."""
+    """How many requests and tokens the measurements use."""
 
     rows: int = 32
     """The most requests at once."""
@@ -55,7 +55,7 @@ class Sizes:
     prompt: int = 512
     """Tokens in the row of each of these requests."""
     room: int = 128
-    """Tokens that each of these rows has room for beside the prompt."""
+    """Tokens that each of these rows has room for after the prompt."""
     chunks: tuple[int, ...] = (256, 512, 1024, 2048)
     """The numbers of prompt tokens per step that are compared."""
     long: int = 4000
@@ -85,7 +85,7 @@ SMALL_SIZES = Sizes(
 
 
 class Stepper:
-    """Requests that decode together. `step` is one step of the engine, with sampling and the host's wait."""
+    """Requests that decode together. `step` is a step of the engine, with sampling and a wait for tokens."""
 
     def __init__(
         self, parts: ModelParts, config: LlamaConfig, placement: Placement, shape: CacheShape
@@ -101,7 +101,7 @@ class Stepper:
         self._longest, self._params = 0, list[SamplingParams]()
 
     def start(self, lengths: Sequence[int], params: SamplingParams = GREEDY) -> None:
-        """Let one request decode for each length, the number of tokens that its row has already."""
+        """Start to decode a request for each length, the number of tokens that its row already has."""
         room = max(self.shape.length - max(lengths), 1)
         params = params.model_copy(update={"max_new_tokens": room})
         self._longest, self._params = max(lengths), [params] * len(lengths)
@@ -131,7 +131,7 @@ class Stepper:
 
 
 def run_largest_steps(stepper: Stepper, sizes: Sizes) -> None:
-    """Run the steps that allocate most: the longest prompt chunk, and sampling with all rules in all rows."""
+    """Run the steps that need the most memory: the longest prompt chunk, and sampling by all rules."""
     stepper.prefill(stepper.shape.length, min(MOST_PROMPT_TOKENS["cuda"], stepper.shape.length))
     stepper.start([sizes.short] * stepper.shape.rows, ALL_RULES)
     stepper.step()
@@ -153,7 +153,8 @@ def decode_steps(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
 
 
 def mixed_lengths(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
-    """Compare a step of one long and many short requests with one of as many tokens in equal requests."""
+    """Return the seconds of a step of one long and many short requests, and of as many equally long ones
+    with the same number of tokens in total."""
     rows, length = stepper.shape.rows, stepper.shape.length
     if rows < 2 or length <= sizes.long + sizes.repeats:
         raise Skipped(f"the cache has room for {rows} requests of {length} tokens")
@@ -220,7 +221,7 @@ def launches_of_step(stepper: Stepper, sizes: Sizes) -> dict[str, Any]:
 
 
 def _by_batch_size(stepper: Stepper, sizes: Sizes, measure: Callable[[], _Result]) -> dict[str, _Result]:
-    """Measure one short request, and as many as the cache has rows."""
+    """Measure a single short request, and as many short requests as the cache has rows."""
     result = {}
     for batch_size in sorted({1, stepper.shape.rows}):
         stepper.start([sizes.short] * batch_size)

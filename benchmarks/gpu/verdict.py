@@ -95,7 +95,7 @@ def _case(document: dict[str, Any], precision: str, part: Document) -> dict[str,
 def _rows_of_precision(
     part: str, measured: dict[str, Any], case: dict[str, Any], counted_rows: int | None
 ) -> Iterator[Row]:
-    """`case` has what was counted, of steps of `counted_rows` requests."""
+    """Yield the comparisons of one part. `case` has the counts for steps of `counted_rows` requests."""
     if weights := measured.get("weights"):
         yield Row(part, "weights", "GB", weights["bytes_calculated"], weights["bytes"], _WEIGHTS)
     for requests, row in measured.get("launches", {}).items():
@@ -112,17 +112,17 @@ def _rows_of_precision(
     if memory := measured.get("memory"):
         reserve = memory["reserve_calculated"]["total"]
         planned = memory["weights_calculated"] + memory["cache_calculated"] + reserve
-        yield Row(part, "memory beside weights and cache", "GB", reserve, memory["reserve_used"], _AT_MOST)
+        yield Row(part, "memory besides weights and cache", "GB", reserve, memory["reserve_used"], _AT_MOST)
         yield Row(part, "all memory", "GB", planned, memory["used"], _MEMORY)
 
 
 def _seconds(
     part: str, measured: dict[str, Any], traffic: dict[str, int], counted_rows: int | None
 ) -> Iterator[Row]:
-    """Compare steps with the time that moving their bytes takes.
+    """Compare the duration of steps with the time that moving their bytes takes.
 
-    These are the counted bytes for as many requests as were counted. Otherwise, they are only the weights and
-    the cached tokens.
+    For steps of `counted_rows` requests, all counted bytes are moved. For other numbers of requests, only the
+    weights and the cached tokens count.
     """
     bandwidth, weights = measured.get("copy_bandwidth"), measured.get("weights")
     if not bandwidth or not weights:
@@ -143,7 +143,7 @@ def _seconds(
         calculated = seconds(requests, mixed["long"] + (requests - 1) * mixed["short"])
         name = f"step of mixed lengths, {requests} requests"
         yield Row(part, name, "ms", calculated, mixed["seconds_mixed"], _SECONDS)
-        name = "step of mixed lengths, and of equal ones"
+        name = "step of mixed lengths, compared with equal ones"
         yield Row(part, name, "ms", mixed["seconds_equal"], mixed["seconds_mixed"], _MIXED)
 
 
