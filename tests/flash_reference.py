@@ -1,8 +1,8 @@
 """A plain version of torch's flash attention for CPUs, and the number of positions that it reads.
 
 torch has no kernel of `aten::_flash_attention_forward` for CPUs. Importing this module registers one, so the
-engine's own code runs in the tests. It refuses what the CUDA kernel refuses or would answer wrongly
-(`mha_varlen_fwd` in torch 2.11's flash_api.cpp), except other types than 16-bit ones.
+engine's own code runs in the tests. It refuses what the CUDA kernel refuses or would compute wrongly
+(`mha_varlen_fwd` in torch 2.11's flash_api.cpp), except that it also accepts types other than 16-bit ones.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ def _sdpa_with_mask(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` with a mask, by torch's attention.cpp and sdp_utils.cpp.
+    """Compute `scaled_dot_product_attention` with a mask, as a CUDA build does.
 
-    Flash attention takes no mask, and the engine switches cuDNN off. So it is the memory-efficient kernel, with
-    the mask in the type of the queries and the strides of its rows padded to a multiple of 8. A CPU build cannot
-    choose.
+    Flash attention takes no mask, and the engine switches cuDNN off. So a CUDA build chooses the memory-efficient
+    kernel, with the mask in the type of the queries and the strides of its rows padded to a multiple of 8. A CPU
+    build cannot choose it. Source: torch's attention.cpp and sdp_utils.cpp.
     """
     assert attn_mask is not None
     assert (is_causal, enable_gqa, dropout_p) == (False, False, 0.0)
@@ -54,4 +54,4 @@ def _sdpa_with_mask(
 
 
 COMPOSED: Mapping[str, Callable[..., Any]] = {"aten.scaled_dot_product_attention.default": _sdpa_with_mask}
-"""Replaced by other operators, which are reported."""
+"""Functions that replace an operator by others, which are reported instead of it."""

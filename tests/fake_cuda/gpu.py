@@ -1,4 +1,7 @@
-"""A GPU that does not exist: its free memory follows from fake tensors, and its graphs are counted."""
+"""A GPU that does not exist: its free memory is calculated from fake tensors, and its graphs are counted.
+
+Knows the GPU's memory and graphs; `patches.py` knows which functions of torch have to be replaced.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ BYTES_PER_LAUNCH = 64 * 2**10
 
 
 class FakeGpu:
-    """Implements `patches.Gpu`. Without `memory` and `trace`, nothing is in use."""
+    """What `patches.replaced_cuda` lets torch report. Without `memory` and `trace`, no memory is in use."""
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class FakeGpu:
         self.reads: list[str] = []
         """The places that read results."""
         self.token = 5
-        """Every token that is read."""
+        """The value of every token that is read."""
         self._memory, self._trace = memory, trace
 
     def mem_get_info(self, device: object = None) -> tuple[int, int]:

@@ -73,14 +73,14 @@ def launches_of(op: Op) -> int:
 
 
 def _scaled_mm(op: Op) -> int:
-    """RowwiseScaledMM.cu: one kernel. From compute capability 9.0 on, the scales of the rows are first copied to
-    a multiple of 256 rows."""
+    """RowwiseScaledMM.cu: one kernel. From compute capability 9.0 on, the scales of the rows are first copied and
+    padded to a multiple of 256 rows."""
     rows = op.inputs[0].shape[0]
     return 1 if op.card.capability < (9, 0) or rows % 256 == 0 else 2
 
 
 def _int8_scaled_mm(op: Op) -> int:
-    """bitsandbytes: the product in int32, its conversion to float16, and another one to other types."""
+    """bitsandbytes: the product in int32, its conversion to float16, and, for another type, one more conversion."""
     return 2 if op.outputs[0].dtype is torch.float16 else 3
 
 
@@ -148,7 +148,7 @@ def _unpacked_bytes(op: Op) -> int:
 
 
 def temporary_bytes(op: Op) -> int:
-    """Return the bytes that an operator allocates beside its result, where they are large."""
+    """Return the bytes that an operator allocates in addition to its result, if it is an operator that needs many."""
     match op.name:
         case "bitsandbytes.gemm_4bit.default":
             return _unpacked_bytes(op)
@@ -183,8 +183,8 @@ def traffic_of(op: Op, owner: Owner, lengths: Sequence[int] | None) -> Traffic:
         elif index > 0 or base not in _OVERWRITES:
             reads[owner(tensor)] += _bytes_of(tensor)
     written = _bytes_of(op.inputs[-1]) if base == "index_copy_" else sum(map(_bytes_of, op.outputs))
-    hidden = temporary_bytes(op)  # written once and read once
-    return Traffic(reads["weights"], reads["cache"], reads["other_reads"] + hidden, written + hidden)
+    temporary = temporary_bytes(op)  # written once and read once
+    return Traffic(reads["weights"], reads["cache"], reads["other_reads"] + temporary, written + temporary)
 
 
 def _bytes_of(tensor: Tensor) -> int:

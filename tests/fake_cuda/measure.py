@@ -1,6 +1,7 @@
 """Calculates the launches, bytes and memory of the 70B on a fake GPU, for one precision.
 
-Nothing runs on a GPU. `report.py` writes the figures down, and a test holds the engine to them.
+Nothing runs on a GPU. `report.py` writes the figures to files, and `test_fake_cuda_budget.py` compares the engine with
+them. Knows the phases of the engine; `trace.py` and `memory.py` count.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ T = TypeVar("T")
 
 ROWS, CONTEXT, PROMPT = 32, 4096, 1024
 MIXED = [4000] + 31 * [200]
-"""One long request beside short ones."""
+"""The lengths of one long request and many short ones."""
 FULL = ROWS * [CONTEXT]
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Bytes of GPU memory."""
+    """Bytes of GPU memory in one phase of the engine."""
 
-    stays: int
+    kept: int
     """The bytes in use after the phase."""
-    over: int
+    temporary: int
     """The largest number of bytes in use during the phase, minus those after it."""
-    at: str
-    """The operator that was running then."""
+    peak_operator: str
+    """The operator that was running when most bytes were in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,8 @@ def _load(case: Case, layers: int, fakes: Fakes, memory: dict[str, Phase]) -> St
 def _phase(fakes: Fakes, memory: dict[str, Phase], name: str, run: Callable[[], T]) -> T:
     fakes.memory.start_phase()
     result = run()
-    stays = fakes.memory.now
-    memory[name] = Phase(stays, max(fakes.memory.peak - stays, 0), fakes.memory.peak_at)
+    kept = fakes.memory.now
+    memory[name] = Phase(kept, max(fakes.memory.peak - kept, 0), fakes.memory.peak_at)
     return result
 
 

@@ -1,8 +1,8 @@
 """Counts the bytes of CUDA memory that fake tensors would use.
 
-Every storage counts from its creation to its end, rounded as torch's allocator rounds. Of what operators
-allocate for themselves, `kernel_costs.temporary_bytes` counts; the workspaces of cuBLAS do not. Knows storages;
-knows nothing about the engine.
+Every storage counts from its creation to its end, rounded as torch's allocator rounds. The temporary memory of
+operators counts as in `kernel_costs.temporary_bytes`; the workspaces of cuBLAS do not count. Knows storages; knows
+nothing about the engine.
 """
 
 # mypy: disable-error-code="no-untyped-call"

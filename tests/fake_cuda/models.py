@@ -61,8 +61,10 @@ def placement_of(config: LlamaConfig, **settings: Any) -> Placement:
 
 
 def load(config: LlamaConfig, placement: Placement, stored: Quantization = "none") -> LlamaForCausalLM:
-    """Load a model from a checkpoint of fake tensors on the CPU, whose decoder layers are stored in 16 bits, in FP8
-    or in int8. NF4 is not supported, because bitsandbytes reads numbers of its checkpoints on the CPU."""
+    """Load a model from a checkpoint of fake tensors on the CPU. Its decoder layers are stored in 16 bits, FP8 or int8.
+
+    NF4 is not supported, because bitsandbytes reads numbers of its checkpoints on the CPU.
+    """
     tensors = dict(_checkpoint(config, stored))
     model = empty_model(config, placement.device)
     assembler = ModelAssembler(model, frozenset(tensors), placement)
@@ -110,6 +112,7 @@ def step_of(config: LlamaConfig, placement: Placement, rows: int, length: int) -
 
 
 def step_for(parts: ModelParts, config: LlamaConfig, placement: Placement, rows: int, length: int) -> Step:
+    """Create a cache, a runner and a sampler for a model that has been taken apart."""
     cache = KVCache(
         config,
         CacheShape(rows, length),

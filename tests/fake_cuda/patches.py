@@ -1,8 +1,8 @@
-"""Everything that the fake-CUDA suite replaces or relies on inside torch and bitsandbytes.
+"""Everything inside torch and bitsandbytes that the tests on fake CUDA tensors replace or rely on.
 
-`check_internals` reports which internal of torch has changed. The replacements are process-wide, but each
-context manager undoes them at its end. Torch's modes belong to one thread, so each thread enters
-`new_fake_mode` itself.
+`check_internals` reports which internal of torch has changed. The replacements apply to the whole process, and each
+context manager undoes its own. Modes of torch belong to one thread, so each thread enters `new_fake_mode` itself.
+Knows torch and how safetensors are opened; knows nothing about the engine.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class TorchChanged(Exception):
-    """An internal of torch or bitsandbytes on which the fake-CUDA suite relies has changed."""
+    """An internal of torch or bitsandbytes on which these tests rely has changed."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"torch {torch.__version__}: {what}; update tests/fake_cuda/patches.py")
@@ -58,12 +58,12 @@ torch.cuda.graph_pool_handle torch.cuda.mem_get_info torch.cuda.set_device torch
 torch.ops.aten._scaled_dot_product_efficient_attention.default torch.ops.aten._scaled_mm.default
 torch.ops.prim.device.default
 """
-"""Names in torch without which the suite proves nothing. `check_behaviour` tests what some of them do."""
+"""The names in torch on which these tests rely. `check_behaviour` checks what some of them do."""
 
 
 @functools.cache
 def check_internals(names: str = RELIED_ON) -> None:
-    """Raises TorchChanged, which names the first internal of torch that is missing or acts differently."""
+    """Check all internals. Raises TorchChanged with the first one that is missing or behaves differently."""
     for name in names.split():
         try:
             pkgutil.resolve_name(name)
@@ -74,7 +74,7 @@ def check_internals(names: str = RELIED_ON) -> None:
 
 
 def check_behaviour() -> None:
-    """To be called under a fake mode. Raises TorchChanged."""
+    """Check what fake tensors can and cannot do. Call it under a fake mode. Raises TorchChanged."""
     tensor, on_cpu = torch.zeros(4, 2, device="cuda:0"), torch.zeros(4, 2)
     for what, act in {
         "a row of a fake CUDA tensor cannot be selected": lambda: tensor[1][0],
@@ -97,18 +97,17 @@ def check_behaviour() -> None:
 
 
 def new_fake_mode() -> FakeTensorMode:
-    """Under this mode, a thread creates fake tensors only. Real tensors that are used become fake ones."""
+    """Return a mode under which a thread creates fake tensors only, and operators accept real ones too."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager
 def cuda_device_guard() -> Iterator[None]:
-    """Let CUDA tensors be indexed: Python's `tensor[i]` sets the current device, with an object of C++ that
-    only CUDA builds have.
+    """Let CUDA tensors be indexed. `tensor[i]` sets the current device through a C++ object, the device guard.
 
-    In a CPU build, use the one of the CPU, which does nothing. It is removed again, because with it torch would
-    call the CPU's object for CUDA tensors elsewhere, such as when autograd starts one thread per device. A CUDA
-    build has such an object, also without a GPU.
+    A CUDA build has a guard for CUDA even without a GPU. A CPU build has none, so it uses the CPU's guard, which
+    does nothing. The guard is removed at the end, because torch would use it elsewhere too, such as when autograd
+    starts one thread per device.
     """
     if torch.backends.cuda.is_built():
         torch._C._ensureCUDADeviceGuardSet()
@@ -125,6 +124,7 @@ def cuda_device_guard() -> Iterator[None]:
 
 @functools.cache
 def guard_registry() -> Any:
+    """Return the addresses of the device guards of this build, by type of device. Raises TorchChanged."""
     symbol = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
     name = "libc10.dylib" if sys.platform == "darwin" else "libc10.so"
     try:
@@ -141,13 +141,13 @@ def guard_registry() -> Any:
 def replaced_cuda(gpu: FakeGpu) -> Iterator[None]:
     """Let torch report `gpu`, and let bitsandbytes' layers hold fake tensors.
 
-    `torch.cuda.is_available` stays as it is: torch would try to use a GPU that does not exist. So settings must
-    name the device.
+    `torch.cuda.is_available` is not replaced, because torch would then try to use the GPU. So settings must name the
+    device.
     """
     check_internals()
-    fused = torch.backends.cuda.cudnn_sdp_enabled()  # the engine switches it off
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # the engine switches it off
     with ExitStack() as stack:
-        stack.callback(torch.backends.cuda.enable_cudnn_sdp, fused)
+        stack.callback(torch.backends.cuda.enable_cudnn_sdp, cudnn)
         stack.enter_context(cuda_device_guard())
         for name, value in _cuda_functions(gpu).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -208,7 +208,7 @@ def _fake_class(cls: type) -> type:
 
 
 class _SafeOpen:
-    """Reads safetensors files outside of the fake mode, which cannot use mapped memory."""
+    """Reads safetensors files without the fake mode, which cannot use mapped memory."""
 
     def __init__(self, path: Path, framework: str) -> None:
         self._file = safe_open(path, framework=framework)
@@ -232,7 +232,7 @@ class _SafeOpen:
 def nf4_rule(multiprocessors: int, capability: tuple[int, int]) -> Callable[..., bool]:
     """Return bitsandbytes' rule of 4-bit products for one kind of GPU.
 
-    It takes (device, dtype, rows, outputs, inputs). If it returns False, all weights of a layer are first written
+    The rule takes (device, dtype, rows, outputs, inputs). If it returns False, the weights are first written to memory
     in 16 bits. Its module can only be imported with a CUDA build, so the function is taken from its source.
     """
     source = Path(str(bitsandbytes.__file__)).parent / "backends" / "cuda" / "ops.py"

@@ -1,6 +1,7 @@
 """Writes what the 70B needs on a GPU to benchmarks/results/gpu_calculated.json and .md.
 
-All figures are calculated with fake tensors. Run it with `make gpu-calculated`; it takes some minutes.
+All figures are calculated with fake tensors. Run it with `make gpu-calculated`; it takes about 5 minutes. Knows JSON
+and Markdown; `measure.py` calculates.
 """
 
 from __future__ import annotations
@@ -25,40 +26,33 @@ MARKDOWN = JSON.with_suffix(".md")
 
 _TEXT = ("Card", "Precision", "Attention", "Lengths")  # columns without numbers
 
-_INTRODUCTION = f"""# The 70B on a GPU, calculated
-
-All figures are {LABEL}. The engine's own code ran on fake CUDA tensors, which have shapes
-and dtypes but no memory (`tests/fake_cuda/`). `make gpu-calculated` writes this file, and
-`tests/torch_engine/test_fake_cuda_budget.py` fails if the engine needs anything else.
-
-All steps have {ROWS} rows of {CONTEXT:,} positions. The compute capabilities are 9.0 (H100), 8.9
-(L40S), 8.0 (A100) and 7.5 (T4). The 70B does not fit on one GPU in every precision: the L40S stands for GPUs whose FP8
-kernels take one scale for each matrix, and the T4 for GPUs without flash attention.
-"""
-
-_LAUNCHES = f"""
-## Kernel launches
-
-A decode step is captured as one CUDA graph for each batch size and, without flash attention, for each of five
-lengths. A driver before version 550 takes up to {BYTES_PER_LAUNCH // 1024} KiB for each launch in a graph; newer ones
-take less. cuBLAS may split a 16-bit product into two launches, which is not counted. A prefill reads {PROMPT:,} tokens.
-"""
-
-_BYTES = f"""
-## Bytes of a decode step
-
-*Mixed* is one row of {MIXED[0]:,} tokens and {len(MIXED) - 1} of {MIXED[1]}; *full* is {ROWS} rows of {CONTEXT:,}. The
-time is the total divided by the bandwidth in the data sheet of the card (H100 3.35 TB/s, A100 80 GB 2.04 TB/s,
-L40S 0.864 TB/s, T4 0.32 TB/s), so no step can be shorter.
-"""
-
-_MEMORY = f"""
-## GPU memory
-
-The first two columns stay. The others come on top while a phase runs: the largest sum of all tensors, minus what
-is left after the phase. The prefill reads the last {PROMPT:,} of {CONTEXT:,} positions. Workspaces of cuBLAS and
-buffers inside of sorting are not counted.
-"""
+# Paragraphs are lines of any length, because numbers in them would move the line breaks.
+_INTRODUCTION = (
+    f"All figures are {LABEL}. The engine's own code ran on fake CUDA tensors, which have shapes and dtypes but no "
+    "memory (`tests/fake_cuda/`). `make gpu-calculated` writes this file. `tests/torch_engine/test_fake_cuda_budget.py` "
+    "fails if a change to the engine changes a figure.",
+    f"Every step has {ROWS} rows of {CONTEXT:,} positions. The compute capabilities are 9.0 (H100), 8.9 (L40S), 8.0 "
+    "(A100) and 7.5 (T4). Not every precision fits on one of these GPUs. The L40S stands for GPUs whose FP8 kernels take "
+    "one scale for each matrix, and the T4 for GPUs without flash attention.",
+)
+_LAUNCHES = (
+    f"A decode step is the step that one CUDA graph captures, with {ROWS} requests. A prefill reads {PROMPT:,} tokens. "
+    "*Other* launches are those outside of the layers. There is one graph for each batch size and, without flash "
+    "attention, for each of five lengths.",
+    f"Drivers before version 550 take up to {BYTES_PER_LAUNCH // 1024} KiB of memory for each launch in a graph; newer "
+    "ones take less. cuBLAS may split a 16-bit product into two launches, which is not counted.",
+)
+_BYTES = (
+    f"*Mixed* lengths are one row of {MIXED[0]:,} tokens and {len(MIXED) - 1} of {MIXED[1]}. *Full* lengths are {ROWS} "
+    f"rows of {CONTEXT:,}. The shortest time is the total divided by the memory bandwidth in the card's data sheet: H100 "
+    "3.35 TB/s, A100 (80 GB) 2.04 TB/s, L40S 0.864 TB/s, T4 0.32 TB/s.",
+)
+_MEMORY = (
+    "The weights and the cache are kept. The other columns are temporary: the largest sum of all tensors while a phase "
+    "runs, minus the sum after it. *Take apart* joins the weights of a layer that have the same input. The prefill reads "
+    f"the last {PROMPT:,} of {CONTEXT:,} positions. *Decode* and *sample* are for {ROWS} requests. *Swap rows* exchanges "
+    "two rows of the cache. Workspaces of cuBLAS and the buffers in which torch sorts are not counted.",
+)
 
 
 def main() -> None:
@@ -100,33 +94,37 @@ def as_markdown(report: dict[str, Any]) -> str:
     """Return the tables of a report."""
     cases = list(report["cases"].values())
     versions = " and ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return "".join(
-        [
-            _INTRODUCTION,
-            f"\nCalculated with {versions}.\n",
-            _LAUNCHES,
-            _table(
-                "Card | Precision | Attention | Per layer | Outside | Step | Prefill per layer | Outside | Graphs | Their memory",
-                map(_launch_row, cases),
-            ),
-            _BYTES,
-            _table(
-                "Card | Precision | Lengths | Weights | Cache | Other reads | Writes | Total | At least",
-                (row for case in cases for row in _byte_rows(case)),
-            ),
-            _MEMORY,
-            _table(
-                "Card | Precision | Weights | Cache | Load | Take apart | Prefill | Decode | Sample | Swap rows",
-                map(_memory_row, cases),
-            ),
-        ]
-    )
+    sections = [
+        "# The 70B on a GPU, calculated",
+        *_INTRODUCTION,
+        f"Calculated with {versions}.",
+        "## Kernel launches",
+        *_LAUNCHES,
+        _table(
+            "Card | Precision | Attention | Decode, per layer | Decode, other | Decode, all | Prefill, per layer | "
+            "Prefill, other | Graphs | Memory of graphs",
+            map(_launch_row, cases),
+        ),
+        "## Bytes of a decode step",
+        *_BYTES,
+        _table(
+            "Card | Precision | Lengths | Weights read | Cache read | Other reads | Writes | Total | Shortest time",
+            (row for case in cases for row in _byte_rows(case)),
+        ),
+        "## GPU memory",
+        *_MEMORY,
+        _table(
+            "Card | Precision | Weights | Cache | Load | Take apart | Prefill | Decode | Sample | Swap rows",
+            map(_memory_row, cases),
+        ),
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def _table(header: str, rows: Iterator[Sequence[str]]) -> str:
     names = header.split(" | ")
     lines = [names, ["---" if name in _TEXT else "---:" for name in names], *rows]
-    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _precision(case: dict[str, Any]) -> str:
@@ -154,14 +152,16 @@ def _byte_rows(case: dict[str, Any]) -> Iterator[list[str]]:
 
 def _memory_row(case: dict[str, Any]) -> list[str]:
     memory = case["memory"]
-    weights = memory["take apart"]["stays"]
-    stays = [weights, memory["cache"]["stays"] - weights]
-    over = [memory[name]["over"] for name in ("load", "take apart", "prefill", "decode", "sample", "swap")]
+    weights = memory["take apart"]["kept"]
+    kept = [weights, memory["cache"]["kept"] - weights]
+    temporary = [
+        memory[name]["temporary"] for name in ("load", "take apart", "prefill", "decode", "sample", "swap")
+    ]
     return [
         case["card"],
         _precision(case),
-        *(f"{size / 1e9:.1f} GB" for size in stays),
-        *(f"{size / 2**20:,.0f} MiB" for size in over),
+        *(f"{size / 1e9:.1f} GB" for size in kept),
+        *(f"{size / 2**20:,.0f} MiB" for size in temporary),
     ]
 
 

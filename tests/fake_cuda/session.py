@@ -1,4 +1,7 @@
-"""Puts the parts together: torch reports a fake GPU, and this thread creates fake tensors, which are recorded."""
+"""Lets torch report a fake GPU, lets threads create fake tensors, and records what runs on them.
+
+Knows how the parts of this package are put together; knows nothing about the engine.
+"""
 
 # mypy: disable-error-code="no-untyped-call"
 # Many internals of torch have no types.
@@ -24,7 +27,7 @@ class Fakes:
         self.gpu = FakeGpu(card, total, memory=self.memory, trace=self.trace)
 
     def enter_this_thread(self) -> None:
-        """Let this thread create fake tensors until it ends. Torch's modes belong to one thread."""
+        """Let this thread create fake tensors until it ends. Modes of torch belong to one thread."""
         new_fake_mode().__enter__()
         self.memory.__enter__()
         self.trace.__enter__()

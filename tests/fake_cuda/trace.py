@@ -1,5 +1,4 @@
-"""Records the kernels that operators launch on CUDA, the bytes that they move, and the copies that make the
-host wait.
+"""Records the kernels that operators launch on CUDA, the bytes that they move, and calls that make the host wait.
 
 Knows operators and tensors; knows nothing about the engine. `kernel_costs.py` has the launches and bytes of
 each operator.
@@ -54,10 +53,10 @@ class CudaDispatch(TorchDispatchMode):
         return result
 
     def failed(self, error: Exception) -> None:
-        """An operator raised an exception, such as one whose result depends on data."""
+        """Called after an operator has raised an exception, for example because its result depends on data."""
 
     def ran(self, func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """An operator with a kernel ran."""
+        """Called after an operator that has a kernel has run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ class Trace(CudaDispatch):
 
 
 def place_in_engine() -> str:
-    """The innermost function of the package that is running, such as `torch_engine/runner.py Runner.decode`."""
+    """Return the innermost running function of the package, such as `torch_engine/runner.py Runner.decode`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         folder, found, file = frame.f_code.co_filename.rpartition("/llama/")

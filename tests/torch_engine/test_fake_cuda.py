@@ -1,6 +1,6 @@
-"""The engine's GPU code on fake CUDA tensors: devices, types, waits for the host, and memory.
+"""The engine's GPU code on fake CUDA tensors: devices, types, waits for the GPU, and memory.
 
-Nothing is computed and no GPU is needed. What the suite replaces in torch is undone at the end of each test.
+Nothing is computed and no GPU is needed. What is replaced in torch is restored at the end of each test.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -69,7 +69,7 @@ def test_a_changed_behaviour_of_torch_is_named() -> None:
         check_behaviour()  # without the guard
 
 
-def test_nothing_stays_replaced() -> None:
+def test_everything_that_was_replaced_is_restored() -> None:
     names = ("CUDAGraph", "graph", "synchronize", "mem_get_info", "is_available")
     before = [getattr(torch.cuda, name) for name in names]
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -127,7 +127,7 @@ def test_a_quantized_checkpoint_is_loaded_onto_the_gpu(stored: Quantization) -> 
 
 
 @every_case
-def test_no_captured_step_waits_for_the_host(case: Case) -> None:
+def test_no_captured_step_makes_the_host_wait(case: Case) -> None:
     with fake_cuda(case.card) as fakes:
         config = llama_2_70b(2)
         runner = step_in(case, config, ROWS).runner
@@ -145,7 +145,7 @@ def test_no_captured_step_waits_for_the_host(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [FLASH_CASES[0], TWO_PRODUCT_CASES[0]], ids=str)
-def test_only_noise_and_the_sizes_of_chunks_are_uploaded(case: Case) -> None:
+def test_only_random_numbers_and_the_sizes_of_chunks_are_uploaded(case: Case) -> None:
     """The engine also uploads token ids (`test_fake_cuda_engine.py`)."""
     noise = {("upload", "torch_engine/sampler.py Sampler.add")}
     sizes = {("upload", "torch_engine/runner.py Runner.prefill")}
@@ -195,7 +195,7 @@ def test_a_tensor_on_the_cpu_is_found() -> None:
             planted.runner.decode(2, 21)
 
 
-def test_a_question_to_the_host_is_found() -> None:
+def test_a_step_that_depends_on_the_value_of_a_tensor_is_found() -> None:
     def activation(gate: Tensor) -> Tensor:
         return gate if gate.sum() > 0 else -gate
 

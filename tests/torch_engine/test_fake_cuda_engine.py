@@ -1,4 +1,4 @@
-"""The whole engine on fake CUDA tensors: start, capture, the loop with its thread, prefix reuse, and releases."""
+"""The whole engine on fake CUDA tensors: the start, the graphs, its thread, prefix reuse, and freed rows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_engine_serves_requests_and_uploads_only_what_is_listed(case: Case) 
 
 
 @pytest.mark.parametrize("case", [FLASH_CASES[0], TWO_PRODUCT_CASES[0]], ids=str)
-def test_prefixes_are_reused_and_rows_are_released(case: Case) -> None:
+def test_prefixes_are_reused_and_rows_are_freed(case: Case) -> None:
     with fake_cuda(case.card) as fakes:
         batch = batch_on(case)
         batch.prepare_gpu(graphs=True)
