@@ -66,11 +66,11 @@ def computing_parts(
     model: LlamaForCausalLM, shape: CacheShape, computing: Computing
 ) -> tuple[ModelParts, KVCache, Kernels | None]:
     """Take a model apart for one of the ways to compute its steps."""
-    flash = computing == "flash"
-    placement = Placement(model.device, model.dtype, "none", shape.length, flash)
-    dtype = placement.cache_dtype
-    kernels = compiled_kernels(placement.arithmetic, dtype) if computing == "compiled" else None
-    cache = KVCache(model.config, shape, dtype, placement.device, by_position=flash)
+    placement = Placement(model.device, model.dtype, "none", shape.length, computing == "flash")
+    kernels = None
+    if computing == "compiled":
+        kernels = compiled_kernels(placement.arithmetic, placement.cache_dtype)
+    cache = KVCache.for_placement(model.config, shape, placement)
     return take_apart(model, placement), cache, kernels
 
 

@@ -22,14 +22,13 @@ from benchmarks.gpu.device import counted_launches
 from benchmarks.gpu.engine_checks import compare_tokens
 from benchmarks.gpu.kernel_checks import LENGTH, attention_config, attention_errors, check_attention
 from benchmarks.gpu.parts import PARTS, chosen, run_child
-from benchmarks.gpu.random_model import make_cache
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.results import PROCESS, CheckFailed, Measurements, Skipped
 from benchmarks.gpu.verdict import verdict, verdict_table
 from llama import ROOT
 from llama.model.placement import Placement
 from llama.torch_engine.flash_attention import FlashAttention
-from llama.torch_engine.kv_cache import CacheShape
+from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import take_apart
 
 CPU = torch.device("cpu")
@@ -207,7 +206,7 @@ class SwapsHeads(FlashAttention):
 def test_the_attention_check_finds_wrong_attention(attention: type[FlashAttention]) -> None:
     config = attention_config(64, 8)
     parts = take_apart(LlamaForCausalLM(config).requires_grad_(False), FLASH)
-    cache = make_cache(config, CacheShape(6, LENGTH), FLASH)
+    cache = KVCache.for_placement(config, CacheShape(6, LENGTH), FLASH)
     errors = attention_errors(attention(parts, cache), parts, cache, small=True)
     assert all(not error < 0.1 for error in errors)
 

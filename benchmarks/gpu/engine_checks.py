@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.gpu.random_model import SMALL, make_cache, placement_of, random_model
+from benchmarks.gpu.random_model import SMALL, placement_of, random_model
 from benchmarks.gpu.results import CheckFailed, Measurements, Skipped
 from llama.model.placement import Placement
 from llama.model.quantized_layers import Quantization
@@ -95,7 +95,7 @@ def compare_tokens(first: str, second: str, wanted: list[list[int]], got: list[l
 
 def _answers(model: LlamaForCausalLM, placement: Placement) -> list[list[int]]:
     def load() -> Batch:
-        batch = _batch(model, placement, make_cache(SMALL, _SHAPE, placement))
+        batch = _batch(model, placement, KVCache.for_placement(SMALL, _SHAPE, placement))
         if placement.device.type == "cuda":
             batch.prepare_gpu(graphs=True)
         return batch
@@ -126,9 +126,7 @@ def _run_waves(placement: Placement, *, graphs: bool) -> tuple[list[list[int]], 
     """Run both waves. Return the answers, including cancelled ones, and how many positions were copied."""
     torch.manual_seed(0)
     model = random_model(SMALL, placement.quantization, placement.device, placement.dtype)
-    cache = _CountingCache(
-        SMALL, _SHAPE, placement.cache_dtype, placement.device, by_position=placement.flash_attention
-    )
+    cache = _CountingCache.for_placement(SMALL, _SHAPE, placement)
     batch = _batch(model, placement, cache)
     if graphs:
         batch.prepare_gpu(graphs=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.gpu.random_model import make_cache, placement_of
+from benchmarks.gpu.random_model import placement_of
 from benchmarks.gpu.results import CheckFailed, Measurements, Skipped
 from benchmarks.tables import counted
 from llama.model.placement import Placement
@@ -103,7 +103,7 @@ def check_attention(config: LlamaConfig, placement: Placement, *, small: bool) -
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(placement.device, placement.dtype).requires_grad_(False)
     parts = take_apart(model, placement)
-    cache = make_cache(config, CacheShape(6, LENGTH), placement)
+    cache = KVCache.for_placement(config, CacheShape(6, LENGTH), placement)
     attention: Attention = (
         FlashAttention(parts, cache) if cache.by_position else torch_attention(parts, cache)
     )

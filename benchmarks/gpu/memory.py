@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.gpu.device import free_memory, release_memory, wait
-from benchmarks.gpu.random_model import SMALL, make_cache, placement_of, random_model, write_packed
+from benchmarks.gpu.random_model import SMALL, placement_of, random_model, write_packed
 from benchmarks.gpu.results import CheckFailed, Measurements, Skipped
 from benchmarks.gpu.steps import Stepper
 from llama.errors import DoesNotFit
@@ -172,7 +172,7 @@ def _create_cache(placement: Placement) -> None:
         parts = _parts(placement)
         release_memory(placement.device)
         with _no_more_memory(placement.device):
-            cache = make_cache(SMALL, _SHAPE, placement)
+            cache = KVCache.for_placement(SMALL, _SHAPE, placement)
         return _batch(parts, cache)
 
     TorchEngine(load).close()
@@ -180,7 +180,7 @@ def _create_cache(placement: Placement) -> None:
 
 def _capture_graphs(placement: Placement) -> None:
     def load() -> Batch:
-        cache = make_cache(SMALL, _SHAPE, placement)
+        cache = KVCache.for_placement(SMALL, _SHAPE, placement)
         parts = _parts(placement)
         batch = _batch(parts, cache)
         release_memory(placement.device)

@@ -22,7 +22,6 @@ from llama.model.loader import empty_model
 from llama.model.placement import Placement, place
 from llama.model.quantized_layers import Quantization, quantize, to_config, to_stored
 from llama.settings import Settings
-from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.weights.file_checks import INDEX
 
 _LATER_LAYER = re.compile(r"model\.layers\.[1-9]")
@@ -59,13 +58,6 @@ def placement_of(
         return place(settings, config)
     except DoesNotFit as error:
         raise Skipped(error.message) from error
-
-
-def make_cache(config: LlamaConfig, shape: CacheShape, placement: Placement) -> KVCache:
-    """Create a cache in the layout that the placement's attention needs."""
-    return KVCache(
-        config, shape, placement.cache_dtype, placement.device, by_position=placement.flash_attention
-    )
 
 
 def random_model(

@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.gpu.device import launches, seconds_per_call
-from benchmarks.gpu.random_model import make_cache
 from benchmarks.gpu.results import Skipped
 from llama.model.placement import Placement
 from llama.sampling_params import SamplingParams
 from llama.torch_engine.attention import Chunk
-from llama.torch_engine.kv_cache import CacheShape
+from llama.torch_engine.kv_cache import CacheShape, KVCache
 from llama.torch_engine.layers import ModelParts
 from llama.torch_engine.prompt_share import MOST_PROMPT_TOKENS
 from llama.torch_engine.rows import Rows
@@ -92,7 +91,7 @@ class Stepper:
     ) -> None:
         """The cache is filled with random numbers, because kernels can be faster on zeros."""
         self.config, self.placement, self.device, self.shape = config, placement, placement.device, shape
-        cache = make_cache(config, shape, placement)
+        cache = KVCache.for_placement(config, shape, placement)
         for layer in cache.layers:
             layer.normal_()
         rows = Rows(cache)

@@ -107,13 +107,8 @@ class TextPredictor:
         """Logits from `vocabulary` on are ignored, as in the engine: the embedding table may be padded."""
         self._vocabulary, self._device = vocabulary, placement.device
         self._rows = _ROWS[placement.device.type]
-        cache = KVCache(
-            config,
-            CacheShape(self._rows, LENGTH + 1),  # the last position is for rows that are not decoding
-            placement.cache_dtype,
-            placement.device,
-            by_position=placement.flash_attention,
-        )
+        # The last position is for rows that are not decoding.
+        cache = KVCache.for_placement(config, CacheShape(self._rows, LENGTH + 1), placement)
         self._runner = Runner(parts, Rows(cache), kernels)
 
     @torch.inference_mode()

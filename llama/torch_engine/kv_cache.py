@@ -10,12 +10,14 @@ import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
 from llama.errors import DoesNotFit
+from llama.model.placement import Placement
 from llama.model.precision_plan import bytes_per_token
 
 SMALLEST_CONTEXT = 64
@@ -72,6 +74,12 @@ class KVCache:
             _zeros((2, shape.rows, *row, config.head_dim), dtype, device)
             for _ in range(config.num_hidden_layers)
         ]
+
+    @classmethod
+    def for_placement(cls, config: LlamaConfig, shape: CacheShape, placement: Placement) -> Self:
+        """Create the cache of a model that was loaded with `placement`."""
+        dtype, device = placement.cache_dtype, placement.device
+        return cls(config, shape, dtype, device, by_position=placement.flash_attention)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` positions of a row to another row."""

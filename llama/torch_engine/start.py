@@ -108,12 +108,7 @@ def _make_cache(parts: ModelParts, config: LlamaConfig, placement: Placement, se
         context=placement.context,
         rows=settings.max_concurrency,
     )
-    return _cache(config, placement, shape)
-
-
-def _cache(config: LlamaConfig, placement: Placement, shape: CacheShape) -> KVCache:
-    dtype, device = placement.cache_dtype, placement.device
-    return KVCache(config, shape, dtype, device, by_position=placement.flash_attention)
+    return KVCache.for_placement(config, shape, placement)
 
 
 def _free_memory(parts: ModelParts, config: LlamaConfig, placement: Placement, settings: Settings) -> int:
@@ -146,6 +141,6 @@ def _run_once(parts: ModelParts, config: LlamaConfig, placement: Placement) -> N
     Libraries then allocate what they keep, such as workspaces, so that it does not count as free memory.
     """
     length = min(MOST_PROMPT_TOKENS["cuda"], placement.context)
-    runner = Runner(parts, Rows(_cache(config, placement, CacheShape(1, length))))
+    runner = Runner(parts, Rows(KVCache.for_placement(config, CacheShape(1, length), placement)))
     runner.prefill([Chunk(0, 0, torch.zeros(length, dtype=torch.long, device=placement.device))])
     runner.decode(1, length)

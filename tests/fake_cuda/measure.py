@@ -113,12 +113,12 @@ def _load(case: Case, layers: int, fakes: Fakes, memory: dict[str, Phase]) -> St
     placement = placement_of(config, quantization=case.quantization, dtype=case.dtype)
     model = [_phase(fakes, memory, "load", lambda: load(config, placement))]
     parts = _phase(fakes, memory, "take apart", lambda: take_apart(model.pop(), placement))
-    shape, flash = CacheShape(ROWS, CONTEXT), placement.flash_attention
+    shape = CacheShape(ROWS, CONTEXT)
     cache = _phase(
         fakes,
         memory,
         "cache",
-        lambda: KVCache(config, shape, placement.cache_dtype, placement.device, by_position=flash),
+        lambda: KVCache.for_placement(config, shape, placement),
     )
     rows = Rows(cache)
     return Step(parts, cache, rows, Runner(parts, rows), Sampler(rows, config.vocab_size, {EOS}))

@@ -113,13 +113,7 @@ def step_of(config: LlamaConfig, placement: Placement, rows: int, length: int) -
 
 def step_for(parts: ModelParts, config: LlamaConfig, placement: Placement, rows: int, length: int) -> Step:
     """Create a cache, a runner and a sampler for a model that has been taken apart."""
-    cache = KVCache(
-        config,
-        CacheShape(rows, length),
-        placement.cache_dtype,
-        placement.device,
-        by_position=placement.flash_attention,
-    )
+    cache = KVCache.for_placement(config, CacheShape(rows, length), placement)
     state = Rows(cache)
     return Step(parts, cache, state, Runner(parts, state), Sampler(state, config.vocab_size, {EOS}))
 

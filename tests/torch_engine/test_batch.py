@@ -279,7 +279,7 @@ def test_the_next_turn_of_a_dialogue_reads_only_its_new_tokens(model: LlamaForCa
     first = prompt_of(1, 300)
     placement = Placement(model.device, model.dtype, "none", LENGTH)
     parts = replace(take_apart(counted, placement), embedding=embedding)
-    cache = KVCache(model.config, CacheShape(2, LENGTH), placement.cache_dtype, placement.device)
+    cache = KVCache.for_placement(model.config, CacheShape(2, LENGTH), placement)
     batch = Batch(
         parts,
         cache,

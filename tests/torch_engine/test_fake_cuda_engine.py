@@ -49,13 +49,7 @@ one_case_of_each_precision = pytest.mark.parametrize(
 def batch_on(case: Case, rows: int = 3) -> Batch:
     placement = placement_of(SMALL, quantization=case.quantization, dtype=case.dtype)
     parts = take_apart(load(SMALL, placement), placement)
-    cache = KVCache(
-        SMALL,
-        CacheShape(rows, placement.context),
-        placement.cache_dtype,
-        placement.device,
-        by_position=placement.flash_attention,
-    )
+    cache = KVCache.for_placement(SMALL, CacheShape(rows, placement.context), placement)
     return Batch(parts, cache, vocabulary=SMALL.vocab_size, eos_token_ids={EOS})
 
 
