@@ -32,14 +32,17 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    ran: dict[str, Document] = {}
     for part in parts:
         print(f"{part.name} (estimate for a GPU: {part.minutes:g} min) ...", file=sys.stderr, flush=True)
-        results["parts"][part.name] = _measure(part, arguments)
+        ran[part.name] = _measure(part, arguments)
+        # A run that measured nothing, for example without a GPU, does not replace an earlier one.
+        if ran[part.name].get("measured") or part.name not in results["parts"]:
+            results["parts"][part.name] = ran[part.name]
         _write(results, arguments)
-        _print_outcome(part.name, results["parts"][part.name])
+        _print_outcome(part.name, ran[part.name])
     if results["verdict"]:
         print(verdict_table(results["verdict"]))
-    ran = {part.name: results["parts"][part.name] for part in parts}
     failed = [*failures(ran), *results["not_compared"]]
     if failed:
         sys.exit("\n".join(["failed:", *failed]))
@@ -77,6 +80,10 @@ def _arguments() -> argparse.Namespace:
         arguments.device = "cpu"
     if arguments.results is None:
         arguments.results = OUT / "gpu-small.json" if arguments.small else RESULTS
+    if arguments.results.is_dir():
+        parser.error(f"--results is {arguments.results}, which is a folder; name a file")
+    if arguments.disk is not None and not arguments.disk.is_dir():
+        parser.error(f"--disk is {arguments.disk}, which is not a folder")
     return arguments
 
 

@@ -96,8 +96,9 @@ def load(path: Path) -> Document:
         return {"parts": {}}
     with suppress(ValueError):
         results = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(results, dict) and isinstance(results.get("parts"), dict):
-            return results
+        parts = results.get("parts") if isinstance(results, dict) else None
+        if isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values()):
+            return dict(results)
     raise ValueError(f"{path} has no results of this program; delete it or choose other --results")
 
 

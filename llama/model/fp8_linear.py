@@ -20,6 +20,7 @@ with a layer."""
 WIDTH_MULTIPLE = 16
 """On a GPU, torch multiplies only by weights whose dimensions are multiples of this number. Source:
 `_check_scaled_mm_sizes` in torch's _meta_registrations.py."""
+_WITHOUT_KERNEL = {(10, 3), (12, 1)}  # B300 and GB10, by the build flags of torch 2.11 for CUDA 12.8
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = torch.finfo(_E4M3).max
 _SMALLEST = 1e-12  # keeps the scale of a row of zeros above zero
@@ -106,11 +107,14 @@ def row_blocks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def uneven_width(config: LlamaConfig) -> int | None:
-    """The first width of a model's linear layers that is not a multiple of WIDTH_MULTIPLE, or None.
+def refusals_of_fp8(config: LlamaConfig, capability: tuple[int, int]) -> Iterator[str]:
+    """Yield the reasons why torch cannot multiply a model's layers on a GPU of this compute capability.
 
     The engine joins the projections to queries, keys and values, so the sum of their outputs counts.
     """
     queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     widths = (config.hidden_size, config.intermediate_size, queries, queries + 2 * keys)
-    return next((width for width in widths if width % WIDTH_MULTIPLE), None)
+    if uneven := next((width for width in widths if width % WIDTH_MULTIPLE), None):
+        yield f"needs widths that are multiples of {WIDTH_MULTIPLE} (a layer has {uneven})"
+    if capability in _WITHOUT_KERNEL:
+        yield f"is not supported on compute capability {capability[0]}.{capability[1]} by torch 2.11"

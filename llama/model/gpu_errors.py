@@ -32,7 +32,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those during whose handling it was raised."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    """Yield an error, its causes, and the errors during whose handling these were raised."""
+    left, seen = [error], set[int]()
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            left += [one.__cause__, one.__context__]

@@ -16,6 +16,7 @@ The cache takes 2 x 80 layers x 8 KV heads x 128 x 2 bytes = 327,680 bytes per t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +25,7 @@ import torch
 from transformers import LlamaConfig
 
 from llama.errors import BadConfig, BadSettings, DoesNotFit
-from llama.model.fp8_linear import WIDTH_MULTIPLE, uneven_width
+from llama.model.fp8_linear import refusals_of_fp8
 from llama.model.gpu_reserve import gpu_reserve
 from llama.model.quantized_layers import Quantization, bytes_of_weight
 from llama.settings import EngineName
@@ -33,8 +34,7 @@ ENOUGH_REQUESTS = 8
 """`auto` takes the first precision that leaves memory for this many requests."""
 _TYPICAL_CONTEXT = 2048  # tokens; few requests are longer
 VLLM_RESERVE = 2 * 2**30
-"""Bytes of each GPU that are reserved for activations and graphs of vLLM. This is an estimate. vLLM also
-leaves a tenth of each GPU's memory free."""
+"""Bytes of each GPU for activations and graphs of vLLM (estimated). vLLM also leaves a tenth of it free."""
 
 LLAMA_2_70B = LlamaConfig(
     vocab_size=32000,
@@ -210,22 +210,22 @@ class Planner:
         if self._oldest < _CAPABILITY[quantization]:
             needed, had = (".".join(map(str, c)) for c in (_CAPABILITY[quantization], self._oldest))
             yield f"needs compute capability {needed} (the GPU has {had})"
-        if quantization == "fp8" and self.engine == "torch" and (uneven := uneven_width(self.config)):
-            yield f"needs widths that are multiples of {WIDTH_MULTIPLE} (a layer has {uneven})"
+        if quantization == "fp8" and self.engine == "torch":
+            yield from refusals_of_fp8(self.config, self._oldest)
         if quantization in ("int8", "nf4") and self.engine == "vllm":
             yield "is not supported by vLLM"
 
     def _advice(self) -> str:
         stored = self._readable()
-        if stored == "fp8" and (uneven_width(self.config) or self._oldest < _CAPABILITY["fp8"]):
+        refused = self._oldest < _CAPABILITY["fp8"] or any(refusals_of_fp8(self.config, self._oldest))
+        if stored == "fp8" and refused:
             return "use weights that are unquantized, or in bitsandbytes' int8 or NF4"
         narrowest = stored if stored != "none" else "nf4"
-        weights = bytes_of_weights(self.config, narrowest, self.dtype)
-        cache = self.context * bytes_per_token(self.config, self.dtype)
-        needed = weights + cache + self._reserve(narrowest)
+        request = self.context * bytes_per_token(self.config, self.dtype)
+        needed = bytes_of_weights(self.config, narrowest, self.dtype) + request + self._reserve(narrowest)
         return (
-            f"use LLAMA_ENGINE=torch on a GPU with {needed / 1e9:.0f} GB free (for {narrowest!r} and one "
-            f"request of {self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use more GPUs with "
+            f"use LLAMA_ENGINE=torch on a GPU with {math.ceil(needed / 1e9)} GB free (for {narrowest!r} and "
+            f"one request of {self.context} tokens), set a smaller LLAMA_MAX_CONTEXT, or use more GPUs with "
             "LLAMA_ENGINE=vllm"
         )
 

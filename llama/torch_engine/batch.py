@@ -67,9 +67,7 @@ class Batch:
         Raises EngineNotStarted, or an error that `is_out_of_memory` recognizes."""
         if graphs:
             self._runner.capture()
-        count = min(MOST_PROMPT_TOKENS[self._device.type], self.shape.length)
-        self._runner.prefill([Chunk(0, self.shape.length - count, self._tensor([0] * count))])
-        logits = self._runner.decode(self.shape.rows, self.shape.length)
+        logits = self._runner.run_largest_steps(MOST_PROMPT_TOKENS[self._device.type])
         self._sampler.sample_all(logits[:, : self._vocabulary])
 
     def request(self, token_ids: Sequence[int], params: SamplingParams) -> BatchRequest:

@@ -81,6 +81,20 @@ class Runner:
         self._stretches[row : row + 1] = stretched * self._parts.stretched_from
 
     @torch.inference_mode()
+    def run_largest_steps(self, most: int) -> Tensor:
+        """Read up to `most` tokens at the end of a row, and decode in all rows. Return the logits [rows, V].
+
+        The cache is empty before and afterwards.
+        """
+        rows, length = self._cache.shape.rows, self._cache.shape.length
+        token_ids = torch.zeros(min(most, length), dtype=torch.long, device=self._parts.device)
+        self.prefill([Chunk(0, length - len(token_ids), token_ids)])
+        logits = self.decode(rows, length)
+        for row in range(rows):
+            self._cache.clear(row, length if row == 0 else 0)  # what was written may not be finite
+        return logits
+
+    @torch.inference_mode()
     def capture(self) -> None:
         """Let decode steps replay CUDA graphs from now on.
 

@@ -144,6 +144,8 @@ class Scheduler:
             self._rows.swap(end, row, max(request.cached, last.cached))
         elif row != end:
             self._rows.move(end, row, last.cached)
+            if last.state is not RequestState.DECODING:
+                self._rows.clear(end, last.cached)  # nothing has checked that these are finite
         self._rows.vacate(end)
         self._prefixes.keep(end, request.prefix_key[: request.cached] if keep else [])
         self.running[row] = last

@@ -46,6 +46,14 @@ def test_a_lack_of_memory_is_recognized_even_if_it_caused_another_error(error: B
     assert is_out_of_memory(raised_while_handling(error, later))
 
 
+def test_errors_that_cause_each_other_are_followed_once() -> None:
+    first, second = RuntimeError("a kernel failed"), RuntimeError("and so did its caller")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_out_of_memory(first)
+    second.__context__ = LACK_OF_MEMORY["the driver"]
+    assert is_out_of_memory(first)
+
+
 @pytest.mark.parametrize(
     "error",
     [

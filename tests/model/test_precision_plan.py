@@ -16,7 +16,7 @@ from llama.cli.main import app
 from llama.cli.plan import table_cells
 from llama.errors import BadSettings, DoesNotFit
 from llama.model.config import load_config
-from llama.model.fp8_linear import uneven_width
+from llama.model.fp8_linear import refusals_of_fp8
 from llama.model.gpu_reserve import gpu_reserve
 from llama.model.loader import empty_model
 from llama.model.parallel_sizes import parallel_sizes
@@ -218,7 +218,22 @@ def odd(**widths: int) -> LlamaConfig:
     ],
 )
 def test_a_width_that_is_not_a_multiple_of_16_is_found(config: LlamaConfig, width: int | None) -> None:
-    assert uneven_width(config) == width
+    reasons = [*refusals_of_fp8(config, HOPPER)]
+    assert reasons == (
+        [] if width is None else [f"needs widths that are multiples of 16 (a layer has {width})"]
+    )
+
+
+@pytest.mark.parametrize("capability", [(10, 3), (12, 1)])
+def test_fp8_is_refused_on_gpus_for_which_the_images_torch_has_no_kernel(capability: tuple[int, int]) -> None:
+    plan = planner(gpus(121, capability=capability)).plan()
+    refusals = {choice.quantization: choice.refusal for choice in plan.choices}
+    assert (
+        refusals["fp8"]
+        == f"is not supported on compute capability {capability[0]}.{capability[1]} by torch 2.11"
+    )
+    assert plan.chosen is not None
+    assert plan.chosen.quantization in ("int8", "nf4")
 
 
 def test_fp8_is_refused_for_a_width_that_torch_cannot_multiply() -> None:
@@ -263,7 +278,7 @@ def test_a_quantized_checkpoint_is_planned_only_in_its_stored_precision() -> Non
         ),
         (gpus(80, capability=AMPERE), "fp8", "none", "needs compute capability 8.9 .the GPU has 8.0."),
         (gpus(80), "none", "none", "set LLAMA_QUANTIZATION to fp8 or int8 or nf4"),
-        (gpus(48), "auto", "int8", "on a GPU with 73 GB free .for 'int8'"),
+        (gpus(48), "auto", "int8", "on a GPU with 74 GB free .for 'int8'"),
         (gpus(85, capability=AMPERE), "auto", "fp8", "; use weights that are unquantized, or in "),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from batches import (
     EOS,
     LENGTH,
+    POISON_TOKEN,
     Computing,
     add,
     answers_of,
@@ -24,6 +25,7 @@ from batches import (
 )
 from transformers import LlamaForCausalLM
 
+from llama.errors import GenerationFailed
 from llama.model.placement import Placement
 from llama.sampling_params import SamplingParams
 from llama.torch_engine.batch import Batch
@@ -203,6 +205,33 @@ def test_preparing_a_gpu_does_not_change_later_answers(model: LlamaForCausalLM, 
     expected = answers_of(batch_of(model, rows=3, computing=computing), *requests)
     batch.prepare_gpu(graphs=False)
     assert answers_of(batch, *requests) == expected
+
+
+def test_preparing_a_gpu_leaves_no_numbers_that_are_not_finite(
+    model: LlamaForCausalLM, computing: Computing
+) -> None:
+    broken = copy.deepcopy(model)
+    broken.model.embed_tokens.weight[0] = float("inf")
+    batch = batch_of(broken, rows=3, computing=computing)
+    batch.prepare_gpu(graphs=False)
+    requests = [(prompt_of(seed, 30), greedy(9)) for seed in range(5)]
+    assert answers_of(batch, *requests) == answers_of(batch_of(model, rows=3, computing=computing), *requests)
+
+
+def test_a_prompt_that_is_not_finite_does_not_reach_a_later_request_in_another_row(
+    model: LlamaForCausalLM, computing: Computing
+) -> None:
+    broken = copy.deepcopy(model)
+    broken.model.embed_tokens.weight[POISON_TOKEN] = float("nan")
+    batch = batch_of(broken, rows=3, computing=computing, prefix_reuse=False)
+    batch._share = FixedShare(most=40)
+    first, second = (add(batch, [POISON_TOKEN, *prompt_of(seed, 60)], greedy(3)) for seed in (2, 3))
+    finish(batch)
+    clean = [(prompt_of(seed, length), greedy(9)) for seed, length in ((4, 100), (5, 1), (6, 1))]
+    assert answers_of(batch, *clean) == [generate(model, prompt, 9) for prompt, _ in clean]
+    for request in (first, second):
+        with pytest.raises(GenerationFailed):
+            collect(request.stream)
 
 
 def test_many_short_requests_lose_no_row(model: LlamaForCausalLM) -> None:
