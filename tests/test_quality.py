@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -294,3 +295,13 @@ def test_the_documents_show_the_measured_quality() -> None:
     assert f"torch {results['versions']['torch']}" in words
     assert results["model"].startswith("smollm2-135m-instruct")
     assert "SmolLM2-135M-Instruct" in words
+
+
+def test_the_figures_of_another_model_do_not_replace_the_published_ones() -> None:
+    cpu = torch.device("cpu")
+    published, other = (
+        quality._default_path(argparse.Namespace(weights=weights, text=quality.TEXT), cpu)
+        for weights in (None, Path("other"))
+    )
+    assert published == ROOT / "benchmarks" / "results" / "quality.json"
+    assert other == ROOT / "benchmarks" / "out" / "quality.json"

@@ -39,11 +39,12 @@ def main() -> None:
         # A run that measured nothing, for example without a GPU, does not replace an earlier one.
         if ran[part.name].get("measured") or part.name not in results["parts"]:
             results["parts"][part.name] = ran[part.name]
-        _write(results, arguments)
+        if any(known.get("measured") for known in results["parts"].values()):
+            _write(results, arguments)
         _print_outcome(part.name, ran[part.name])
-    if results["verdict"]:
+    if results.get("verdict"):
         print(verdict_table(results["verdict"]))
-    failed = [*failures(ran), *results["not_compared"]]
+    failed = [*failures(ran), *results.get("not_compared", [])]
     if failed:
         sys.exit("\n".join(["failed:", *failed]))
 

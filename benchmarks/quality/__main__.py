@@ -41,6 +41,7 @@ from benchmarks.quality.predictions import (
     cut,
 )
 from benchmarks.quality.report import write_report
+from benchmarks.workload import OUT
 from llama import ROOT
 from llama.errors import LlamaError
 from llama.model.config import load_config
@@ -84,7 +85,7 @@ def main() -> None:
     except (LlamaError, TextTooShort, OSError, UnicodeDecodeError) as error:
         sys.exit(f"nothing was measured: {error}")
     results = new_results(subject, arguments.text, device)
-    path = arguments.results or _default_path(device)
+    path = arguments.results or _default_path(arguments, device)
     failed = measure_all(subject, settings, results, path)
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
     if failed or not results["precisions"]:
@@ -102,14 +103,21 @@ def _arguments() -> argparse.Namespace:
         "--results",
         type=Path,
         help="the JSON file to write; a Markdown file is written next to it "
-        "(default: benchmarks/results/quality.json, or quality_gpu.json on a GPU)",
+        "(default: quality.json, or quality_gpu.json on a GPU, in benchmarks/results; for another model or "
+        "text, in benchmarks/out)",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    results = arguments.results
+    if results is not None and (results.suffix != ".json" or results.is_dir() or not results.parent.is_dir()):
+        parser.error(f"--results is {results}; name a .json file in an existing folder")
+    return arguments
 
 
-def _default_path(device: torch.device) -> Path:
+def _default_path(arguments: argparse.Namespace, device: torch.device) -> Path:
+    """Return the file of the published results, or, for another model or text, one that git ignores."""
+    published = arguments.weights is None and arguments.text == TEXT
     name = "quality.json" if device.type == "cpu" else "quality_gpu.json"
-    return ROOT / "benchmarks" / "results" / name
+    return (ROOT / "benchmarks" / "results" if published else OUT) / name
 
 
 def read_subject(folder: Path, text: Path) -> Subject:

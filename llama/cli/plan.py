@@ -71,9 +71,13 @@ def plan(
     print(f"model: {settings.weights or 'Llama 2 70B (LLAMA_WEIGHTS is not set)'}", file=sys.stderr)
     planner = planner_for(settings, config, cards, engine)
     found = planner.plan()
+    if settings.quantization != "auto":
+        named = (choice for choice in found.choices if choice.quantization == settings.quantization)
+        found = replace(found, chosen=next((choice for choice in named if not choice.refusal), None))
     print(f"requests of {planner.context} tokens on the {engine} engine:")
     _print_table(table_cells(found, planner), found)
-    return int(found.chosen is None)
+    planner.pick(settings.quantization)  # raises the error that a server would raise
+    return 0
 
 
 def _share_for_vllm(cards: Sequence[Gpu], config: LlamaConfig, settings: Settings) -> list[Gpu]:
@@ -142,8 +146,8 @@ def _use(choice: PrecisionOption, planner: Planner) -> str:
         case "int8":
             return "slower than fp8" if capability >= (8, 9) else "slower than nf4, but rounds less"
         case "nf4":
-            most = nf4_requests(capability)
-            speed = f"slow with more than {most} at once" if most < planner.rows else "fast for one or many"
+            most, requests = nf4_requests(capability), min(planner.rows, choice.requests)
+            speed = f"slow with more than {most} at once" if most < requests else "fast for one or many"
             return f"saves memory; {speed}"
 
 

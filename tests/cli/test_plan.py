@@ -24,8 +24,9 @@ from llama.model.precision_plan import LLAMA_2_70B, bytes_of_weights
 from llama.model.quantized_layers import Quantization
 
 
-def plan(*arguments: str, weights: Path | None = None) -> Result:
-    return CliRunner().invoke(app, ["plan", *arguments], env={"LLAMA_WEIGHTS": str(weights or "")})
+def plan(*arguments: str, weights: Path | None = None, **environment: str) -> Result:
+    env = {"LLAMA_WEIGHTS": str(weights or ""), **environment}
+    return CliRunner().invoke(app, ["plan", *arguments], env=env)
 
 
 def row(result: Result, precision: str) -> str:
@@ -215,6 +216,25 @@ def test_the_guide_says_from_which_size_on_an_h100_gets_fp8_and_how_much_is_rese
         for q in ("none", "nf4")
     )
     assert f"needs {least:.1f} GB (16 bits) to {most:.1f} GB (NF4) for activations" in guide
+
+
+def test_the_guide_says_for_which_sizes_and_capabilities_its_table_was_calculated() -> None:
+    guide = (ROOT / "docs" / "deploy.md").read_text("utf-8")
+    for name, card in CARDS.items():
+        major, minor = card.capability
+        assert bool(card.free) == (f"\n| {name} | {card.free} | {major}.{minor} |\n" in guide), name
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_plan_prints_the_error_of_a_server_for_a_precision_that_cannot_be_served(quantization: str) -> None:
+    result = plan("--gpus", "85", "--capability", "8.0", LLAMA_QUANTIZATION=quantization)
+    assert result.exit_code == 1
+    assert f"E3005 DoesNotFit: LLAMA_QUANTIZATION is {quantization}" in result.stderr
+    assert "chosen" not in result.stdout
+
+
+def test_plan_chooses_the_precision_that_is_set() -> None:
+    assert "  chosen: slower" in row(plan("--gpus", "85", LLAMA_QUANTIZATION="int8"), "int8")
 
 
 def test_the_guide_has_a_time_for_every_kind_of_card() -> None:
