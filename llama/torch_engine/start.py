@@ -19,7 +19,6 @@ from llama.model.memory import available_memory
 from llama.model.placement import Placement, place
 from llama.settings import Settings
 from llama.setup_times import SetupTimes
-from llama.torch_engine.attention import Chunk
 from llama.torch_engine.batch import Batch
 from llama.torch_engine.cpu_compiler import compile_in_background, use_threads
 from llama.torch_engine.engine import TorchEngine
@@ -141,6 +140,5 @@ def _run_once(parts: ModelParts, config: LlamaConfig, placement: Placement) -> N
     Libraries then allocate what they keep, such as workspaces, so that it does not count as free memory.
     """
     length = min(MOST_PROMPT_TOKENS["cuda"], placement.context)
-    runner = Runner(parts, Rows(KVCache.for_placement(config, CacheShape(1, length), placement)))
-    runner.prefill([Chunk(0, 0, torch.zeros(length, dtype=torch.long, device=placement.device))])
-    runner.decode(1, length)
+    cache = KVCache.for_placement(config, CacheShape(1, length), placement)
+    Runner(parts, Rows(cache)).run_largest_steps(length)
