@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HostOption = Annotated[
-    str, typer.Option(help="The address to listen on. A key is needed unless it is a loopback address.")
+    str, typer.Option(help="The address to listen on. Without a key, it must be a loopback address.")
 ]
 PortOption = Annotated[int, typer.Option(help="The port to listen on. Use 0 to choose a free one.")]
 CertificateOption = Annotated[
@@ -66,9 +66,8 @@ def gateway(
     from llama.gateway.dispatch.addresses import Addresses
 
     if bool(server) == bool(servers):
-        raise BadSettings(
-            "the gateway got both lists of servers, or none; give either --server URL or --servers FILE"
-        )
+        given = "both --server and --servers are" if server else "no server is"
+        raise BadSettings(f"{given} given; give either --server URL or --servers FILE")
     tls = _certificate(certificate, key)
     prepared = _prepare(Addresses(server or (), servers), host, port, tls)
     message = f"{prepared.page_note} Ctrl-C stops the gateway.\n{prepared.key_note}"
@@ -82,7 +81,7 @@ def up(
     certificate: CertificateOption = None,
     key: KeyOption = None,
 ) -> int | None:
-    """Start a server and a gateway in front of it. Ctrl-C ends both."""
+    """Start a server and a gateway in front of it. Ctrl-C stops both."""
     from llama.gateway.dispatch.addresses import Addresses
     from llama.serving.server import CogServer, ServerFailed, free_port, print_setup, url_of
 

@@ -20,7 +20,7 @@ def open_store(*, create: bool = True) -> Iterator[Store]:
     path = expanded(settings.database, "LLAMA_GATEWAY_DATABASE")
     if not create and not path.exists():
         raise BadSettings(
-            f"there is no database {path}; start a gateway, or set LLAMA_GATEWAY_DATABASE to the file of one"
+            f"there is no database {path}; start a gateway, or set LLAMA_GATEWAY_DATABASE to a gateway's file"
         )
     store = Store(path)
     try:

@@ -1,6 +1,6 @@
 """The commands `keys add`, `limit`, `list` and `revoke`, which manage the keys of the gateway's clients.
 
-They write to the gateway's database, and a running gateway notices within a second.
+They write to the gateway's database, and a running gateway notices the change within about a second.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ _COLUMNS = (
     "REVOKED (UTC)",
 )
 
-NameArgument = Annotated[
+NewName = Annotated[
     str,
     typer.Argument(
-        help="A name for the key, such as that of its owner. The names local and environment are reserved."
+        help="A name for the key, such as its owner's. The names local and environment are reserved."
     ),
 ]
+ExistingName = Annotated[str, typer.Argument(help="The name of the key.")]
 
 
 def _limit_of(kind: type[int] | type[Decimal], text: str) -> Any:
@@ -80,7 +81,7 @@ MonthlyDollars = Annotated[
 @keys.command()
 @command
 def add(
-    name: NameArgument,
+    name: NewName,
     requests_per_minute: RequestsPerMinute = None,
     at_once: AtOnce = None,
     monthly_tokens: MonthlyTokens = None,
@@ -105,7 +106,7 @@ def add(
 @keys.command()
 @command
 def limit(
-    name: NameArgument,
+    name: ExistingName,
     requests_per_minute: RequestsPerMinute = None,
     at_once: AtOnce = None,
     monthly_tokens: MonthlyTokens = None,
@@ -139,12 +140,12 @@ def list_keys() -> None:
 
 @keys.command()
 @command
-def revoke(name: NameArgument) -> None:
+def revoke(name: ExistingName) -> None:
     """Revoke a key. Within about a second, a running gateway refuses it and cancels its predictions."""
     _check_name(name)
     with open_store() as store:
         if not store.keys.revoke(name):
-            raise BadSettings(f"there is no key named {name}, or it is revoked; `keys list` lists all keys")
+            raise BadSettings(f"no key named {name} is in use; `keys list` lists all keys")
     print(f"The key {name} is revoked.", file=sys.stderr)
 
 
@@ -153,8 +154,8 @@ def _check_name(name: str) -> None:
         raise BadSettings(f"the name {name} is reserved for {RESERVED_NAMES[name]}; choose another name")
     if not _NAME.fullmatch(name):
         raise BadSettings(
-            f"the name is {name!r}, but it must have 1 to 64 letters, digits and . _ @ - and start with a "
-            "letter or digit; choose another name"
+            f"the name is {name!r}, but it must have 1 to 64 characters, begin with a letter or a digit, and "
+            "contain only letters, digits and . _ @ -; choose another name"
         )
 
 

@@ -36,10 +36,10 @@ def usage(
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, with exact prices and no total.")] = False,
 ) -> None:
-    """Print predictions, tokens, seconds and prices by key, day or model. A gateway may be running.
+    """Print predictions, tokens, seconds and prices by key, day or model, also while a gateway runs.
 
-    The seconds are the time for which servers worked. The prices are LLAMA_GATEWAY_INPUT_PRICE and
-    LLAMA_GATEWAY_OUTPUT_PRICE; they also apply to earlier tokens.
+    The seconds are the time for which servers worked. LLAMA_GATEWAY_INPUT_PRICE and
+    LLAMA_GATEWAY_OUTPUT_PRICE set the prices, which also apply to earlier tokens.
     """
     prices = GatewaySettings.from_environment().prices
     columns = list(dict.fromkeys(by or [Column.KEY]))

@@ -125,7 +125,7 @@ def test_a_name_is_given_once_until_its_key_is_revoked(database: Path) -> None:
 def test_an_unknown_key_cannot_be_revoked(database: Path) -> None:
     refused = run(database, "revoke", "ann")
     assert refused.returncode == 1
-    assert refused.stderr.startswith("E3000 BadSettings: there is no key named ann")
+    assert refused.stderr.startswith("E3000 BadSettings: no key named ann is in use; ")
 
 
 @pytest.mark.parametrize("option", ["--requests-per-minute", "--at-once"])
