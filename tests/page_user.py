@@ -40,6 +40,16 @@ class PageUser:
     def follow(self, name: str) -> None:
         self.touch(self.link(name))
 
+    def show(self, view: str) -> None:
+        """Follow the link to the view "Chat", "Inputs" or "Usage", which is not shown yet."""
+        self.follow(view)
+        expect(self.link(view)).to_have_attribute("aria-current", "page")
+        # A script moves the focus after the browser has followed the link.
+        if view == "Chat":
+            expect(self.message).to_be_focused()
+        else:
+            expect(self.page.get_by_role("heading", name=view, exact=True, level=1)).to_be_focused()
+
     def touch(self, target: Locator) -> None:
         """Click on something, or tap on it on a phone."""
         if self.visit.screen.is_phone:

@@ -123,7 +123,7 @@ def chat_states(user: PageUser, cog: FakeCog) -> Iterator[str]:
 
 
 def other_states(user: PageUser, cog: FakeCog) -> Iterator[str]:
-    user.follow("Inputs")
+    user.show("Inputs")
     user.page.get_by_text("Deprecated inputs").click()
     user.field("temperature").fill("9")
     user.press("Run")
@@ -138,7 +138,7 @@ def other_states(user: PageUser, cog: FakeCog) -> Iterator[str]:
     user.page.goto(f"{user.visit.url}/#/predictions/{'a' * 26}")
     expect(user.page.locator("#output")).to_contain_text("no prediction")
     yield "missing prediction"
-    user.follow("Usage")
+    user.show("Usage")
     expect(user.page.get_by_role("row")).to_have_count(2)
     yield "usage"
 
@@ -203,7 +203,8 @@ def test_every_stop_of_the_tab_key_is_visible(
     user.ask("Show everything")
     seen = list[str]()
     for view in ("Chat", "Inputs", "Usage"):
-        user.follow(view)
+        if view != "Chat":  # which is shown already
+            user.show(view)
         user.page.locator("#skip").focus()
         while True:
             user.page.keyboard.press("Tab")

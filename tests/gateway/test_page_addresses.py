@@ -34,7 +34,7 @@ def test_the_page_works_below_a_path(
         expect(user.answer).to_have_text("One two")
         (cookie,) = visit.context.cookies()
         assert cookie["path"] == "/llama"
-        user.follow("Inputs")
+        user.show("Inputs")
         expect(user.page.get_by_label("curl program")).to_contain_text(f"{url}/v1/models/")
         prediction = gateway.wait_for(gateway.create(prompt="Elsewhere"), "processing")
         assert prediction["urls"]["web"].startswith(f"{url}/#/predictions/")

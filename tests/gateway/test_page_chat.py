@@ -134,6 +134,10 @@ def test_chats_survive_a_reload_and_can_be_renamed_and_deleted(
     expect(user.answer).to_have_text("You said: About dogs")
     assert user.chat_titles() == ["About dogs", "About cats"]
     user.press("Rename")
+    user.page.get_by_role("textbox", name="Title").fill("Fish")
+    user.press("Cancel")
+    user.press("Rename")
+    expect(user.page.get_by_role("textbox", name="Title")).to_have_value("About dogs")
     user.page.get_by_role("textbox", name="Title").fill("Dogs")
     user.press("Save")
     user.open_panel("Chats")
@@ -146,7 +150,10 @@ def test_chats_survive_a_reload_and_can_be_renamed_and_deleted(
     user.press("Undo")
     expect(user.answer).to_have_text("You said: About cats")
     user.press("Delete")
+    user.show("Usage")
+    expect(user.button("Undo")).to_be_hidden()
     user.page.reload()
+    user.show("Chat")
     expect(user.message).to_be_visible()
     assert user.chat_titles() == ["Dogs"]
 
@@ -240,6 +247,5 @@ def test_no_view_is_wider_than_the_window(users: Users, gateway: Gateway, size: 
     user = users(gateway, size)
     user.ask("Hello")
     for name in ("Inputs", "Usage", "Chat"):
-        user.follow(name)
-        expect(user.page.get_by_role("main")).to_be_visible()
+        user.show(name)
         assert user.overflow() == 0, name

@@ -43,7 +43,7 @@ def test_a_used_up_budget_is_explained_and_the_text_stays(users: Users, gateway:
     expect(user.alert).to_contain_text("budget of this key is used up")
     expect(user.message).to_have_value("Once more")
     expect(user.messages).to_have_count(1)
-    user.follow("Usage")
+    user.show("Usage")
     expect(user.page.get_by_label("7 of 5 tokens")).to_be_visible()
     expect(user.page.get_by_text("The budget is used up.")).to_be_visible()
 

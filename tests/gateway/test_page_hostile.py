@@ -174,7 +174,7 @@ def say_everywhere(user: PageUser, cog: FakeCog, text: str) -> None:
     user.touch(user.answers.nth(before).get_by_role("link", name="Open in Inputs"))
     expect(user.page.locator("#output")).to_contain_text("Succeeded")
     check_unharmed(user, view="Inputs")
-    user.follow("Chat")
+    user.show("Chat")
 
 
 HARM = """() => Object.entries({

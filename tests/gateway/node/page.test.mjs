@@ -209,9 +209,15 @@ for (const [status, problem, retryAfter, text] of [
 }
 
 test("a measurement that is not a number is left out", () => {
-  const metrics = { input_token_count: 1, time_to_first_token: null, tokens_per_second: "fast" };
+  const metrics = { input_token_count: 2, time_to_first_token: null, tokens_per_second: "fast" };
   const names = metricsLine(metrics, { input: 1, output: 1 }).map(({ name }) => name);
   assert.deepEqual(names, ["input tokens", "price"]);
+});
+
+test("one token is not called tokens", () => {
+  const metrics = { input_token_count: 0, output_token_count: 1 };
+  const names = metricsLine(metrics, { input: 1, output: 1 }).map(({ name }) => name);
+  assert.deepEqual(names, ["input tokens", "output token", "price"]);
 });
 
 test("prices are exact to a millionth of a dollar", () => {

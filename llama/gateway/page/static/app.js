@@ -76,8 +76,10 @@ function showPage(current, keyName) {
     void views[route.view].open(route.id);
   };
   addEventListener("hashchange", () => {
-    open();
     const { view } = routeOf(location.hash);
+    const isOther = byId(`${view}-view`, HTMLElement).hidden;
+    if (isOther) ["chat", "request"].forEach(dismiss); // they are about the view that is being left
+    open();
     if (view !== "chat") byId(`${view}-heading`, HTMLElement).focus();
   });
   open();

@@ -164,7 +164,7 @@ export class ChatView {
    * @param {number | null} index
    */
   async #send(text, index) {
-    dismiss("request");
+    ["chat", "request"].forEach(dismiss);
     if (!this.#settings.check()) {
       notify("request", "A setting is not valid. Open Settings and correct it, then send again.");
       return false;

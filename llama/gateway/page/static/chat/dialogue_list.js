@@ -30,6 +30,7 @@ export class DialogueList {
       if (title) onRename(title);
       this.#endEdit();
     });
+    byId("cancel-rename", HTMLButtonElement).addEventListener("click", () => this.#endEdit());
     this.#form.addEventListener("keydown", (event) => {
       if (event.key !== "Escape") return;
       event.stopPropagation(); // otherwise it would also stop an answer

@@ -36,6 +36,12 @@ export function priceOf(metrics, prices) {
 }
 
 /**
+ * @param {string} kind
+ * @param {number} number
+ */
+const tokens = (kind, number) => `${kind} ${number === 1 ? "token" : "tokens"}`;
+
+/**
  * The line below an answer, part by part: what is measured, and how much it is. Leaves out what is unknown.
  * @param {Metrics} metrics
  * @param {Prices} prices
@@ -52,8 +58,8 @@ export function metricsLine(metrics, prices) {
   const speed = given ?? (seconds && output ? output / seconds : undefined);
   const price = priceOf({ input_token_count: input, output_token_count: output }, prices);
   const parts = [];
-  if (input !== undefined) parts.push({ name: "input tokens", value: count(input) });
-  if (output !== undefined) parts.push({ name: "output tokens", value: count(output) });
+  if (input !== undefined) parts.push({ name: tokens("input", input), value: count(input) });
+  if (output !== undefined) parts.push({ name: tokens("output", output), value: count(output) });
   if (input !== undefined) parts.push({ name: "price", value: money(price) });
   if (first !== undefined) parts.push({ name: "to the first token", value: duration(first) });
   if (speed !== undefined) parts.push({ name: "tokens/s", value: speed.toFixed(1) });
