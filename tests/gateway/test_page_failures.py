@@ -167,6 +167,7 @@ def test_a_gateway_that_cannot_be_reached_is_explained(users: Users, gateway: Ga
     user.visit.context.set_offline(False)
     user.press("Send")
     expect(user.answers).to_have_count(2)
+    expect(user.button("Send")).to_be_visible()
     assert len(cog.predictions) == 2
 
 
