@@ -1,8 +1,7 @@
 """The format of the gateway's log: text for a person, or JSON with one object per line for a log collector.
 
 Knows the fields of a line. None of them contains a prompt, an answer, a key, a cookie, a stream token or a
-query string.
-Knows nothing about when lines are written.
+query string. Knows nothing about when lines are written.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from llama.gateway.prediction import Outcome, Prediction
 from llama.gateway.storage.usage_table import Tokens
 
 REQUESTS = logging.getLogger("llama.gateway.requests")
-"""The log of HTTP requests, which is written only as JSON: in a terminal, it would bury everything else."""
+"""The log of HTTP requests, which is written only as JSON: in a terminal, it would hide all other lines."""
 
 PREDICTIONS = logging.getLogger("llama.gateway.predictions")
 """The log of predictions that have ended."""

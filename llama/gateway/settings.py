@@ -51,7 +51,7 @@ class GatewaySettings(EnvironmentSettings):
     model_config = SettingsConfigDict(env_prefix="LLAMA_GATEWAY_")
 
     key: SecretStr | None = None
-    """A key that clients can use, in addition to those of `llama keys add`."""
+    """A key that clients can use, in addition to those of the command `keys add`."""
     model: OwnerAndName = "meta/llama-2-70b-chat"
     """The name under which clients find the model, as `owner/name`."""
     aliases: Annotated[tuple[str, ...], NoDecode] = ()
@@ -88,6 +88,7 @@ class GatewaySettings(EnvironmentSettings):
     metrics_key: SecretStr | None = None
     """The key that `/metrics` needs if clients need a key."""
     log_format: Literal["text", "json"] = "text"
+    """The format of the log. With `json`, HTTP requests are logged, too."""
 
     @property
     def prices(self) -> Prices:

@@ -62,8 +62,8 @@ def test_a_key_may_exceed_its_budget_with_its_last_prediction_only(
     assert refused.json() == {
         "title": "Insufficient credit",
         "detail": "The monthly budget of this key is used up: it has used 42 of its 30 tokens of this month. "
-        "It begins again on the first day of the next month (UTC). Ask the operator of the gateway for a "
-        "larger one.",
+        "Wait for the first day of the next month (UTC), or ask the operator of the gateway for a larger "
+        "budget.",
         "status": 402,
     }
     assert len(cog.predictions) == 2

@@ -60,8 +60,8 @@ class Budgets:
             return
         if excess := (await self.spent(key, unfinished)).excess(key):
             raise over_budget(
-                f"The monthly budget of this key is used up: {excess}. It begins again on the first day of "
-                "the next month (UTC). Ask the operator of the gateway for a larger one."
+                f"The monthly budget of this key is used up: {excess}. Wait for the first day of the next "
+                "month (UTC), or ask the operator of the gateway for a larger budget."
             )
 
 

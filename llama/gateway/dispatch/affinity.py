@@ -1,4 +1,4 @@
-"""Recognises the turns of one dialogue, and remembers which server has its prefix in its cache."""
+"""Recognizes the turns of one dialogue, and remembers which server has its prefix in its cache."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class FairQueue:
         taken = len(self._by_key.get(key_id, ())) + self._reserved[key_id]
         if taken and taken + count > self._limit:
             raise throttled(
-                f"the queue of this key has no room ({self._limit} predictions can wait); try again when "
-                "some have ended",
+                f"The queue of this key is full: at most {self._limit} predictions can wait. A place becomes "
+                "free when one of them starts.",
                 _RETRY_AFTER,
             )
         self._reserved[key_id] += count

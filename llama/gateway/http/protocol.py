@@ -116,7 +116,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _request_is_late(self) -> None:
-        if self._behind_another and self._responding():  # the server itself has stopped to read
+        if self._behind_another and self._responding():  # the server itself has stopped reading
             self._arriving.start(self._limits.request, self._request_is_late)
         else:
             self.transport.abort()

@@ -27,7 +27,7 @@ _MAX_ERRORS = 20
 _MAX_EVENTS = 20  # each of the four may be repeated
 _MAX_ITEMS = 4096
 """How long a list in the inputs can be. The model's context has as many tokens, and each message takes at
-least one. Checking a longer list would hold up all other requests."""
+least one. Checking a longer list would delay all other requests."""
 _WAIT = re.compile(r'\s*wait\s*(?:=\s*"?([0-9]{1,9})"?\s*)?(?:;.*)?', re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"([0-9]{1,9})|(?=[0-9])(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})s)?")
 _JSON_TYPES = {

@@ -12,7 +12,7 @@ from llama.gateway.problems import not_found
 from llama.gateway.replicate.sse import events, index_after, nothing_left
 from llama.gateway.routes.dependencies import CurrentGateway
 
-# Nothing on the way may hold back or compress the events.
+# No proxy may buffer or compress the events.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 router = APIRouter()

@@ -1,7 +1,7 @@
 """Keys: how they are made, stored and compared.
 
-Only a hash of a key is stored, so a key is shown once. A fast hash is enough,
-because a key has 256 random bits.
+Only a hash of a key is stored, so a key is shown once. A fast hash is enough for the keys of `keys add`,
+which have 256 random bits.
 """
 
 from __future__ import annotations

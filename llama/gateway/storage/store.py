@@ -1,7 +1,7 @@
 """The gateway's database: predictions, facts, and the tables of keys and usage.
 
-All methods are synchronous: the gateway calls them in one thread (`storage/storage.py`), the command
-line directly. Every method that writes is one transaction. Knows nothing about HTTP or servers.
+All methods are synchronous: the gateway calls them in one thread (`storage/storage.py`), and the command line
+calls them directly. Every method that writes is one transaction. Knows nothing about HTTP or servers.
 """
 
 from __future__ import annotations

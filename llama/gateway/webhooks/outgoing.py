@@ -31,7 +31,7 @@ _NOT_PUBLIC = (
     IPv4Network("168.63.129.16/32"),
 )
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
-_RESOLVERS = ThreadPoolExecutor(16, "resolver")  # its own threads: a slow name must not hold up other work
+_RESOLVERS = ThreadPoolExecutor(16, "resolver")  # its own threads: a slow name must not delay other work
 _LOOPBACK = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 
 

@@ -25,7 +25,7 @@ _MOST_WAITING = 5000
 
 
 class Webhooks:
-    """Follows predictions, each in a task of its own, so that a slow receiver holds up nothing else."""
+    """Follows predictions, each in a task of its own, so that a slow receiver delays nothing else."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import { hasEnded, outputText } from "../gateway/stream.js";
  *
  * @typedef {Object} View
  * @property {() => void} onTurns the list of turns has changed
- * @property {() => void} onBusy the conversation has begun or ended to wait for an answer
+ * @property {() => void} onBusy the conversation has begun to wait for an answer, or no longer waits
  * @property {(piece: string) => void} onPiece the last answer has become longer
  * @property {(text: string) => void} onText the last answer is this text
  * @property {(answer: AnswerTurn) => void} onEnd the last answer has ended
@@ -73,7 +73,7 @@ export class Conversation {
   }
 
   /**
-   * Go on with the last answer if the page was closed or lost the gateway before its end.
+   * Continue the last answer if the page was closed or lost its connection before the answer ended.
    * @param {boolean} again whether to try again with an answer that the page has lost
    */
   async resume(again) {

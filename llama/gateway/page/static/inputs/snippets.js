@@ -22,7 +22,11 @@ const WIDTH = 88;
  */
 export function snippets(request) {
   return [
-    { language: "curl", code: curl(request), before: "Prints the prediction when it has ended." },
+    {
+      language: "curl",
+      code: curl(request),
+      before: "Prints the prediction when it has ended, or after 60 seconds.",
+    },
     {
       language: "Python",
       code: python(request),
