@@ -1,4 +1,4 @@
-"""The predictions that wait for a server, fair by key.
+"""The predictions that wait for a server, in one queue per key.
 
 Knows the order. Knows nothing about servers or HTTP.
 """
@@ -16,7 +16,7 @@ _RETRY_AFTER = 2  # seconds; OpenAI's client waits as long as it is told to
 
 
 class FairQueue:
-    """One queue per key. The keys are served in rotation, however many predictions each has."""
+    """Serves the keys in rotation, however many predictions each has."""
 
     def __init__(self, limit: int) -> None:
         """At most `limit` predictions of one key wait at the same time."""
