@@ -245,6 +245,15 @@ def test_deep_nesting_is_cut_off(text: str) -> None:
     assert html.count("<ul>") + html.count("<blockquote>") <= 50
 
 
+@pytest.mark.parametrize("definition", ["[a]: https://a/{}", "[a]: https://a '{}'"], ids=["address", "title"])
+def test_references_to_a_long_address_do_not_multiply_it(definition: str) -> None:
+    html = html_of(definition.format("y" * 30_000) + "\n\n" + "[a] " * 10_000)
+    assert not checked(html).wrong
+    assert html.count("<a href") == 3  # the others are text
+    assert html.count(">a</a>") == 10_000
+    assert len(html) < 1_000_000
+
+
 PIECES = st.sampled_from(
     [
         *(

@@ -34,10 +34,14 @@ _ABSOLUTE = re.compile(r"(https?://|mailto:).*", re.IGNORECASE | re.DOTALL)
 
 _PAGE_LEVELS = 2  # of headings, which the page itself uses
 _MAX_NESTING = 50  # text that is nested more deeply in lists or quotes is left out
+_MAX_ADDRESSES = 100_000
+"""How many characters the addresses and titles of all links may have together. Otherwise a text that defines
+a long address once and refers to it thousands of times would become hundreds of megabytes of HTML."""
 
 
 def html_of(text: str) -> str:
-    """Return Markdown as HTML. Images are shown as their descriptions, and relative links as text."""
+    """Return Markdown as HTML. Images are shown as their descriptions, and relative links as text, as are all
+    links after the first _MAX_ADDRESSES characters of addresses and titles."""
     return _CLEANER.clean(_PARSER.render(text))
 
 
@@ -47,6 +51,7 @@ def _parser() -> MarkdownIt:
     )
     parser.core.ruler.push("alignment", _align)
     parser.core.ruler.push("levels", _lower_headings)
+    parser.core.ruler.push("addresses", _limit_addresses)
     parser.add_render_rule("image", _image)
     return parser
 
@@ -64,6 +69,15 @@ def _lower_headings(state: StateCore) -> None:
     for token in state.tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(int(token.tag[1]) + _PAGE_LEVELS, 6)}"
+
+
+def _limit_addresses(state: StateCore) -> None:
+    """Remove the addresses and titles that are too many."""
+    size = 0
+    for token in (inner for block in state.tokens for inner in block.children or ()):
+        size += sum(len(str(value)) for value in token.attrs.values())
+        if size > _MAX_ADDRESSES:
+            token.attrs.clear()
 
 
 def _image(
