@@ -23,6 +23,8 @@ from llama.gateway.page.markdown import html_of
 MAX_CHARACTERS = 100_000
 _SECONDS = 2.0
 """The processor time that one text may take. A usual answer takes a few hundredths of a second."""
+_LAST_MOMENTS = 5.0
+"""How many seconds a process that has closed its output may take to end."""
 _LENGTH = 4  # bytes, before each text in both directions
 _FOLDER_OF_THE_PACKAGE = Path(__file__).parents[3]
 
@@ -56,7 +58,7 @@ class MarkdownRenderer:
             try:
                 return await _exchange(self._process, text)
             except (asyncio.IncompleteReadError, ConnectionError) as error:
-                if await self._stop() == -signal.SIGPROF:
+                if await self._stop(_LAST_MOMENTS) == -signal.SIGPROF:
                     raise TooComplex from error
                 raise RuntimeError("the process that renders Markdown has failed") from error
             except BaseException:  # otherwise the next call would read the rest of this answer
@@ -74,11 +76,15 @@ class MarkdownRenderer:
             start_new_session=True,  # Ctrl-C is for the gateway
         )
 
-    async def _stop(self) -> int | None:
-        """End the process, if there is one, and return its exit code."""
+    async def _stop(self, patience: float = 0.0) -> int | None:
+        """End the process, if there is one, and return its exit code. A process that is already ending needs
+        a few seconds of patience: if it is killed meanwhile, asyncio may miss its exit code."""
         process, self._process = self._process, None
         if process is None:
             return None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                return await process.wait()
         with suppress(ProcessLookupError):
             process.kill()
         return await process.wait()
