@@ -1,4 +1,4 @@
-# The commands of the README. CI runs check, check-images, test, test-vllm and predict.
+# The commands of the README. CI runs check, test, test-clients, check-images, test-vllm and predict.
 
 PYTHON ?= python3
 PROMPT ?= What is the capital of France?
@@ -43,7 +43,7 @@ serve: install ## run the server on PORT=5000 until Ctrl-C
 	@$(BIN)/python -m llama serve --port $(PORT)
 
 up: PORT ?= 8000
-up: install ## run a server, and on PORT=8000 a gateway with Replicate's and OpenAI's APIs, until Ctrl-C
+up: install ## run a server, and on PORT=8000 a gateway with a chat page and the APIs of Replicate and OpenAI, until Ctrl-C
 	@$(BIN)/python -m llama up --port $(PORT)
 
 test: install ## run the tests; ARGS="-k chat" or ARGS=tests/cli selects some of them

@@ -2,7 +2,7 @@
 
 A visit is a browser profile with the page open. It records what must never happen: a request to any other
 address, a message on the console, an error that no script caught, a dialog. Knows nothing about what the
-page shows; `chat_page.py` does.
+page shows; `page_user.py` does.
 """
 
 from __future__ import annotations

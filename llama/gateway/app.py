@@ -63,8 +63,6 @@ async def _healthz() -> dict[str, str]:
 async def _readyz(request: Request) -> Response:
     gateway: Gateway = request.app.state.gateway
     servers = gateway.servers.all
-    if gateway.stopping:
-        return JSONResponse({"status": "not ready", "error": "the gateway is being stopped"}, 503)
     ready = sum(server.ready for server in servers)
     if not gateway.storage.in_place:
         return JSONResponse(

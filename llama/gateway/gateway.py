@@ -145,11 +145,6 @@ class Gateway:
         if self._ending is None:
             self._ending = asyncio.create_task(self._end_predictions())
 
-    @property
-    def stopping(self) -> bool:
-        """Whether the gateway is about to end."""
-        return self._ending is not None
-
     def stop_now(self) -> None:
         """End the grace period. Call it in the event loop, after `stop_starting`."""
         self._stop_requested.set()

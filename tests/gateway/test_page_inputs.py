@@ -19,7 +19,7 @@ from gateways import KEY, Gateway
 from node_clients import FOLDER, NodeClients
 from page_user import PageUser
 from playwright.sync_api import expect
-from server_clients import until
+from server_clients import Body, until
 
 from benchmarks.fake_cog import FakeCog, Script
 
@@ -183,11 +183,28 @@ def test_usage_agrees_with_the_predictions(
 def test_the_chat_shows_the_tokens_and_the_price_of_an_answer(
     users: Users, gateways: Callable[..., Gateway], cog: FakeCog
 ) -> None:
-    cog.rules.script = Script([" word"] * 1500, logs="formatted prompt: '[INST] Hi\\n[/INST]'\n")
+    cog.rules.script = Script([" word"] * 1500)
     user = users(gateways(cog.url, output_price="10"))
     user.ask("Hi")
     measured = user.answers.get_by_label("Measurements")
     expect(measured).to_contain_text("1,500 output tokens")
     expect(measured).to_contain_text("$0.015 price")
+
+
+def test_the_chat_shows_the_formatted_prompt_if_the_server_may_log_it(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    cog.rules.script = log_with_debug
+    user = users(gateway)
+    user.ask("Hi")
     user.touch(user.answers.get_by_text("Formatted prompt"))
-    expect(user.answers.get_by_role("region", name="Formatted prompt")).to_contain_text("[INST] Hi")
+    expect(user.answers).to_contain_text("select debug in Settings")
+    user.open_panel("Settings")
+    user.field("debug").check()
+    user.ask("Hi again")
+    user.touch(user.answers.last.get_by_text("Formatted prompt"))
+    expect(user.answers.last.get_by_role("region", name="Formatted prompt")).to_contain_text("[INST] Hi")
+
+
+def log_with_debug(inputs: Body) -> Script:
+    return Script(["Hello"], logs="formatted prompt: '[INST] Hi [/INST]'\n" if inputs.get("debug") else "")

@@ -107,7 +107,7 @@ test("a retry leaves out the last answer only", () => {
 test("an answer's inputs have the chat's settings and the system prompt", () => {
   const dialogue = { settings: { top_k: 0 }, systemPrompt: "" };
   const inputs = inputsFor(dialogue, [user("a")], "Be kind");
-  assert.deepEqual(inputs, { top_k: 0, system_prompt: "", messages: [user("a")], debug: true });
+  assert.deepEqual(inputs, { top_k: 0, system_prompt: "", messages: [user("a")] });
 });
 
 test("a title is one short line", () => {

@@ -12,7 +12,7 @@ import { count, money } from "./common/format.js";
 
 /** @type {[string, (counts: UsageCounts) => string][]} */
 const COLUMNS = [
-  ["Requests", (counts) => count(counts.predictions)],
+  ["Predictions", (counts) => count(counts.predictions)],
   ["Input tokens", (counts) => count(counts.input_tokens)],
   ["Output tokens", (counts) => count(counts.output_tokens)],
   ["Price", (counts) => money(counts.price)],

@@ -11,9 +11,10 @@ const REMOVED = "The gateway has deleted the log of this prediction.";
 
 /**
  * @param {() => Promise<Prediction>} load
+ * @param {string} hint how to get the formatted prompt, if the log does not contain it
  * @returns {HTMLDetailsElement} it loads the log when it is opened
  */
-export function promptDisclosure(load) {
+export function promptDisclosure(load, hint) {
   const content = element("div");
   const details = element("details", { class: "log" }, element("summary", {}, "Formatted prompt"), content);
   let loaded = false;
@@ -22,7 +23,7 @@ export function promptDisclosure(load) {
     loaded = true;
     content.replaceChildren(element("p", { class: "hint" }, "Loading the log …"));
     try {
-      content.replaceChildren(...logElements(await load()));
+      content.replaceChildren(...logElements(await load(), hint));
     } catch (error) {
       loaded = false;
       content.replaceChildren(element("p", { class: "error" }, describe(error)));
@@ -33,15 +34,19 @@ export function promptDisclosure(load) {
 
 /**
  * @param {Prediction} prediction
+ * @param {string} hint how to get the formatted prompt, if the log does not contain it
  * @returns {HTMLElement[]}
  */
-export function logElements(prediction) {
+export function logElements(prediction, hint) {
   if (prediction.data_removed) return [element("p", { class: "hint" }, REMOVED)];
   const { prompt, rest } = readLog(prediction.logs);
+  /** @type {HTMLElement[]} */
   const elements = [];
-  if (prompt !== null) elements.push(block("Formatted prompt", marked(prompt)));
+  elements.push(
+    prompt === null ? element("p", { class: "hint" }, hint) : block("Formatted prompt", marked(prompt)),
+  );
   if (rest) elements.push(block("Other lines of the log", [rest]));
-  return elements.length ? elements : [element("p", { class: "hint" }, "The log is empty.")];
+  return elements;
 }
 
 /**

@@ -11,7 +11,7 @@ import { changedInputs } from "../inputs/schema.js";
 
 /** The chat sets these itself, or they are of no use in a chat. */
 const NOT_SHOWN = [
-  ...["prompt", "messages", "system_prompt", "prompt_template", "debug", "log_performance_metrics"],
+  ...["prompt", "messages", "system_prompt", "prompt_template", "log_performance_metrics"],
   ...["max_tokens", "min_tokens", "replicate_weights"],
 ];
 

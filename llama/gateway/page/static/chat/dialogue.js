@@ -57,7 +57,6 @@ export function inputsFor(dialogue, turns, defaultSystemPrompt) {
     ...dialogue.settings,
     ...(systemPrompt !== null && { system_prompt: systemPrompt }),
     messages: messagesOf(turns),
-    debug: true,
   };
 }
 

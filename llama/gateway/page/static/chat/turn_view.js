@@ -6,6 +6,8 @@ import { MarkdownView } from "../answer/markdown_view.js";
 import { metricsList } from "../answer/metrics_view.js";
 import { promptDisclosure } from "../answer/prompt_view.js";
 
+const DEBUG_HINT = "To see the prompt as the model got it, select debug in Settings and ask again.";
+
 /**
  * @typedef {import("../types.js").AnswerTurn} AnswerTurn
  * @typedef {import("../types.js").UserTurn} UserTurn
@@ -124,7 +126,7 @@ export class AnswerView {
     this.#show(endText(this.turn), status === "failed" || status === "interrupted" ? (error ?? "") : "");
     this.#details.replaceChildren(metricsList(metrics ?? {}, this.#dependencies.prices));
     this.#log.remove();
-    this.#log = promptDisclosure(() => this.#dependencies.api.prediction(predictionId));
+    this.#log = promptDisclosure(() => this.#dependencies.api.prediction(predictionId), DEBUG_HINT);
     this.#actions.append(this.#log);
   }
 

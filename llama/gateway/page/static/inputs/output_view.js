@@ -4,7 +4,6 @@ import { copyButton } from "../common/clipboard.js";
 import { element } from "../common/dom.js";
 import { metricsList } from "../answer/metrics_view.js";
 import { PlainText } from "../answer/plain_text.js";
-import { readLog } from "../answer/prompt_log.js";
 import { logElements } from "../answer/prompt_view.js";
 import { outputText } from "../gateway/stream.js";
 
@@ -12,6 +11,7 @@ import { outputText } from "../gateway/stream.js";
 
 const REMOVED =
   "The gateway has deleted the inputs, the output and the log. It does so some time after a prediction has ended.";
+const DEBUG_HINT = "To see the prompt as the model got it, select debug and run again.";
 /** @type {Record<string, string>} */
 const STATES = {
   starting: "Waiting for the first token …",
@@ -97,12 +97,7 @@ export class OutputView {
   /** @param {Prediction} prediction */
   #log(prediction) {
     if (prediction.data_removed) return [element("p", { class: "hint" }, REMOVED)];
-    const hint = "Select debug and run again to see the formatted prompt here.";
-    return [
-      element("h3", {}, "Log"),
-      ...logElements(prediction),
-      ...(readLog(prediction.logs).prompt === null ? [element("p", { class: "hint" }, hint)] : []),
-    ];
+    return [element("h3", {}, "Log"), ...logElements(prediction, DEBUG_HINT)];
   }
 
   /** @param {string} text */
