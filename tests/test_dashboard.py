@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import promql_parser as promql
@@ -152,14 +155,59 @@ def test_an_alert_has_a_severity_and_says_what_to_do() -> None:
 
 def test_the_alert_about_failures_counts_every_code_that_is_not_the_clients_fault() -> None:
     (query,) = (query for name, query in queries() if name == "PredictionsFail")
-    (selector,) = (
-        s
-        for s in inside(promql.parse(query), promql.VectorSelector)
-        if s.name == "llama_gateway_failures_total"
-    )
-    (matcher,) = selector.matchers.matchers
-    assert matcher.value == "E1.*|E4004"
+    matchers = {
+        matcher.value
+        for selector in inside(promql.parse(query), promql.VectorSelector)
+        if selector.name == "llama_gateway_failures_total"
+        for matcher in selector.matchers.matchers
+    }
+    assert matchers == {"E1.*|E4004"}
     assert {code for code in KNOWN_CODES if not code.startswith("E1")} >= {"E2001", "E4001", "E4004"}
+
+
+def test_every_alert_has_a_time_at_which_it_fires() -> None:
+    tests = yaml.safe_load((MONITORING / "alerts-test.yml").read_text())
+    assert tests["rule_files"] == ["alerts.yml"]
+    checks = [check for test in tests["tests"] for check in test["promql_expr_test"]]
+    assert all(check["exp_samples"] == [] or "alertname" in check["expr"] for check in checks)
+    text = str([check["exp_samples"] for check in checks])
+    assert [alert["alert"] for alert in alerts() if f'alertname="{alert["alert"]}"' not in text] == []
+
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (Debian's package prometheus)"
+)
+
+
+def promtool(*arguments: str | Path) -> None:
+    """Run promtool, which must find nothing wrong."""
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_the_alerts_fire_when_they_should_and_prometheus_accepts_its_files(tmp_path: Path) -> None:
+    config = (MONITORING / "prometheus.yml").read_text()
+    for mounted, here in (
+        ("/etc/prometheus/alerts.yml", str(MONITORING / "alerts.yml")),
+        ("/run/secrets/metrics_key", str(tmp_path / "metrics_key")),
+    ):
+        assert mounted in config
+        config = config.replace(mounted, here)
+    (tmp_path / "prometheus.yml").write_text(config)
+    (tmp_path / "metrics_key").write_text("a key")
+    promtool("check", "config", tmp_path / "prometheus.yml")
+    promtool("test", "rules", MONITORING / "alerts-test.yml")
+
+
+@needs_promtool
+def test_a_gateway_without_any_server_shows_zero_ready_servers(tmp_path: Path) -> None:
+    (query,) = (query for name, query in queries() if name == "Ready servers")
+    zero = {"eval_time": "1m", "expr": query, "exp_samples": [{"labels": "{}", "value": 0}]}
+    series = [{"series": "llama_gateway_info", "values": "1x10"}]
+    tests = [{"input_series": series, "promql_expr_test": [zero]}]
+    (tmp_path / "test.yml").write_text(json.dumps({"tests": tests}))
+    promtool("test", "rules", tmp_path / "test.yml")
 
 
 def test_prometheus_reads_the_gateway_with_the_metrics_key() -> None:
