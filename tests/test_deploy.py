@@ -24,6 +24,7 @@ import pytest
 import yaml
 from server_clients import PATIENCE, until
 
+from benchmarks.fake_cog import FakeCog
 from llama import ROOT, __version__
 from llama.gateway.gateway import Gateway
 from llama.gateway.settings import GatewaySettings
@@ -336,6 +337,20 @@ def test_prometheus_and_grafana_find_their_files_and_each_other() -> None:
     (provider,) = read_yaml("grafana/provisioning/dashboards/llama.yml")["providers"]
     assert any(target.startswith(f"{provider['options']['path']}/") for target in targets["grafana"])
     assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"] == grafana["secrets"][0]["target"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [("READY", 0), ("BUSY", 0), ("STARTING", 1), ("SETUP_FAILED", 1), ("UNHEALTHY", 1), ("DEFUNCT", 1)],
+)
+def test_the_models_health_check_reads_the_status_and_uses_no_proxy(status: str, code: int) -> None:
+    command = compose()["services"]["model"]["healthcheck"]["test"]
+    with FakeCog(health=status) as cog:
+        port = cog.url.rpartition(":")[2]
+        check = [sys.executable, *(word.replace("5000", port) for word in command[2:])]
+        environment = {"http_proxy": "http://127.0.0.1:1"}
+        done = subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_weights_that_are_not_set_are_an_error_that_says_what_to_do() -> None:

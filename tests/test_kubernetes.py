@@ -128,6 +128,17 @@ def test_the_server_waits_for_the_folder_that_the_job_packs() -> None:
     assert server["progressDeadlineSeconds"] >= 3600
 
 
+def test_the_job_runs_on_the_node_of_the_server_because_they_share_a_volume() -> None:
+    claim = spec("PersistentVolumeClaim", "llama-weights")
+    assert claim["accessModes"] == ["ReadWriteOnce"]  # otherwise, the Job could run anywhere
+    job, server = pods()["llama-weights"], pods()["llama"]
+    (term,) = job["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["labelSelector"] == {"matchLabels": labels("Deployment", "llama")}
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    gpu = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    assert job["tolerations"] == server["tolerations"] == [gpu]
+
+
 def test_the_model_has_the_same_health_check_as_in_compose() -> None:
     model = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))["services"]["model"]
     (container,) = pods()["llama"]["containers"]
