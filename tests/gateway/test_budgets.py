@@ -101,7 +101,7 @@ def test_a_budget_in_dollars_counts_input_and_output_at_their_prices(
     cog.rules.script = Script(ANSWER)
     client = gateway.client_of(gateway.add_key("limited", monthly_dollars=Decimal("0.041")))
     assert gateway.create(client=client, prefer="wait")["status"] == "succeeded"  # costs 0.001 + 0.040
-    assert "$0.0410 of its $0.041" in post(client).json()["detail"]
+    assert "$0.041000 of its $0.041" in post(client).json()["detail"]
 
 
 def test_the_tokens_of_running_predictions_count(
@@ -187,3 +187,16 @@ def test_a_new_month_begins_with_the_whole_budget(tmp_path: Path) -> None:
 def test_a_budget_is_used_up_when_it_is_reached(limits: KeyLimits, used_up: bool) -> None:
     excess = Spent(100, Decimal("0.5")).excess(Key(1, "ann", limits))
     assert (excess is not None) is used_up
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        ("1e3", "it has used $1000.250000 of its $1000 of this month"),
+        ("1e-5", "it has used $1000.250000 of its $0.00001 of this month"),
+        ("20.50", "it has used $1000.250000 of its $20.50 of this month"),
+    ],
+)
+def test_a_budget_in_dollars_is_shown_without_an_exponent(budget: str, text: str) -> None:
+    key = Key(1, "ann", KeyLimits(monthly_dollars=Decimal(budget)))
+    assert Spent(1, Decimal("1000.25")).excess(key) == text

@@ -32,7 +32,7 @@ class Spent:
         if tokens is not None and self.tokens >= tokens:
             return f"it has used {self.tokens} of its {tokens} tokens of this month"
         if dollars is not None and self.dollars >= dollars:
-            return f"it has used ${self.dollars:.4f} of its ${dollars} of this month"
+            return f"it has used ${self.dollars:.6f} of its ${dollars:f} of this month"
         return None
 
 
