@@ -221,8 +221,11 @@ def test_many_processes_can_make_the_file_at_the_same_time(path: Path) -> None:
 
 def test_a_second_gateway_on_the_same_file_is_refused(path: Path) -> None:
     first = Storage(path)
-    with pytest.raises(BadSettings, match="another gateway uses the database"):
-        Storage(path)
+    link = path.with_name("link.sqlite3")
+    link.symlink_to(path)
+    for name in (path, link):
+        with pytest.raises(BadSettings, match="another gateway uses the database"):
+            Storage(name)
     first.close()
     Storage(path).close()
 

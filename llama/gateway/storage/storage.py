@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,7 +31,8 @@ class Storage:
 
     def __init__(self, path: Path) -> None:
         """Raises BadSettings if another gateway uses the file, or if it cannot be opened."""
-        self._lock = FileLock(f"{path}.lock", mode=0o600, thread_local=False)  # released in another thread
+        lock = f"{os.path.realpath(path)}.lock"  # a link to the file must not be another database
+        self._lock = FileLock(lock, mode=0o600, thread_local=False)  # released in another thread
         with usable(path):
             try:
                 self._lock.acquire(blocking=False)
