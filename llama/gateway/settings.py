@@ -18,6 +18,8 @@ Network = IPv4Network | IPv6Network
 OwnerAndName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
 Origin = Annotated[str, Field(pattern=r"^(https?://[^/\s]+|\*)$")]
 Price = Annotated[Decimal, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
+PublicUrl = Annotated[str, Field(pattern=r"^https?://[!-~&&[^/?#;]]+(/[!-~&&[^?#;]]*)?$")]
+"""Printable ASCII without `;`, because the path is also that of the page's cookie."""
 VersionId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 PUBLISHED_VERSIONS = (
@@ -62,7 +64,7 @@ class GatewaySettings(EnvironmentSettings):
     """Names of deployments of the model, as `owner/name,...`."""
     database: Path = Path("~/.local/share/llama-cog/gateway.sqlite3")
     """The file that stores predictions, keys and usage. Only one gateway can use it at a time."""
-    public_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]+(/[^?#\s]*)?$")] | None = None
+    public_url: PublicUrl | None = None
     """The gateway's address in responses. None means the address that the client used."""
     places: PositiveInt = 32
     """How many predictions a server runs at once. It must not be more than the server's own maximum."""
