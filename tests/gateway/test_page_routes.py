@@ -240,7 +240,7 @@ class TestHeaders:
     def test_the_policy_allows_the_gateways_own_files_and_nothing_else(self, anyone: httpx2.Client) -> None:
         headers = anyone.get("/").headers
         assert headers["content-security-policy"] == (
-            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
             "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
         )
         assert headers["referrer-policy"] == "no-referrer"
