@@ -25,7 +25,7 @@
     │   ├── DiskFull             E3008
     │   ├── DamagedWeights       E3009
     │   └── EngineNotStarted     E3010
-    └── GatewayError             the gateway could not get an answer from a server, E4xxx
+    └── GatewayError             the gateway could not complete a prediction, E4xxx
         ├── ServerLost           E4001
         ├── GatewayRestarted     E4002
         ├── NotStarted           E4003
@@ -205,7 +205,7 @@ class EngineNotStarted(WeightsError):
 
 
 class GatewayError(LlamaError):
-    """The gateway got no answer from a server. The same request may succeed later."""
+    """The gateway could not complete a prediction. The same request may succeed later."""
 
 
 class ServerLost(GatewayError):
