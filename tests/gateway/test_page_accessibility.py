@@ -106,7 +106,7 @@ def chat_states(user: PageUser, cog: FakeCog) -> Iterator[str]:
     user.press("Edit")
     yield "edited message"
     user.page.keyboard.press("Escape")
-    cog.rules.script = Script(["x"], error="E1004 PromptTooLong: too long")
+    cog.rules.script = Script(["x"], error="E1002 PromptTooLong: too long")
     user.ask("Fail")
     yield "failed answer"
     user.open_panel("Settings")

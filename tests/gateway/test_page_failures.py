@@ -20,16 +20,16 @@ Users = Callable[..., PageUser]
 def test_a_failed_answer_shows_the_code_of_its_error_and_can_be_tried_again(
     users: Users, gateway: Gateway, cog: FakeCog, screen: Screen
 ) -> None:
-    cog.rules.script = Script(["One"], error="E1004 PromptTooLong: the prompt has 5000 tokens")
+    cog.rules.script = Script(["One"], error="E1002 PromptTooLong: the prompt has 5000 tokens")
     user = users(gateway, screen)
     user.ask("Count")
-    expect(user.answers).to_contain_text("E1004 PromptTooLong")
+    expect(user.answers).to_contain_text("E1002 PromptTooLong")
     expect(user.answers).to_contain_text("One")
     expect(user.announcer).to_contain_text("The answer failed.")
     cog.rules.script = Script(["One", " two"])
     user.press("Retry")
     expect(user.answer).to_have_text("One two")
-    expect(user.answers).not_to_contain_text("E1004")
+    expect(user.answers).not_to_contain_text("E1002")
     assert cog.predictions[1] == cog.predictions[0]
     assert user.overflow() == 0
 

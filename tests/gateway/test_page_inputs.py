@@ -41,7 +41,7 @@ def test_the_form_sends_only_what_was_changed(
     users: Users, gateway: Gateway, cog: FakeCog, screen: Screen
 ) -> None:
     cog.rules.script = Script(["The <b>answer</b>"], logs="formatted prompt: '<s>[INST] Hi [/INST]'\n")
-    user = users(gateway, screen, address="#/predict")
+    user = users(gateway, screen, address="#/inputs")
     user.field("prompt").fill("Hi")
     user.field("temperature").fill("0.5")
     user.field("temperature").fill("0.7")  # the default again
@@ -60,7 +60,7 @@ def test_the_form_sends_only_what_was_changed(
 
 
 def test_the_form_says_what_is_wrong_at_the_field(users: Users, gateway: Gateway, cog: FakeCog) -> None:
-    user = users(gateway, address="#/predict")
+    user = users(gateway, address="#/inputs")
     temperature = user.field("temperature")
     temperature.fill("9")
     user.press("Run")
@@ -74,7 +74,7 @@ def test_the_form_says_what_is_wrong_at_the_field(users: Users, gateway: Gateway
 
 
 def test_the_gateways_refusal_is_shown_at_the_field(users: Users, gateway: Gateway, cog: FakeCog) -> None:
-    user = users(gateway, address="#/predict")
+    user = users(gateway, address="#/inputs")
     user.visit.allow_status(422)
     user.field("prompt").fill("Hi")
     user.field("messages").fill('["no object"]')
@@ -86,7 +86,7 @@ def test_the_gateways_refusal_is_shown_at_the_field(users: Users, gateway: Gatew
 
 def test_a_run_can_be_stopped(users: Users, gateway: Gateway, cog: FakeCog) -> None:
     cog.rules.script = Script(["One", " two", " three"], hold_after=2)
-    user = users(gateway, address="#/predict")
+    user = users(gateway, address="#/inputs")
     user.field("prompt").fill("Count")
     user.press("Run")
     expect(user.page.locator("#output")).to_contain_text("One two")
@@ -109,11 +109,11 @@ def test_the_address_of_a_prediction_shows_it(users: Users, gateway: Gateway, sc
 
 
 def test_a_failed_run_shows_its_error(users: Users, gateway: Gateway, cog: FakeCog) -> None:
-    cog.rules.script = Script(["One"], error="E1004 PromptTooLong: the prompt has 5000 tokens")
-    user = users(gateway, address="#/predict")
+    cog.rules.script = Script(["One"], error="E1002 PromptTooLong: the prompt has 5000 tokens")
+    user = users(gateway, address="#/inputs")
     user.field("prompt").fill("Count")
     run(user)
-    expect(user.page.locator("#output")).to_contain_text("E1004 PromptTooLong")
+    expect(user.page.locator("#output")).to_contain_text("E1002 PromptTooLong")
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def environment(node_clients: NodeClients, tmp_path: Path) -> dict[str, Any]:
 def test_the_programs_to_copy_run_as_they_are(
     users: Users, gateway: Gateway, cog: FakeCog, environment: dict[str, Any], screen: Screen
 ) -> None:
-    user = users(gateway, screen, address="#/predict")
+    user = users(gateway, screen, address="#/inputs")
     user.field("prompt").fill(DIFFICULT)
     user.field("stop_sequences").fill("'a,\"b")
     user.field("temperature").fill("0.5")
