@@ -14,9 +14,10 @@ from collections.abc import Mapping
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
-from llama.gateway.access.auth import Keys, Storage, unauthenticated
+from llama.gateway.access.auth import Keys, unauthenticated
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.keys import Key, same
+from llama.gateway.storage.storage import Storage
 from llama.gateway.storage.store import Store
 
 SECONDS = 30 * 24 * 3600
@@ -57,15 +58,15 @@ class Sessions:
             raise unauthenticated("This key is wrong, or it was revoked.")
         return self._serializer().dumps([stored.key.id, self._fingerprint(stored)])
 
-    async def identify(self, cookies: Mapping[str, str]) -> Key | None:
+    def identify(self, cookies: Mapping[str, str]) -> Key | None:
         """Return the key of a request's session, or None if its cookies contain none.
 
-        Raises Problem 401 if the session has ended or is not one of this gateway.
+        Call `Keys.is_open` just before: it reads the keys again. Raises Problem 401 if the session has ended
+        or is not one of this gateway.
         """
         token = cookies.get(self.cookie)
         if token is None:
             return None
-        await self._keys.refresh()
         try:
             key_id, fingerprint = self._serializer().loads(token, max_age=SECONDS)
         except BadData:

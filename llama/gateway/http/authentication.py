@@ -57,7 +57,7 @@ async def key_of(scope: Scope, gateway: Gateway) -> Key:
     connection = HTTPConnection(scope)
     authorization = connection.headers.get("authorization")
     if authorization is None and not await gateway.keys.is_open():
-        key = await gateway.sessions.identify(connection.cookies)
+        key = gateway.sessions.identify(connection.cookies)
         if key is not None:
             check_same_origin(scope, gateway.settings)
             return key
