@@ -5,7 +5,8 @@ All requests are real HTTP. Knows predictions and keys; knows nothing about mode
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -81,14 +82,35 @@ class Gateway:
     def add_key(self, name: str, **limits: Any) -> str:
         """Add a key as the command line does, wait until the gateway knows it, and return it. `limits`: fields
         of KeyLimits."""
-        key, store = new_key(), Store(self.settings.database)
-        try:
+        key = new_key()
+        with self._command_line() as store:
             store.keys.add(name, hash_of(key), KeyLimits(**limits))
+        until(lambda: self.inside.keys.find(key))
+        return key
+
+    def set_limits(self, name: str, **limits: Any) -> None:
+        """Replace the limits of a key as the command line does, and wait until the gateway knows them."""
+        new = KeyLimits(**limits)
+        with self._command_line() as store:
+            key = store.keys.find(name)
+            assert key is not None
+            store.keys.set_limits(key, new)
+        until(lambda: (known := self.inside.keys.by_id(key.id)) is not None and known.limits == new)
+
+    def revoke(self, name: str) -> None:
+        """Revoke a key as the command line does, and wait until the gateway knows it."""
+        with self._command_line() as store:
+            assert store.keys.revoke(name)
+        until(lambda: name not in {stored.key.name for stored in self.inside.keys.in_use()})
+
+    @contextmanager
+    def _command_line(self) -> Iterator[Store]:
+        """The database as the command line opens it."""
+        store = Store(self.settings.database)
+        try:
+            yield store
         finally:
             store.close()
-        with self.client_of(key) as client:
-            until(lambda: client.get("/v1/account").status_code == 200)
-        return key
 
     def wait_until_ready(self) -> None:
         until(lambda: self.client.get("/readyz").status_code == 200)

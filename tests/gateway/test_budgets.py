@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2
 import openai
@@ -20,23 +20,11 @@ from llama.gateway.access.budgets import Budgets, Spent
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
 from llama.gateway.prices import Prices
 from llama.gateway.storage.keys import Key, KeyLimits
-from llama.gateway.storage.store import Store
+from llama.gateway.storage.storage import Storage
 
-T = TypeVar("T")
 QUESTION: Any = [{"role": "user", "content": "Hello"}]
 ANSWER = [f" word{number}" for number in range(20)]
 """With the prompt "Hello", an answer takes 1 + 20 tokens."""
-
-
-def set_limits(gateway: Gateway, name: str, **limits: Any) -> None:
-    """Change the limits of a key as the command line does."""
-    store = Store(gateway.settings.database)
-    try:
-        key = store.keys.find(name)
-        assert key is not None
-        store.keys.set_limits(key, KeyLimits(**limits))
-    finally:
-        store.close()
 
 
 @pytest.fixture
@@ -108,6 +96,8 @@ def test_the_tokens_of_running_predictions_count(
     gateway: Gateway, limited: httpx2.Client, cog: FakeCog
 ) -> None:
     cog.rules.script = Script(ANSWER, hold_after=8)
+    other = gateway.create()  # with a key that has no budget; its 9 tokens must not count
+    until(lambda: len(gateway.get(other)["output"] or "") == 8)
     running = gateway.create(client=limited)
     until(lambda: post(limited).status_code == 402)  # 21 + 1 + 8 tokens
     cog.release()
@@ -141,36 +131,33 @@ def wait_for(client: httpx2.Client, prediction: dict[str, Any]) -> dict[str, Any
 def test_a_larger_budget_applies_at_once(gateway: Gateway, limited: httpx2.Client) -> None:
     gateway.create(client=limited, prefer="wait")
     assert post(limited).status_code == 402
-    set_limits(gateway, "limited", monthly_tokens=1000)
-    until(lambda: post(limited).status_code == 201)
-
-
-class DirectStorage:
-    """A storage that calls the store at once."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    async def run(self, function: Callable[[Store], T]) -> T:
-        return function(self._store)
+    gateway.set_limits("limited", monthly_tokens=1000)
+    assert post(limited).status_code == 201
 
 
 def test_a_new_month_begins_with_the_whole_budget(tmp_path: Path) -> None:
-    store = Store(tmp_path / "gateway.sqlite3")
-    key = store.keys.add("ann", "hash", KeyLimits(monthly_tokens=10))
-    prediction = Prediction(PredictionRequest(key.id, {"prompt": "Hi"}, "a/b"))
-    prediction.set_created_at(1793491199)  # a second before November 2026 in UTC
-    prediction.metrics = {"input_token_count": 5, "output_token_count": 7}
-    store.insert([prediction])
+    async def scene(storage: Storage) -> None:
+        limits = KeyLimits(monthly_tokens=10)
+        key = await storage.run(lambda store: store.keys.add("ann", "hash", limits))
+        prediction = Prediction(PredictionRequest(key.id, {"prompt": "Hi"}, "a/b"))
+        prediction.set_created_at(1793491199)  # a second before November 2026 in UTC
+        prediction.metrics = {"input_token_count": 5, "output_token_count": 7}
+        await storage.run(lambda store: store.insert([prediction]))
 
-    def spent(today: date, unfinished: list[Prediction]) -> Spent:
-        budgets = Budgets(DirectStorage(store), Prices(Decimal(1), Decimal(1)), lambda: today)
-        return asyncio.run(budgets.spent(key, lambda: unfinished))
+        async def tokens(today: date, unfinished: list[Prediction]) -> int:
+            budgets = Budgets(storage, Prices(Decimal(1), Decimal(1)), lambda: today)
+            return (await budgets.spent(key, lambda: unfinished)).tokens
 
-    october, november = date(2026, 10, 31), date(2026, 11, 1)
-    assert (spent(october, [prediction]).tokens, spent(november, [prediction]).tokens) == (12, 0)
-    store.finish(prediction, Outcome(Status.SUCCEEDED))
-    assert (spent(october, []).tokens, spent(november, []).tokens) == (12, 0)
+        october, november = date(2026, 10, 31), date(2026, 11, 1)
+        assert (await tokens(october, [prediction]), await tokens(november, [prediction])) == (12, 0)
+        await storage.run(lambda store: store.finish(prediction, Outcome(Status.SUCCEEDED)))
+        assert (await tokens(october, []), await tokens(november, [])) == (12, 0)
+
+    storage = Storage(tmp_path / "gateway.sqlite3")
+    try:
+        asyncio.run(scene(storage))
+    finally:
+        storage.close()
 
 
 @pytest.mark.parametrize(

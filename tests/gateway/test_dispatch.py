@@ -332,8 +332,6 @@ def test_what_a_gateway_remembers_of_ended_predictions_does_not_grow(gateways: S
 
 
 def test_revoking_a_key_ends_its_waiting_and_running_predictions(gateways: StartGateway) -> None:
-    from llama.gateway.storage.store import Store
-
     with held() as cog:
         gateway = gateways(cog.url, places=1)
         revoked = client_with_key(gateway, "revoked")
@@ -341,9 +339,7 @@ def test_revoking_a_key_ends_its_waiting_and_running_predictions(gateways: Start
         gateway.create(client=revoked, prompt="waiting")
         until(lambda: cog.counts.running == 1)
         other = gateway.create(prompt="other")
-        store = Store(gateway.settings.database)
-        store.keys.revoke("revoked")
-        store.close()
+        gateway.revoke("revoked")
         gateway.wait_for(other, "processing")
         assert start_of(cog) == ["running", "other"]
         assert cog.counts.cancelled == 1

@@ -72,13 +72,9 @@ def test_a_revoked_key_and_its_successor_of_the_same_name_have_one_sum(measured:
     for _ in range(2):
         with measured.client_of(measured.add_key("ann")) as client:
             measured.create(client=client, prompt="succeed", prefer="wait")
-        measured.run(revoke(measured, "ann"))
+        measured.revoke("ann")
     labels = {"key": "ann", "model": measured.settings.model}
     assert scrape(measured).value("usage_predictions_total", **labels) == 2
-
-
-async def revoke(gateway: Gateway, name: str) -> None:
-    await gateway.inside.storage.run(lambda store: store.keys.revoke(name))
 
 
 def test_refused_requests_are_counted_by_status_and_code(measured: Gateway) -> None:

@@ -9,10 +9,8 @@ from chromium import Screen
 from gateways import KEY, Gateway
 from page_user import PageUser
 from playwright.sync_api import Route, expect
-from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
-from llama.gateway.storage.store import Store
 
 Users = Callable[..., PageUser]
 
@@ -63,7 +61,7 @@ def test_a_revoked_key_asks_for_another_one_and_keeps_the_text(
     user = users(gateway, screen, key=gateway.add_key("ann"))
     user.visit.allow_status(401)
     user.ask("Hello")
-    revoke(gateway, "ann")
+    gateway.revoke("ann")
     new_key = gateway.add_key("ann")
     user.send("A long text")
     dialog = user.page.get_by_role("dialog")
@@ -79,22 +77,12 @@ def test_a_person_without_another_key_can_go_on_reading(users: Users, gateway: G
     user = users(gateway, key=gateway.add_key("ann"))
     user.visit.allow_status(401)
     user.ask("Hello")
-    revoke(gateway, "ann")
+    gateway.revoke("ann")
     user.send("A long text")
     user.press("Not now")
     expect(user.message).to_have_value("A long text")
     expect(user.message).to_be_editable()
     expect(user.answers).to_have_count(1)
-
-
-def revoke(gateway: Gateway, name: str) -> None:
-    """Revoke a key as the command line does, and wait until the gateway knows it."""
-    store = Store(gateway.settings.database)
-    try:
-        store.keys.revoke(name)
-    finally:
-        store.close()
-    until(lambda: name not in {stored.key.name for stored in gateway.inside.keys.in_use()})
 
 
 def test_the_chats_of_another_key_are_not_shown(users: Users, gateway: Gateway) -> None:

@@ -14,11 +14,9 @@ import pytest
 from browsers import browser, cookie_of, replace_cookie, stored_secret
 from gateways import KEY, MODEL, Gateway
 from itsdangerous import TimestampSigner, URLSafeTimedSerializer
-from server_clients import until
 
 from benchmarks.fake_cog import FakeCog
 from llama.gateway.storage.keys import hash_of
-from llama.gateway.storage.store import Store
 
 DAY = 24 * 3600
 CREATE = f"/v1/models/{MODEL}/predictions"
@@ -143,10 +141,10 @@ class TestSession:
     ) -> None:
         gateway = gateways(cog.url, key=None)
         client = browser(gateway, None)
-        add_key(gateway, "ann", "k1")
-        until(lambda: client.get("/page/session").json()["needs_key"])
+        key = gateway.add_key("ann")
+        assert client.get("/page/session").json()["needs_key"]
         assert (key_name(client), status(client)) == (None, 401)
-        assert key_name(browser(gateway, "k1")) == "ann"
+        assert key_name(browser(gateway, key)) == "ann"
 
 
 class TestEnd:
@@ -196,15 +194,12 @@ class TestEnd:
         assert status(client) == 401
 
     def test_a_revoked_key_ends_its_sessions_only(self, gateway: Gateway) -> None:
-        add_key(gateway, "ann", "k1")
-        until(lambda: status(gateway.client_of("k1")) == 200)
-        ann, other = browser(gateway, "k1"), browser(gateway)
+        ann, other = browser(gateway, gateway.add_key("ann")), browser(gateway)
         assert key_name(ann) == "ann"
-        with_store(gateway, lambda store: store.keys.revoke("ann"))
-        until(lambda: status(ann) == 401)
+        gateway.revoke("ann")
+        assert status(ann) == 401
         assert (key_name(ann), key_name(other)) == (None, "environment")
-        add_key(gateway, "ann", "k2")  # a new key with the same name
-        until(lambda: status(gateway.client_of("k2")) == 200)
+        gateway.add_key("ann")  # a new key with the same name
         assert status(ann) == 401
 
     def test_a_session_outlives_a_restart(self, gateway: Gateway) -> None:
@@ -245,9 +240,8 @@ class TestAuthorizationHeader:
         assert status(client) == 200
 
     def test_the_header_is_used_and_the_cookie_is_not(self, gateway: Gateway) -> None:
-        add_key(gateway, "bob", "b1")
-        until(lambda: status(gateway.client_of("b1")) == 200)
-        response = browser(gateway).get("/v1/account", headers={"authorization": "Bearer b1"})
+        authorization = f"Bearer {gateway.add_key('bob')}"
+        response = browser(gateway).get("/v1/account", headers={"authorization": authorization})
         assert response.json()["username"] == "bob"
 
     def test_a_request_with_a_header_may_come_from_any_page(self, gateway: Gateway) -> None:
@@ -393,19 +387,6 @@ class TestProxies:
         assert client.post(CREATE, json=INPUT).status_code == 201
         assert client.post("/page/logout").status_code == 204
         assert not client.cookies.jar
-
-
-def add_key(gateway: Gateway, name: str, key: str) -> None:
-    """Add a key as the command line does."""
-    with_store(gateway, lambda store: store.keys.add(name, hash_of(key)))
-
-
-def with_store(gateway: Gateway, work: Callable[[Store], object]) -> None:
-    store = Store(gateway.settings.database)
-    try:
-        work(store)
-    finally:
-        store.close()
 
 
 def from_page(gateway: Gateway, origin: str | None, site: str | None) -> httpx2.Client:
