@@ -11,26 +11,19 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
 
 from llama.gateway.problems import Problem
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.keys import Key, hash_of, same
-from llama.gateway.storage.store import Store
+from llama.gateway.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 ENVIRONMENT, LOCAL = "environment", "local"
 RESERVED_NAMES = {ENVIRONMENT: "the key in LLAMA_GATEWAY_KEY", LOCAL: "requests to a gateway without keys"}
 """Names that the gateway itself gives, and what they stand for."""
 
 _SECONDS_FRESH = 1.0
-
-
-class Storage(Protocol):
-    async def run(self, function: Callable[[Store], T]) -> T: ...
 
 
 class Keys:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
-from llama.gateway.access.auth import Storage
 from llama.gateway.prediction import Prediction
 from llama.gateway.prices import Prices
 from llama.gateway.problems import over_budget
 from llama.gateway.storage.keys import Key
+from llama.gateway.storage.storage import Storage
 from llama.gateway.storage.usage_table import Tokens, day_of
 
 
