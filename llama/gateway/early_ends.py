@@ -58,10 +58,13 @@ class EarlyEnds:
                 await self._fail(prediction, NotStarted(late))
 
     async def end_waiting_connections(self) -> None:
-        """Fail the waiting predictions that need their client's connection, which ends with the gateway."""
-        for prediction in self._unfinished():
-            if prediction.request.needs_client and not self._dispatcher.is_running(prediction):
+        """Let nothing wait for the waiting predictions, because the gateway ends: those that need their
+        client's connection fail, and the others wait for the next start."""
+        for prediction in self._dispatcher.waiting:
+            if prediction.request.needs_client:
                 await self._fail(prediction, GatewayRestarted("the gateway is being stopped; try again"))
+            else:
+                prediction.postpone()
 
     async def _fail(self, prediction: Prediction, error: Exception) -> None:
         await self._dispatcher.stop(prediction, Outcome(Status.FAILED, str(error)))

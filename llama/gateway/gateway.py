@@ -156,6 +156,7 @@ class Gateway:
             async with asyncio.timeout(self._grace):
                 await self._dispatcher.idle(self._stop_requested)
         await self._dispatcher.end()
+        await self._early_ends.end_waiting_connections()  # of those that went back to the queue
 
     async def _wait_for_a_server(self) -> None:
         """Wait briefly for the first health checks, so that a gateway is usually ready when it listens."""

@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -99,6 +100,8 @@ class Prediction:
         self.created_at = round(time.time(), 6)
         self._born = time.monotonic()
         self.started_at: float | None = None
+        self.was_started = False
+        """Whether any server has begun to work on it. After the loss of that server, `started_at` is None."""
         self.completed_at: float | None = None
         self.first_piece_at: float | None = None
         self.last_piece_at: float | None = None
@@ -114,6 +117,8 @@ class Prediction:
         """How many servers failed while they worked on it."""
         self.data_removed = False
         """Whether the inputs, the output and the logs were deleted."""
+        self.postponed = False
+        """Whether it waits for the next start of the gateway, so that its readers must not wait for it."""
         self._changed = asyncio.Event()
 
     @property
@@ -139,7 +144,7 @@ class Prediction:
 
     def start(self) -> None:
         """A server has begun to work on it."""
-        self.status = Status.PROCESSING
+        self.status, self.was_started = Status.PROCESSING, True
         self.started_at = self.started_at or time.time()
         self._notify()
 
@@ -172,13 +177,19 @@ class Prediction:
             self.logs = outcome.logs
         self._notify()
 
+    def postpone(self) -> None:
+        """Let its readers leave: it is still waiting, and the gateway ends."""
+        self.postponed = True
+        self._notify()
+
     async def follow(self, start: int = 0, silence: float = 10.0) -> AsyncIterator[list[str]]:
-        """Yield the pieces from index `start` on as they arrive, several at a time, until the end.
+        """Yield the pieces from index `start` on as they arrive, several at a time, until the end or until it
+        is postponed.
 
         An empty list means that nothing has happened for `silence` seconds.
         """
         while True:
-            ended, changed = self.status.ended, self._changed
+            ended, changed = self.status.ended or self.postponed, self._changed
             if new := self.pieces[start:]:
                 start += len(new)
                 yield new
@@ -192,14 +203,12 @@ class Prediction:
         return await _within(self._changed, timeout)
 
     async def wait_until_ended(self, timeout: float | None = None) -> bool:
-        """Wait for the end. Returns False if it did not come within `timeout` seconds."""
-        try:
+        """Wait for the end. Returns False if it did not come within `timeout` seconds, or is postponed."""
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while not self.status.ended:
+                while not (self.status.ended or self.postponed):
                     await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
+        return self.status.ended
 
     def _notify(self) -> None:
         self._changed.set()

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -399,3 +400,21 @@ def test_a_running_answer_ends_before_the_gateway_does(start: Start, cog: FakeCo
         assert "data: [DONE]" in list(lines)
     running.thread.join(PATIENCE)
     assert not running.thread.is_alive()
+
+
+def test_clients_of_waiting_predictions_do_not_delay_the_end(start: Start, cog: FakeCog) -> None:
+    running = start(grace=20)
+    path, body = f"/v1/models/{MODEL}/predictions", {"input": {"prompt": "Hi"}}
+    cog.rules.health = "STARTING"
+    until(lambda: running.client.get("/readyz").status_code == 503)
+    waiting = running.client.post(path, json=body).json()
+    with ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(running.client.get, waiting["urls"]["stream"])
+        wait = pool.submit(running.client.post, path, json=body, headers={"Prefer": "wait=30"})
+        until(lambda: running.connections == 2)
+        began = time.monotonic()
+        running.server.should_exit = True
+        assert stream.result(PATIENCE).text.replace(": ping\n\n", "") == ""  # the stream ends without `done`
+        assert (wait.result(PATIENCE).status_code, wait.result().json()["status"]) == (202, "starting")
+        running.thread.join(PATIENCE)
+    assert time.monotonic() - began < 5

@@ -77,6 +77,10 @@ class Dispatcher:
     def running(self) -> list[Prediction]:
         return [run.prediction for run in self._running.values()]
 
+    @property
+    def waiting(self) -> list[Prediction]:
+        return list(self._queue)
+
     def is_running(self, prediction: Prediction) -> bool:
         return prediction.id in self._running
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from llama.gateway.prediction import Prediction
 from llama.gateway.problems import throttled
@@ -26,6 +27,9 @@ class FairQueue:
 
     def __len__(self) -> int:
         return sum(len(waiting) for waiting in self._by_key.values())
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return chain.from_iterable(self._by_key.values())
 
     @property
     def oldest_age(self) -> float:

@@ -21,7 +21,8 @@ _PING = b": ping\n\n"
 
 
 async def events(prediction: Prediction, start: int = 0, silence: float = 10.0) -> AsyncIterator[bytes]:
-    """Yield the events from index `start` on, as many as are ready at a time, until the prediction ends.
+    """Yield the events from index `start` on, as many as are ready at a time, until the prediction ends
+    or is postponed.
 
     Yields a comment whenever there was no event for `silence` seconds.
     """
@@ -29,6 +30,8 @@ async def events(prediction: Prediction, start: int = 0, silence: float = 10.0) 
     async for pieces in prediction.follow(start, silence):
         yield _outputs(stamp, index, pieces) if pieces else _PING
         index += len(pieces)
+    if not prediction.status.ended:
+        return  # the reader connects again and finds the prediction after the restart
     yield "".join(_last_events(prediction, stamp, start)).encode()
 
 
