@@ -13,7 +13,7 @@ from llama.cli.gateway_database import open_store
 from llama.cli.terminal import command, print_table
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.usage_table import Column
-from llama.gateway.usage_report import Line, report, total
+from llama.gateway.usage_report import PricedUsage, total, with_prices
 
 _COLUMNS = ("predictions", "input tokens", "output tokens", "seconds", "dollars")
 
@@ -44,7 +44,7 @@ def usage(
     prices = GatewaySettings.from_environment().prices
     columns = list(dict.fromkeys(by or [Column.KEY]))
     with open_store(create=False) as store:
-        lines = report(store.usage.sums(columns, since=since and since.date()), prices)
+        lines = with_prices(store.usage.sums(columns, since=since and since.date()), prices)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow([*columns, *(column.replace(" ", "_") for column in _COLUMNS)])
@@ -60,11 +60,11 @@ def usage(
     print_table([header, *rows], numbers_from=len(columns))
 
 
-def _exact(line: Line) -> list[str]:
+def _exact(line: PricedUsage) -> list[str]:
     counts = (line.predictions, line.input_tokens, line.output_tokens)
     return [*map(str, counts), f"{line.seconds:.3f}", f"{line.price:f}"]
 
 
-def _readable(line: Line) -> list[str]:
+def _readable(line: PricedUsage) -> list[str]:
     counts = (line.predictions, line.input_tokens, line.output_tokens)
     return [*(f"{count:,}" for count in counts), f"{line.seconds:,.1f}", f"{line.price:,.6f}"]

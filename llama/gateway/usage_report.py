@@ -14,21 +14,21 @@ from llama.gateway.storage.usage_table import Usage
 
 
 @dataclass(frozen=True)
-class Line(Usage):
+class PricedUsage(Usage):
     """A sum of usage with its price."""
 
     price: Decimal
     """In dollars, at the current prices."""
 
 
-def report(usage: Iterable[Usage], prices: Prices) -> list[Line]:
+def with_prices(usage: Iterable[Usage], prices: Prices) -> list[PricedUsage]:
     """Return the usage with its prices, in the same order."""
-    return [Line(**vars(row), price=prices.of(row.input_tokens, row.output_tokens)) for row in usage]
+    return [PricedUsage(**vars(row), price=prices.of(row.input_tokens, row.output_tokens)) for row in usage]
 
 
-def total(lines: Sequence[Line]) -> Line:
+def total(lines: Sequence[PricedUsage]) -> PricedUsage:
     """Return the sum of all lines."""
-    return Line(
+    return PricedUsage(
         (),
         sum(line.predictions for line in lines),
         sum(line.input_tokens for line in lines),

@@ -20,7 +20,7 @@ from llama.gateway.storage.keys import KeyLimits
 from llama.gateway.storage.migrations import MIGRATIONS
 from llama.gateway.storage.store import Store
 from llama.gateway.storage.usage_table import Column, Tokens
-from llama.gateway.usage_report import report, total
+from llama.gateway.usage_report import total, with_prices
 
 PRICES = Prices(Decimal("0.65"), Decimal("2.75"))
 TOKENS = st.integers(min_value=0, max_value=10**9)
@@ -80,7 +80,7 @@ def test_usage_is_added_up_by_any_columns(
 
 
 def test_the_total_is_the_sum_of_the_lines(store: Store) -> None:
-    lines = report(store.usage.sums([Column.KEY]), PRICES)
+    lines = with_prices(store.usage.sums([Column.KEY]), PRICES)
     assert [line.price for line in lines] == [PRICES.of(1100, 10), PRICES.of(7, 1)]
     everything = total(lines)
     assert (everything.predictions, everything.seconds) == (4, 2.0)

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from llama.gateway.metrics.recorder import PREFIX
 from llama.gateway.storage.usage_table import Column, Usage
-from llama.gateway.usage_report import Line
+from llama.gateway.usage_report import PricedUsage
 
 COLUMNS = (Column.KEY, Column.MODEL)
 _LABELS = [column.value for column in COLUMNS]
@@ -27,7 +27,7 @@ def nothing_used(key: str, model: str) -> Usage:
 class Scrape(Collector):
     """Everything that one scrape shows: the metrics of a registry, and the usage of all keys."""
 
-    def __init__(self, registry: CollectorRegistry, usage: Iterable[Line] | None) -> None:
+    def __init__(self, registry: CollectorRegistry, usage: Iterable[PricedUsage] | None) -> None:
         """`usage`: the sums by `COLUMNS`. If it is None, the database could not be read."""
         self._registry, self._usage = registry, usage
 
@@ -42,7 +42,7 @@ class Scrape(Collector):
             yield from _families(list(self._usage))
 
 
-def _families(lines: list[Line]) -> Iterator[Metric]:
+def _families(lines: list[PricedUsage]) -> Iterator[Metric]:
     values: dict[str, tuple[str, list[float]]] = {
         "predictions": ("Predictions that have ended", [line.predictions for line in lines]),
         "input_tokens": ("Input tokens", [line.input_tokens for line in lines]),

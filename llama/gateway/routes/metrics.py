@@ -23,7 +23,7 @@ from llama.gateway.routes.dependencies import CurrentGateway
 from llama.gateway.storage.keys import hash_of, same
 from llama.gateway.storage.store import Store
 from llama.gateway.storage.usage_table import Usage
-from llama.gateway.usage_report import Line, report
+from llama.gateway.usage_report import PricedUsage, with_prices
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _check_key(gateway: Gateway, authorization: str) -> None:
         )
 
 
-async def _usage(gateway: Gateway) -> list[Line] | None:
+async def _usage(gateway: Gateway) -> list[PricedUsage] | None:
     """The usage of all keys; None if the database cannot be read."""
 
     def sums(store: Store) -> Iterable[Usage]:
@@ -81,4 +81,4 @@ async def _usage(gateway: Gateway) -> list[Line] | None:
     except (sqlite3.Error, TimeoutError) as error:
         logger.error("the metrics lack the usage, because the database cannot be read: %r", error)
         return None
-    return report(found, gateway.settings.prices)
+    return with_prices(found, gateway.settings.prices)

@@ -22,7 +22,7 @@ from llama.gateway.problems import Problem, not_found
 from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
 from llama.gateway.storage.keys import Key
 from llama.gateway.storage.usage_table import Column
-from llama.gateway.usage_report import Line, report, total
+from llama.gateway.usage_report import PricedUsage, total, with_prices
 
 router = APIRouter()
 
@@ -138,7 +138,7 @@ async def get_usage(gateway: CurrentGateway, key: CurrentKey, since: str | None 
     first = _day(since)
     columns = (Column.DAY, Column.MODEL)
     sums = await gateway.storage.run(lambda store: store.usage.sums(columns, key_id=key.id, since=first))
-    lines = report(sums, gateway.settings.prices)
+    lines = with_prices(sums, gateway.settings.prices)
     return {
         "since": first.isoformat(),
         "rows": [{"day": line.of[0], "model": line.of[1], **_numbers(line)} for line in lines],
@@ -158,7 +158,7 @@ def _day(text: str | None) -> date:
         raise Problem(400, "Bad request", detail, code="invalid_value", param="since") from error
 
 
-def _numbers(line: Line) -> dict[str, float]:
+def _numbers(line: PricedUsage) -> dict[str, float]:
     return {
         "predictions": line.predictions,
         "input_tokens": line.input_tokens,
