@@ -17,6 +17,7 @@ from llama.gateway.http.disconnect import ClientLeft
 from llama.gateway.http.middleware import wrap
 from llama.gateway.http.problem_response import problem_response
 from llama.gateway.http.request_log import NoteRoute, RequestLog
+from llama.gateway.page.files import page_files
 from llama.gateway.page.renderer import MarkdownRenderer
 from llama.gateway.problems import Problem, internal_error, not_found
 from llama.gateway.routes import catalog, metrics, openai, page, replicate, stream
@@ -34,7 +35,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
     # The bodies are not declared, so a generated description would say nothing about them.
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    app.state.gateway = gateway
+    app.state.gateway, app.state.page = gateway, page_files()
     app.add_api_route("/healthz", _healthz)
     app.add_api_route("/readyz", _readyz)
     for route in _routes(app):

@@ -1,7 +1,7 @@
 """The page's own files: their contents, types and entity tags.
 
-All files are read once, so a request can name only a file that exists, and a gateway serves one version of
-the page even while the package is being replaced.
+All files are read when the application is created, so a request can name only a file that exists, and a
+gateway serves one version of the page even while the package is being replaced.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "static"
@@ -19,10 +18,7 @@ INDEX = "index.html"
 _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
-    ".ico": "image/x-icon",
     ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
-    ".png": "image/png",
     ".svg": "image/svg+xml",
 }
 """Files with other endings, such as the backup copies of an editor, are not served."""
@@ -38,7 +34,6 @@ class PageFile:
     """It depends on the content only: in a package, all files have the same modification time."""
 
 
-@cache
 def page_files(folder: Path = FOLDER) -> Mapping[str, PageFile]:
     """Return the files of a folder by their names. Files in folders have names such as `icons/copy.svg`."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix in _TYPES)

@@ -16,7 +16,7 @@ from llama.gateway.access.sessions import SECONDS
 from llama.gateway.gateway import Gateway
 from llama.gateway.http.authentication import key_of
 from llama.gateway.http.same_origin import check_same_origin
-from llama.gateway.page.files import INDEX, PageFile, page_files
+from llama.gateway.page.files import INDEX, PageFile
 from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex
 from llama.gateway.problems import Problem, not_found
 from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
@@ -29,16 +29,19 @@ router = APIRouter()
 
 @router.get("/")
 async def get_page(request: Request) -> Response:
-    return _file(request, page_files().get(INDEX))
+    return _file(request, INDEX)
 
 
 @router.get("/page/static/{name:path}")
 async def get_page_file(name: str, request: Request) -> Response:
     # The page's relative URLs do not work at this address.
-    return _file(request, None if name == INDEX else page_files().get(name))
+    if name == INDEX:
+        raise not_found()
+    return _file(request, name)
 
 
-def _file(request: Request, file: PageFile | None) -> Response:
+def _file(request: Request, name: str) -> Response:
+    file: PageFile | None = request.app.state.page.get(name)
     if file is None:
         raise not_found()
     # Browsers then ask at every use whether there is a new version.
