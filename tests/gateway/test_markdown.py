@@ -16,7 +16,7 @@ from server_clients import until
 
 from llama import ROOT
 from llama.gateway.page.markdown import ALIGNMENTS, ATTRIBUTES, LANGUAGE_CLASS, LINK_ATTRIBUTES, TAGS, html_of
-from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex
+from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex, TooManyTexts
 
 LINK = 'target="_blank" rel="noopener noreferrer nofollow"'
 
@@ -330,6 +330,8 @@ def test_nothing_outside_the_lists_is_ever_in_the_html(text: str) -> None:
 
 # The process that renders
 
+SLOW = "![" * (MAX_CHARACTERS // 2)
+
 
 def run(scene: Callable[[MarkdownRenderer], Awaitable[None]], seconds: float = 60) -> None:
     async def with_renderer() -> None:
@@ -343,7 +345,8 @@ def test_a_process_renders_all_texts() -> None:
     texts = ["", "*a*", "é \ud7ff 😀 \0", "a" * MAX_CHARACTERS, "- a\n" * 10_000, "*b*"]
 
     async def scene(renderer: MarkdownRenderer) -> None:
-        assert await asyncio.gather(*map(renderer.html_of, texts)) == [html_of(text) for text in texts]
+        found = await asyncio.gather(*(renderer.html_of(text, 1) for text in texts))
+        assert found == [html_of(text) for text in texts]
 
     run(scene)
 
@@ -352,8 +355,8 @@ def test_a_text_that_takes_too_long_is_given_up_and_the_next_one_is_rendered() -
     async def scene(renderer: MarkdownRenderer) -> None:
         for _ in range(5):  # the process has just ended, and its exit code must not be missed
             with pytest.raises(TooComplex):
-                await renderer.html_of("![" * (MAX_CHARACTERS // 2))
-        assert await renderer.html_of("a") == "<p>a</p>\n"
+                await renderer.html_of(SLOW, 1)
+        assert await renderer.html_of("a", 1) == "<p>a</p>\n"
 
     run(scene, seconds=0.2)
 
@@ -362,20 +365,59 @@ def test_a_request_that_is_given_up_does_not_disturb_the_next_one() -> None:
     async def scene(renderer: MarkdownRenderer) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                await renderer.html_of("![" * (MAX_CHARACTERS // 2))
-        assert await renderer.html_of("a") == "<p>a</p>\n"
+                await renderer.html_of(SLOW, 1)
+        assert await renderer.html_of("a", 1) == "<p>a</p>\n"
+
+    run(scene)
+
+
+def test_a_text_waits_for_at_most_one_text_of_another_owner() -> None:
+    async def scene(renderer: MarkdownRenderer) -> None:
+        slow = [asyncio.create_task(renderer.html_of(SLOW, 1)) for _ in range(6)]
+        await asyncio.sleep(0)  # until they wait
+        assert await renderer.html_of("a", 2) == "<p>a</p>\n"
+        assert sum(not task.done() for task in slow) >= 5
+        assert all(
+            isinstance(error, TooComplex) for error in await asyncio.gather(*slow, return_exceptions=True)
+        )
+
+    run(scene, seconds=0.2)
+
+
+def test_an_owner_has_a_limit_of_waiting_texts() -> None:
+    async def scene(renderer: MarkdownRenderer) -> None:
+        for _ in range(2):  # those that have ended do not count
+            results = await asyncio.gather(
+                *(renderer.html_of("a", 1) for _ in range(10)),
+                renderer.html_of("a", 2),
+                return_exceptions=True,
+            )
+            assert [type(result) for result in results] == [str] * 8 + [TooManyTexts] * 2 + [str]
+
+    run(scene)
+
+
+def test_texts_that_are_given_up_do_not_count_and_are_not_rendered() -> None:
+    async def scene(renderer: MarkdownRenderer) -> None:
+        for _ in range(3):
+            slow = [asyncio.create_task(renderer.html_of(SLOW, 1)) for _ in range(8)]
+            await asyncio.sleep(0)
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+        assert await renderer.html_of("a", 1) == "<p>a</p>\n"
 
     run(scene)
 
 
 def test_a_process_that_the_system_killed_is_replaced() -> None:
     async def scene(renderer: MarkdownRenderer) -> None:
-        await renderer.html_of("a")
+        await renderer.html_of("a", 1)
         process = renderer._process
         assert process is not None
         process.kill()
         await process.wait()
-        assert await renderer.html_of("a") == "<p>a</p>\n"
+        assert await renderer.html_of("a", 1) == "<p>a</p>\n"
 
     run(scene)
 
@@ -386,7 +428,7 @@ import asyncio, os
 from llama.gateway.page.renderer import MarkdownRenderer
 async def main():
     renderer = MarkdownRenderer()
-    await renderer.html_of("a")
+    await renderer.html_of("a", 1)
     print(renderer._process.pid, flush=True)
     os.kill(os.getpid(), 9)
 asyncio.run(main())
@@ -406,6 +448,6 @@ def has_ended(process: int) -> bool:
 def test_texts_do_not_add_up_to_the_limit_of_one() -> None:
     async def scene(renderer: MarkdownRenderer) -> None:
         for _ in range(20):
-            assert await renderer.html_of("- a\n" * 400)
+            assert await renderer.html_of("- a\n" * 400, 1)
 
     run(scene, seconds=0.5)

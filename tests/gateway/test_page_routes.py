@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from html.parser import HTMLParser
@@ -299,6 +300,19 @@ class TestMarkdown:
         assert response.status_code == 422
         assert response.json()["error"]["code"] == "text_too_complex"
         assert gateway.client.post("/page/markdown", json={"text": "a"}).json() == {"html": "<p>a</p>\n"}
+
+    def test_too_many_texts_of_one_key_are_refused(self, gateway: Gateway) -> None:
+        def render(text: str) -> httpx2.Response:
+            return gateway.client.post("/page/markdown", json={"text": text})
+
+        with ThreadPoolExecutor(13) as threads:
+            slow = threads.submit(render, "![" * (MAX_CHARACTERS // 2))
+            responses = list(threads.map(render, ["a"] * 12))
+            assert slow.result().status_code == 422
+        assert {response.status_code for response in responses} == {200, 503}
+        refused = next(response for response in responses if response.status_code == 503)
+        assert refused.json()["error"]["code"] == "too_many_texts"
+        assert refused.headers["retry-after"] == "2"
 
 
 class TestUsage:

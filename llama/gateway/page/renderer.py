@@ -13,7 +13,9 @@ import asyncio
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -22,7 +24,10 @@ from llama.gateway.page.markdown import html_of
 
 MAX_CHARACTERS = 100_000
 _SECONDS = 2.0
-"""The processor time that one text may take. A usual answer takes a few hundredths of a second."""
+"""The processor time that one text may take. A usual answer takes a few hundredths of a second, but a list of
+MAX_CHARACTERS takes almost one."""
+_MAX_OF_ONE_OWNER = 8
+"""A page sends one text at a time, but several people and tabs can share a key."""
 _LAST_MOMENTS = 5.0
 """How many seconds a process that has closed its output may take to end."""
 _LENGTH = 4  # bytes, before each text in both directions
@@ -33,12 +38,26 @@ class TooComplex(Exception):
     """The text takes too long to render."""
 
 
+class TooManyTexts(Exception):
+    """Too many texts of one owner are waiting."""
+
+
+@dataclass
+class _Texts:
+    """The texts of one owner that wait or are being rendered."""
+
+    count: int = 0
+    one_by_one: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 class MarkdownRenderer:
-    """A context manager that ends the process. Texts are rendered one after the other."""
+    """A context manager that ends the process. Texts are rendered one after the other, and the owners take
+    turns: otherwise, one of them could make all others wait."""
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
         self._process: Process | None = None
+        self._texts = dict[int, _Texts]()
         self._rendering = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -50,20 +69,40 @@ class MarkdownRenderer:
         async with self._rendering:
             await self._stop()
 
-    async def html_of(self, text: str) -> str:
-        """Return a text of at most MAX_CHARACTERS as HTML. Raises TooComplex."""
-        async with self._rendering:
-            if self._process is None or self._process.returncode is not None:  # it may have been killed
-                self._process = await self._start()
-            try:
-                return await _exchange(self._process, text)
-            except (asyncio.IncompleteReadError, ConnectionError) as error:
-                if await self._stop(_LAST_MOMENTS) == -signal.SIGPROF:
-                    raise TooComplex from error
-                raise RuntimeError("the process that renders Markdown has failed") from error
-            except BaseException:  # otherwise the next call would read the rest of this answer
-                await self._stop()
-                raise
+    async def html_of(self, text: str, owner: int) -> str:
+        """Return a text of at most MAX_CHARACTERS as HTML. `owner` is the id of a key.
+
+        Raises TooComplex, and TooManyTexts if the owner has 8 others that wait or are being rendered.
+        """
+        with self._counted(owner) as texts:
+            async with texts.one_by_one, self._rendering:
+                return await self._render(text)
+
+    @contextmanager
+    def _counted(self, owner: int) -> Iterator[_Texts]:
+        texts = self._texts.setdefault(owner, _Texts())
+        if texts.count >= _MAX_OF_ONE_OWNER:
+            raise TooManyTexts
+        texts.count += 1
+        try:
+            yield texts
+        finally:
+            texts.count -= 1
+            if not texts.count:
+                del self._texts[owner]
+
+    async def _render(self, text: str) -> str:
+        if self._process is None or self._process.returncode is not None:  # it may have been killed
+            self._process = await self._start()
+        try:
+            return await _exchange(self._process, text)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            if await self._stop(_LAST_MOMENTS) == -signal.SIGPROF:
+                raise TooComplex from error
+            raise RuntimeError("the process that renders Markdown has failed") from error
+        except BaseException:  # otherwise the next call would read the rest of this answer
+            await self._stop()
+            raise
 
     async def _start(self) -> Process:
         command = (sys.executable, "-m", "llama.gateway.page.renderer", str(self._seconds))

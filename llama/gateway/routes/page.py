@@ -15,9 +15,10 @@ from llama.gateway.access.budgets import has_budget
 from llama.gateway.access.sessions import SECONDS
 from llama.gateway.gateway import Gateway
 from llama.gateway.http.authentication import key_of
+from llama.gateway.http.disconnect import while_connected
 from llama.gateway.http.same_origin import check_same_origin
 from llama.gateway.page.files import INDEX, PageFile
-from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex
+from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex, TooManyTexts
 from llama.gateway.problems import Problem, not_found
 from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
 from llama.gateway.storage.keys import Key
@@ -109,17 +110,21 @@ def _cookie_attributes(request: Request) -> dict[str, Any]:
 
 
 @router.post("/page/markdown")
-async def render_markdown(request: Request, _: CurrentKey) -> dict[str, str]:
+async def render_markdown(request: Request, key: CurrentKey) -> dict[str, str]:
     text = await _text(request, "text")
     if len(text) > MAX_CHARACTERS:
         detail = f"`text` has {len(text)} characters, but at most {MAX_CHARACTERS} can be rendered."
         raise Problem(413, "Request entity too large", detail, code="text_too_long", param="text")
     renderer: MarkdownRenderer = request.app.state.markdown
     try:
-        return {"html": await renderer.html_of(text)}
+        return {"html": await while_connected(request.receive, renderer.html_of(text, key.id))}
     except TooComplex as error:
         detail = "The Markdown in `text` takes too long to render. Show it as plain text."
         raise _invalid(detail, "text_too_complex", "text") from error
+    except TooManyTexts as error:
+        detail = "Too many texts of this key wait to be rendered. Show this one as plain text, or try again."
+        headers = {"Retry-After": "2"}
+        raise Problem(503, "Service unavailable", detail, code="too_many_texts", headers=headers) from error
 
 
 async def _text(request: Request, name: str) -> str:
