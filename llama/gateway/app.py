@@ -13,7 +13,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from llama.gateway.gateway import Gateway
-from llama.gateway.http.disconnect import ClientLeft
+from llama.gateway.http.disconnect import LEFT, ClientLeft
 from llama.gateway.http.middleware import wrap
 from llama.gateway.http.problem_response import problem_response
 from llama.gateway.http.request_log import NoteRoute, RequestLog
@@ -100,8 +100,8 @@ def _methods(request: Request) -> set[str]:
 
 
 async def _client_left(_: Request, __: Exception) -> Response:
-    """The client closed its connection, so this response is not read. nginx logs the same status."""
-    return Response(status_code=499)
+    """The client closed its connection, so this response is not read."""
+    return Response(status_code=LEFT)
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from gateways import KEY, Gateway
+from gateways import KEY, MODEL, Gateway
 from scrapes import METRICS_KEY, chat, script_of
 from server_clients import PATIENCE, Body, until
 
@@ -137,6 +137,40 @@ def test_a_stream_that_its_client_leaves_is_not_complete(logged: Gateway, json_l
     line = json_log.one("request", route="/chat/completions")
     assert (line["status"], line["complete"]) == (200, False)
     assert json_log.one("prediction", status="canceled", api="openai")["output_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "route"),
+    [
+        ("/v1/chat/completions", chat("hold"), "/chat/completions"),
+        (
+            f"/v1/models/{MODEL}/predictions",
+            {"input": {"prompt": "hold"}},
+            "/models/{owner}/{name}/predictions",
+        ),
+        ("/page/markdown", {"text": "![" * 50_000}, "/page/markdown"),
+    ],
+)
+def test_a_response_whose_client_left_before_it_began_is_not_complete(
+    logged: Gateway, json_log: Log, path: str, body: Body, route: str
+) -> None:
+    with pytest.raises(httpx2.ReadTimeout):
+        logged.client.post(path, json=body, headers={"Prefer": "wait"}, timeout=httpx2.Timeout(60, read=0.3))
+    line = json_log.one("request", route=route)
+    assert (line["status"], line["complete"], line["bytes"]) == (499, False, 0)
+
+
+def test_a_prediction_goes_on_when_its_creator_has_left(logged: Gateway, json_log: Log, cog: FakeCog) -> None:
+    with pytest.raises(httpx2.ReadTimeout):
+        logged.client.post(
+            f"/v1/models/{MODEL}/predictions",
+            json={"input": {"prompt": "hold"}},
+            headers={"Prefer": "wait"},
+            timeout=httpx2.Timeout(60, read=0.3),
+        )
+    json_log.one("request", status=499)
+    cog.release()
+    assert json_log.one("prediction", api="replicate")["status"] == "succeeded"
 
 
 def test_a_prediction_has_one_line_when_it_has_ended(logged: Gateway, cog: FakeCog, json_log: Log) -> None:

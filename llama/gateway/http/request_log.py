@@ -13,6 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.gateway.http.authentication import HEALTH_CHECKS, METRICS
+from llama.gateway.http.disconnect import LEFT
 from llama.gateway.logs import REQUESTS
 from llama.gateway.metrics.recorder import Metrics
 
@@ -65,7 +66,7 @@ class RequestLog:
             "problem": state.get("problem"),
             "milliseconds": round(seconds * 1000, 1),
             "bytes": response.size,
-            "complete": response.complete,
+            "complete": response.complete and response.status != LEFT,
             "key": key.name if key is not None else None,
         }
         REQUESTS.info("%s %s: %d", method, route or "(no route)", response.status, extra=fields)
@@ -78,7 +79,7 @@ class _Response:
         self._send = send
         self.status, self.size = 0, 0
         self.complete = False
-        """Whether it was sent to its end. A client may leave before."""
+        """Whether it was sent to its end."""
 
     def send(self, message: Message) -> Awaitable[None]:
         """Not a coroutine function, which would take longer: this is called for every piece of an answer."""

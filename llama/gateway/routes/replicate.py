@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Request, Response
 
 from llama.gateway.gateway import Gateway
+from llama.gateway.http.disconnect import while_connected
 from llama.gateway.model_card import version_of
 from llama.gateway.prediction import Prediction, PredictionRequest
 from llama.gateway.problems import Problem, not_found
@@ -147,7 +148,8 @@ async def _create(
     if wait is None:
         return _json(created_body(prediction, base), 201)
     # Clients give up soon after the time that they named, and some of them then create a second prediction.
-    ended = await prediction.wait_until_ended(wait - min(1.0, wait / 2))
+    ending = prediction.wait_until_ended(wait - min(1.0, wait / 2))
+    ended = await while_connected(request.receive, ending)
     return _json(created_body(prediction, base), 201 if ended else 202)
 
 
