@@ -128,6 +128,8 @@ def test_a_lost_server_is_counted(gateways: StartGateway) -> None:
         dying.rules.script = Script()
         dying.start_again()
         assert gateway.wait_for(prediction)["status"] == "succeeded"
+        assert len(dying.predictions) == 2
+        assert scrape(gateway).value("queue_time_seconds_count") == 1
         assert not other.served
 
 

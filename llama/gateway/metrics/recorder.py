@@ -1,7 +1,8 @@
 """Counts and times what happens to predictions and requests since the start of the gateway.
 
 Knows predictions. Knows nothing about queues, servers or the database. Errors are logged and not raised,
-because an error in a metric must not break a prediction.
+because an error in a metric must not break a prediction. `Metrics.piece` is an exception: it is called too
+often for that, and observes only the time.
 """
 
 from __future__ import annotations
@@ -136,8 +137,9 @@ class Metrics:
 
     @_harmless
     def started(self, prediction: Prediction) -> None:
-        """A server has begun to work on a prediction. Call it before `Prediction.start`."""
-        if prediction.started_at is None:
+        """A server has begun to work on a prediction. Call it before `Prediction.start`. If a server is lost
+        and another one begins again, only the first time counts."""
+        if not prediction.was_started:
             self._queue.observe(prediction.age)
 
     def piece(self, prediction: Prediction) -> None:
