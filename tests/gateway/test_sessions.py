@@ -202,6 +202,19 @@ class TestEnd:
         gateway.add_key("ann")  # a new key with the same name
         assert status(ann) == 401
 
+    def test_a_copy_of_the_cookie_works_after_a_log_out_until_its_key_is_revoked(
+        self, gateway: Gateway
+    ) -> None:
+        client = browser(gateway, gateway.add_key("copied"))
+        name, token = cookie_of(client)
+        assert client.post("/page/logout").status_code == 204
+        assert not client.cookies.jar
+        thief = browser(gateway, None)
+        replace_cookie(thief, name, token)
+        assert (key_name(thief), status(thief)) == ("copied", 200)
+        gateway.revoke("copied")
+        assert (key_name(thief), status(thief)) == (None, 401)
+
     def test_a_session_outlives_a_restart(self, gateway: Gateway) -> None:
         client = browser(gateway)
         gateway.restart()
