@@ -11,15 +11,10 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from llama.gateway.http.openai_paths import NOT_OFFERED, OFFERED
 from llama.gateway.problems import Problem
 
 # fmt: off
-_OPENAI = (
-    "assistants", "audio", "batches", "chat", "completions", "containers", "conversations", "embeddings",
-    "engines", "evals", "fine_tuning", "images", "moderations", "realtime", "responses", "threads", "uploads",
-    "vector_stores", "videos",
-)
-"""The first parts of the paths that only OpenAI's API has."""
 _REPLICATE = (
     "account", "collections", "deployments", "hardware", "predictions", "search", "stream", "trainings",
     "webhooks",
@@ -35,7 +30,7 @@ def problem_response(problem: Problem, path: str) -> Response:
     parts = path.strip("/").split("/")
     below_a_model = parts[0] == "models" and len(parts) > 3  # such as /models/{owner}/{name}/predictions
     body, status, media_type = problem.for_both(), problem.status, "application/json"
-    if parts[0] in _OPENAI:
+    if parts[0] in OFFERED or parts[0] in NOT_OFFERED:
         body, status = problem.for_openai(), problem.openai_status
     elif parts[0] in _REPLICATE or below_a_model:
         body, media_type = problem.for_replicate(), "application/problem+json"

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from llama.gateway.gateway import Gateway
 from llama.gateway.http.disconnect import ClientLeft, while_connected
+from llama.gateway.http.openai_paths import NOT_OFFERED
 from llama.gateway.model_card import version_of
 from llama.gateway.openai.choices import Choices, Update
 from llama.gateway.openai.model import find_model
@@ -25,29 +26,6 @@ from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_u
 from llama.gateway.storage.keys import Key
 
 router = APIRouter()
-
-# What to use instead of each endpoint of OpenAI's API that this gateway does not have.
-_CHAT = "use POST /v1/chat/completions"
-_NOTHING = "this gateway serves a chat model only"
-_ABSENT = {
-    "assistants": _CHAT,
-    "audio": _NOTHING,
-    "batches": f"send the requests one by one: {_CHAT}",
-    "containers": _NOTHING,
-    "conversations": _CHAT,
-    "embeddings": _NOTHING,
-    "engines": _CHAT,
-    "evals": _NOTHING,
-    "fine_tuning": _NOTHING,
-    "images": _NOTHING,
-    "moderations": _NOTHING,
-    "realtime": _CHAT,
-    "responses": _CHAT,
-    "threads": _CHAT,
-    "uploads": _NOTHING,
-    "vector_stores": _NOTHING,
-    "videos": _NOTHING,
-}
 
 
 @router.post("/chat/completions")
@@ -157,10 +135,10 @@ class CompletionStream(Response):
 
 async def _refuse(request: Request) -> Response:
     path = request.url.path
-    detail = f"{request.method} /v1{path} is not offered: {_ABSENT[path.split('/')[1]]}."
+    detail = f"{request.method} /v1{path} is not offered: {NOT_OFFERED[path.split('/')[1]]}."
     raise Problem(404, "Not found", detail, code="not_found")
 
 
-for _name in _ABSENT:
+for _name in NOT_OFFERED:
     for _path in (f"/{_name}", f"/{_name}/{{rest:path}}"):
         router.add_api_route(_path, _refuse, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
