@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
@@ -93,7 +93,13 @@ def add(
     """
     _check_name(name)
     key = new_key()
-    limits = _changed(KeyLimits(), requests_per_minute, at_once, monthly_tokens, monthly_dollars)
+    limits = _changed(
+        KeyLimits(),
+        requests_per_minute=requests_per_minute,
+        at_once=at_once,
+        monthly_tokens=monthly_tokens,
+        monthly_dollars=monthly_dollars,
+    )
     with open_store() as store:
         try:
             store.keys.add(name, hash_of(key), limits)
@@ -114,14 +120,19 @@ def limit(
 ) -> None:
     """Change the limits of a key. A limit that is not given stays as it is; `none` removes it."""
     _check_name(name)
-    given = (requests_per_minute, at_once, monthly_tokens, monthly_dollars)
-    if given == (None, None, None, None):
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "at_once": at_once,
+        "monthly_tokens": monthly_tokens,
+        "monthly_dollars": monthly_dollars,
+    }
+    if all(value is None for value in given.values()):
         raise BadSettings("no limit is given; give at least one option, such as --monthly-dollars 20")
     with open_store() as store, store.transaction():
         key = store.keys.find(name)
         if key is None:
             raise BadSettings(f"no key named {name} is in use; `keys list` lists all keys")
-        store.keys.set_limits(key, _changed(key.limits, *given))
+        store.keys.set_limits(key, _changed(key.limits, **given))
     print(f"The limits of the key {name} are changed.", file=sys.stderr)
 
 
@@ -159,10 +170,9 @@ def _check_name(name: str) -> None:
         )
 
 
-def _changed(limits: KeyLimits, *given: int | Decimal | str | None) -> KeyLimits:
-    """Return the limits after replacing those that are given. `given` is in the order of the fields."""
-    names = (field.name for field in fields(KeyLimits))
-    new: dict[str, Any] = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+def _changed(limits: KeyLimits, **given: int | Decimal | str | None) -> KeyLimits:
+    """Return the limits after replacing those that are given."""
+    new: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(limits, **{name: None if value == _NO_LIMIT else value for name, value in new.items()})
 
 
