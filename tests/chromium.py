@@ -146,6 +146,8 @@ class Visit:
         assert not unexpected, unexpected
         for page in self.context.pages[1:]:
             page.close()
+        self.page.unroute_all(behavior="ignoreErrors")
+        self.context.unroute_all(behavior="ignoreErrors")
         self.context.clear_permissions()
         self.page.goto("about:blank")
         self.context.clear_cookies()

@@ -7,7 +7,7 @@ const { changedInputs, errorsByField, readEntered, readFields } = await import(`
 const { inputsFor, isDialogue, messagesOf, titleFrom, withoutLastAnswer } = await import(
   `${STATIC}/chat/dialogue.js`
 );
-const { Dialogues, NotStored } = await import(`${STATIC}/chat/dialogues.js`);
+const { DialogueStorage, NotStored } = await import(`${STATIC}/chat/dialogue_storage.js`);
 const { ApiError, describe } = await import(`${STATIC}/gateway/errors.js`);
 const { metricsLine, money, priceOf } = await import(`${STATIC}/common/format.js`);
 const { readLog, splitControlTokens } = await import(`${STATIC}/answer/prompt_log.js`);
@@ -145,23 +145,26 @@ const dialogue = (id, updated = 1) => ({
 
 test("dialogues are stored by path and by key", () => {
   const shared = storage();
-  const ann = new Dialogues(shared, "/", "ann");
+  const ann = new DialogueStorage(shared, "%2F:ann");
   ann.save(dialogue("1", 1));
   ann.save(dialogue("2", 2));
   assert.deepEqual(
-    ann.all().map(({ id }) => id),
-    ["2", "1"],
+    ann
+      .all()
+      .map(({ id }) => id)
+      .sort(),
+    ["1", "2"],
   );
-  assert.deepEqual(new Dialogues(shared, "/", "bob").all(), []);
-  assert.deepEqual(new Dialogues(shared, "/llama/", "ann").all(), []);
-  assert.deepEqual(new Dialogues(shared, "/", "an").all(), []);
+  assert.deepEqual(new DialogueStorage(shared, "%2F:bob").all(), []);
+  assert.deepEqual(new DialogueStorage(shared, "%2Fllama%2F:ann").all(), []);
+  assert.deepEqual(new DialogueStorage(shared, "%2F:an").all(), []);
   ann.delete("2");
   assert.equal(ann.get("2"), null);
 });
 
 test("a stored item that is no dialogue is left out", () => {
   const broken = storage();
-  const dialogues = new Dialogues(broken, "/", "ann");
+  const dialogues = new DialogueStorage(broken, "%2F:ann");
   dialogues.save(dialogue("1"));
   const [name] = broken.items.keys();
   for (const text of [
@@ -180,7 +183,7 @@ test("a stored item that is no dialogue is left out", () => {
 
 test("a full storage keeps what was stored before", () => {
   const full = storage(200);
-  const dialogues = new Dialogues(full, "/", "ann");
+  const dialogues = new DialogueStorage(full, "%2F:ann");
   dialogues.save(dialogue("1"));
   assert.throws(() => dialogues.save({ ...dialogue("1"), title: "x".repeat(300) }), NotStored);
   assert.equal(dialogues.get("1").title, "t");
@@ -253,8 +256,8 @@ test("control tokens are told from text", () => {
 for (const [hash, view, id] of [
   ["", "chat", ""],
   ["#/chat/ab-1", "chat", "ab-1"],
-  ["#/predict", "predict", ""],
-  ["#/predictions/abc", "predict", "abc"],
+  ["#/inputs", "inputs", ""],
+  ["#/predictions/abc", "inputs", "abc"],
   ["#/usage", "usage", ""],
   ["#/predictions/../../page/logout", "chat", ""],
   ["#javascript:alert(1)", "chat", ""],

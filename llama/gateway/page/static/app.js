@@ -2,7 +2,6 @@
 
 import { Api } from "./gateway/api.js";
 import { ChatView } from "./chat/chat.js";
-import { browserStorage, Dialogues } from "./chat/dialogues.js";
 import { byId } from "./common/dom.js";
 import { ApiError, describe } from "./gateway/errors.js";
 import { InputsView } from "./inputs/inputs_view.js";
@@ -18,7 +17,7 @@ import { UsageView } from "./usage.js";
  * @typedef {import("./router.js").Route["view"]} ViewName
  */
 
-const TITLES = { chat: "Chat", predict: "Inputs", usage: "Usage", login: "Log in" };
+const TITLES = { chat: "Chat", inputs: "Inputs", usage: "Usage", login: "Log in" };
 const SECONDS_BETWEEN_TRIES = 2;
 
 const api = new Api(relogin);
@@ -67,9 +66,10 @@ function showLogin() {
 function showPage(current, keyName) {
   byId("key-name", HTMLElement).textContent = keyName;
   byId("key-name", HTMLElement).hidden = byId("log-out", HTMLElement).hidden = !current.needs_key;
-  const path = new URL(".", document.baseURI).pathname;
-  const chat = new ChatView(api, current, new Dialogues(browserStorage(), path, keyName));
-  const views = { chat, predict: new InputsView(api, current), usage: new UsageView(api, current) };
+  // What the browser stores has this in its name, so that each gateway and each key finds only its own.
+  const owner = [new URL(".", document.baseURI).pathname, keyName].map(encodeURIComponent).join(":");
+  const chat = new ChatView(api, current, owner);
+  const views = { chat, inputs: new InputsView(api, current), usage: new UsageView(api, current) };
   const open = () => {
     const route = routeOf(location.hash);
     show(route.view);
@@ -83,7 +83,7 @@ function showPage(current, keyName) {
     if (view !== "chat") byId(`${view}-heading`, HTMLElement).focus();
   });
   open();
-  void loadFields(current.model, [chat, views.predict]);
+  void loadFields(current.model, [chat, views.inputs]);
 }
 
 /**
@@ -91,7 +91,7 @@ function showPage(current, keyName) {
  * @param {ViewName | "login"} name
  */
 function show(name) {
-  for (const view of ["chat", "predict", "usage", "login"])
+  for (const view of ["chat", "inputs", "usage", "login"])
     byId(`${view}-view`, HTMLElement).hidden = view !== name;
   for (const link of byId("views", HTMLElement).querySelectorAll("a")) {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
@@ -125,8 +125,7 @@ async function loadFields(model, users) {
 async function logOut() {
   try {
     await api.logout();
-    // Otherwise the next person would find the text and the address of the chat.
-    byId("message", HTMLTextAreaElement).value = "";
+    // The next person may have another key, for which this address would name a missing chat.
     history.replaceState(null, "", "#/chat");
     location.reload();
   } catch (error) {

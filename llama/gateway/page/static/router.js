@@ -1,6 +1,6 @@
 /** The addresses of the views: the part of the URL after the #. Knows nothing about the DOM. */
 
-/** @typedef {{view: "chat" | "predict" | "usage", id: string}} Route */
+/** @typedef {{view: "chat" | "inputs" | "usage", id: string}} Route */
 
 const PREDICTIONS = /^#\/predictions\/([\w-]+)$/;
 const CHAT = /^#\/chat\/([\w-]+)$/;
@@ -11,8 +11,8 @@ const CHAT = /^#\/chat\/([\w-]+)$/;
  */
 export function routeOf(hash) {
   const prediction = PREDICTIONS.exec(hash);
-  if (prediction) return { view: "predict", id: prediction[1] ?? "" };
-  if (hash === "#/predict") return { view: "predict", id: "" };
+  if (prediction) return { view: "inputs", id: prediction[1] ?? "" };
+  if (hash === "#/inputs") return { view: "inputs", id: "" };
   if (hash === "#/usage") return { view: "usage", id: "" };
   return { view: "chat", id: CHAT.exec(hash)?.[1] ?? "" };
 }

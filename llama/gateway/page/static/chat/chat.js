@@ -1,12 +1,13 @@
 /** The chat: shows one conversation, keeps the others that are still being answered, and stores all of them. */
 
 import { Autoscroll } from "./autoscroll.js";
-import { ChatArchive } from "./chat_archive.js";
+import { SavedDialogues } from "./saved_dialogues.js";
 import { ChatSettings } from "./chat_settings.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
 import { newDialogue } from "./dialogue.js";
 import { DialogueList } from "./dialogue_list.js";
+import { browserStorage, DialogueStorage } from "./dialogue_storage.js";
 import { announce, byId } from "../common/dom.js";
 import { ApiError, describe } from "../gateway/errors.js";
 import { dismiss, notify } from "../common/notices.js";
@@ -33,7 +34,7 @@ export class ChatView {
   #chatsPanel;
   /** @type {Field[]} */
   #fields = [];
-  /** @type {Map<string, Conversation>} those that are shown or wait for an answer */
+  /** @type {Map<string, Conversation>} the one that is shown, and those that were left during an answer */
   #conversations = new Map();
   /** @type {Conversation} */
   #current;
@@ -41,14 +42,15 @@ export class ChatView {
   /**
    * @param {import("../gateway/api.js").Api} api
    * @param {import("../types.js").Session} session
-   * @param {import("./dialogues.js").Dialogues} store
+   * @param {string} owner whose chats are shown: a part of the names under which the browser stores them
    */
-  constructor(api, session, store) {
+  constructor(api, session, owner) {
     this.#api = api;
     this.#session = session;
-    this.#archive = new ChatArchive(store, () => this.#showList());
+    const store = new DialogueStorage(browserStorage(), owner);
+    this.#archive = new SavedDialogues(store, () => this.#showList());
     this.#settings = new ChatSettings(() => this.#settingsChanged());
-    this.#composer = new Composer({
+    this.#composer = new Composer(`llama:draft:${owner}`, {
       onSend: (text, index) => this.#send(text, index),
       onStop: () => this.#current.stop(),
       onEdit: (index) => this.#turns.markEdited(index),
@@ -107,6 +109,7 @@ export class ChatView {
       model: this.#session.model,
       defaultSystemPrompt: () => this.#settings.defaultSystemPrompt,
       save: (changed) => this.#archive.save(changed),
+      report: (error) => this.#problem(error, dialogue),
     });
   }
 
@@ -155,7 +158,6 @@ export class ChatView {
         if (failed) announce(`The answer failed. ${answer.error ?? ""}`);
         else announce(answer.status === "canceled" ? "Answer stopped" : "Answer complete");
       },
-      onProblem: (error) => this.#problem(error),
     };
   }
 
@@ -178,10 +180,13 @@ export class ChatView {
     void this.#current.retry();
   }
 
-  /** @param {unknown} error */
-  #problem(error) {
+  /**
+   * @param {unknown} error
+   * @param {Dialogue} dialogue whose request was refused
+   */
+  #problem(error, dialogue) {
     notify("request", describe(error));
-    if (error instanceof ApiError)
+    if (error instanceof ApiError && dialogue === this.#current.dialogue)
       this.#settings.showErrors(errorsByField(this.#fields, error.invalidFields).byField);
   }
 

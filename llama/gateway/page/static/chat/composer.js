@@ -2,8 +2,6 @@
 
 import { byId, element } from "../common/dom.js";
 
-const DRAFT = "llama:draft";
-
 export class Composer {
   #box = byId("message", HTMLTextAreaElement);
   #send = byId("send", HTMLButtonElement);
@@ -16,12 +14,13 @@ export class Composer {
   #onEdit;
 
   /**
+   * @param {string} draftName under which the tab stores the draft
    * @param {Object} events
    * @param {(text: string, index: number | null) => Promise<boolean>} events.onSend whether it was accepted
    * @param {() => void} events.onStop
    * @param {(index: number | null) => void} events.onEdit which message is being edited
    */
-  constructor({ onSend, onStop, onEdit }) {
+  constructor(draftName, { onSend, onStop, onEdit }) {
     this.#onSend = onSend;
     this.#onEdit = onEdit;
     byId("composer", HTMLFormElement).addEventListener("submit", (event) => {
@@ -32,7 +31,7 @@ export class Composer {
     this.#box.addEventListener("input", () => this.#fit());
     this.#stop.addEventListener("click", onStop);
     addEventListener("resize", () => this.#fit());
-    this.#keepDraft();
+    this.#keepDraft(draftName);
   }
 
   get isEditing() {
@@ -84,12 +83,15 @@ export class Composer {
     this.#box.focus();
   }
 
-  /** Restore the draft after a reload. */
-  #keepDraft() {
+  /**
+   * Restore the draft after a reload.
+   * @param {string} name
+   */
+  #keepDraft(name) {
     try {
-      this.#fill(sessionStorage.getItem(DRAFT) ?? "");
+      this.#fill(sessionStorage.getItem(name) ?? "");
       addEventListener("pagehide", () =>
-        sessionStorage.setItem(DRAFT, this.#editing?.draft ?? this.#box.value),
+        sessionStorage.setItem(name, this.#editing?.draft ?? this.#box.value),
       );
     } catch {
       // The browser stores nothing for this page.
@@ -98,7 +100,8 @@ export class Composer {
 
   async #submit() {
     const text = this.#box.value;
-    if (this.#busy || text.trim() === "") return;
+    const isSending = this.#box.readOnly; // for this chat, or for another one that was shown before
+    if (this.#busy || isSending || text.trim() === "") return;
     const editing = this.#editing;
     this.#box.readOnly = true;
     const sent = this.#onSend(text, editing?.index ?? null);

@@ -20,13 +20,13 @@ import { hasEnded, outputText } from "../gateway/stream.js";
  * @property {(text: string) => void} onText the last answer is this text
  * @property {(answer: AnswerTurn) => void} onEnd the last answer has ended
  * @property {(connected: boolean) => void} onConnection
- * @property {(error: unknown) => void} onProblem a request was refused
  *
  * @typedef {Object} Dependencies
  * @property {import("../gateway/api.js").Api} api
  * @property {string} model
  * @property {() => string | null} defaultSystemPrompt null if it is not known
  * @property {(dialogue: Dialogue) => void} save must not throw
+ * @property {(error: unknown) => void} report a request was refused
  */
 
 const SECONDS_BETWEEN_SAVES = 1;
@@ -123,7 +123,7 @@ export class Conversation {
       prediction = await run.create(model, inputsFor(this.dialogue, turns, defaultSystemPrompt()));
     } catch (error) {
       this.#end();
-      this.view?.onProblem(error);
+      this.#dependencies.report(error);
       return false;
     }
     answer.predictionId = prediction.id;
@@ -156,7 +156,7 @@ export class Conversation {
         this.view?.onText(text);
       },
       onConnection: (connected) => this.view?.onConnection(connected),
-      onStopFailed: (error) => this.view?.onProblem(error),
+      onStopFailed: (error) => this.#dependencies.report(error),
     });
     this.view?.onBusy();
     return this.#run;

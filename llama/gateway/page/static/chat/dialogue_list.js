@@ -3,7 +3,7 @@
 import { byId, element } from "../common/dom.js";
 
 /** @typedef {import("../types.js").Dialogue} Dialogue */
-/** @typedef {import("./chat_archive.js").Summary} Summary */
+/** @typedef {import("./saved_dialogues.js").Summary} Summary */
 
 export class DialogueList {
   #list = byId("chat-list", HTMLUListElement);

@@ -1,7 +1,8 @@
 /**
  * The gateway's HTTP API. All URLs are relative, so that the page works below a path prefix.
  *
- * A request without a valid login asks for the key and is then sent again, so no caller handles 401.
+ * A request without a valid login asks for the key and is then sent again, so no caller handles 401. Markdown is
+ * an exception: text can stay plain, which is no reason to ask.
  */
 
 import { ApiError } from "./errors.js";

@@ -78,6 +78,7 @@ export class InputsView {
     try {
       await this.#load(id);
     } catch (error) {
+      if (this.#shown !== id) return;
       this.#shown = null;
       const missing = error instanceof ApiError && error.status === 404;
       const reason = "There is no prediction with this id, or it belongs to another key.";
@@ -88,6 +89,7 @@ export class InputsView {
   /** @param {string} id */
   async #load(id) {
     const prediction = await this.#api.prediction(id);
+    if (this.#shown !== id || this.#run) return; // another one was opened or started in the meantime
     this.#loaded = prediction.data_removed ? {} : prediction.input;
     this.#fill(this.#loaded);
     this.#output.begin(prediction);
@@ -101,6 +103,7 @@ export class InputsView {
     if (this.#run || !this.#form) return;
     if (!values) return this.#form.focusError();
     const run = this.#newRun();
+    this.#shown = null;
     try {
       const prediction = await run.create(this.#session.model, changedInputs(this.#fields, values));
       this.#shown = prediction.id;
@@ -174,5 +177,5 @@ export class InputsView {
 }
 
 function isShown() {
-  return !byId("predict-view", HTMLElement).hidden;
+  return !byId("inputs-view", HTMLElement).hidden;
 }

@@ -25,7 +25,6 @@ export class OutputView {
   #root;
   #prices;
   #text = new PlainText();
-  #length = 0;
   #whole = "";
   #state = element("p", { class: "state" });
   #details = element("div", { class: "details" });
@@ -59,9 +58,8 @@ export class OutputView {
 
   /** @param {string} piece */
   append(piece) {
-    if (!this.#length) this.#setState(STATES.processing ?? "", true);
+    if (this.#whole === "") this.#setState(STATES.processing ?? "", true);
     this.#whole += piece;
-    this.#length += piece.length;
     this.#text.append(piece);
   }
 
@@ -103,7 +101,6 @@ export class OutputView {
   /** @param {string} text */
   #set(text) {
     this.#whole = text;
-    this.#length = text.length;
     this.#text.set(text);
   }
 

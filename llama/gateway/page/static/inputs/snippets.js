@@ -91,9 +91,7 @@ process.stdout.write("\\n");
 
 /** @param {string} text */
 function shellWord(text) {
-  return /^[\w.,:/@%+=[\]-]+$/.test(text) && !text.includes("[")
-    ? text
-    : `'${text.replaceAll("'", "'\\''")}'`;
+  return /^[\w.,:/@%+=-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 }
 
 /**

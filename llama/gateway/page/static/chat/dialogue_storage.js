@@ -1,6 +1,6 @@
 /**
  * The dialogues that this browser stores. Each has an item of its own, so that two tabs do not overwrite each
- * other's dialogues. The item's name contains the page's path and the key's name, so that each key has its own.
+ * other's dialogues.
  */
 
 import { isDialogue } from "./dialogue.js";
@@ -11,27 +11,25 @@ import { isDialogue } from "./dialogue.js";
 /** The browser has no room left, or stores nothing for this page. */
 export class NotStored extends Error {}
 
-export class Dialogues {
+export class DialogueStorage {
   #storage;
   #prefix;
 
   /**
    * @param {ItemStorage} storage
-   * @param {string} path the page's path
-   * @param {string} keyName
+   * @param {string} owner whose dialogues these are: a part of the items' names
    */
-  constructor(storage, path, keyName) {
+  constructor(storage, owner) {
     this.#storage = storage;
-    this.#prefix = `llama:dialogue:${encodeURIComponent(path)}:${encodeURIComponent(keyName)}:`;
+    this.#prefix = `llama:dialogue:${owner}:`;
   }
 
-  /** @returns {Dialogue[]} the last one that was used comes first */
+  /** @returns {Dialogue[]} in any order */
   all() {
     const ids = Array.from({ length: this.#storage.length }, (_, index) =>
       this.idOf(this.#storage.key(index)),
     );
-    const dialogues = ids.map((id) => (id === null ? null : this.get(id))).filter((found) => found !== null);
-    return dialogues.sort((one, other) => other.updated - one.updated);
+    return ids.map((id) => (id === null ? null : this.get(id))).filter((found) => found !== null);
   }
 
   /**

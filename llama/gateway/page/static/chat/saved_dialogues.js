@@ -14,7 +14,7 @@ const FULL =
   "The browser has no room to store this chat. It is lost when you close the page. " +
   "Delete other chats to make room.";
 
-export class ChatArchive {
+export class SavedDialogues {
   #store;
   #onChange;
   /** @type {Map<string, Summary>} */
@@ -25,7 +25,7 @@ export class ChatArchive {
   #deleted = new Set();
 
   /**
-   * @param {import("./dialogues.js").Dialogues} store
+   * @param {import("./dialogue_storage.js").DialogueStorage} store
    * @param {() => void} onChange
    */
   constructor(store, onChange) {
