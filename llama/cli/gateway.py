@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Annotated
@@ -70,8 +70,10 @@ def gateway(
         raise BadSettings(f"{given} given; give either --server URL or --servers FILE")
     tls = _certificate(certificate, key)
     prepared = _prepare(Addresses(server or (), servers), host, port, tls)
-    message = f"{prepared.page_note} Ctrl-C stops the gateway.\n{prepared.key_note}"
-    prepared.run(message, reloads=servers is not None)
+    prepared.run(
+        lambda: f"{prepared.page_note} Ctrl-C stops the gateway.\n{prepared.key_note}",
+        reloads=servers is not None,
+    )
 
 
 @command
@@ -87,7 +89,7 @@ def up(
 
     server_port = free_port()
     addresses = Addresses([url_of("127.0.0.1", server_port)])
-    prepared = _prepare(addresses, host, port, _certificate(certificate, key))
+    prepared = _prepare(addresses, host, port, _certificate(certificate, key), make_target="up")
     environment, ready = prepare_server(), Event()
     with CogServer(environment, output=subprocess.PIPE, port=server_port) as server:
         Thread(target=print_setup, args=(server.process.stdout, ready), daemon=True).start()
@@ -99,7 +101,7 @@ def up(
         ending, died = Event(), Event()
         Thread(target=_end_with, args=(server.process, ending, died), daemon=True).start()
         try:
-            prepared.run(_snippets(prepared, embedded_model="LLAMA_WEIGHTS" not in environment))
+            prepared.run(lambda: _snippets(prepared, embedded_model="LLAMA_WEIGHTS" not in environment))
         except SystemExit:
             if not died.is_set():
                 raise
@@ -126,9 +128,9 @@ class _Prepared:
     url: str
     certificate: Certificate | None
 
-    def run(self, message: str, *, reloads: bool = False) -> None:
-        """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead. The
-        message is printed, or logged as JSON, when the gateway listens."""
+    def run(self, message: Callable[[], str], *, reloads: bool = False) -> None:
+        """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead. When
+        the gateway listens, what `message` returns is printed, or logged as JSON."""
         from llama.gateway.start import run
 
         as_json = self.gateway.settings.log_format == "json"
@@ -137,7 +139,7 @@ class _Prepared:
             self.gateway,
             self.address,
             self.port,
-            functools.partial(announce, message),
+            lambda: announce(message()),
             reloads=reloads,
             certificate=self.certificate,
         )
@@ -153,15 +155,10 @@ class _Prepared:
     def _listens_on_all(self) -> bool:
         return self.address in ("0.0.0.0", "::")
 
-    @cached_property  # it opens the database
-    def needs_key(self) -> bool:
-        from llama.gateway.start import needs_key
-
-        return needs_key(self.gateway.settings)
-
     @property
     def key_note(self) -> str:
-        if self.needs_key:
+        """Who can use the gateway. Its keys must have been loaded."""
+        if self.gateway.keys.needed:
             return "Clients need a key; `python -m llama keys add NAME` prints a new one."
         return (
             "There is no key, so the gateway serves this machine only, and clients can send any key. "
@@ -183,8 +180,14 @@ def _certificate(certificate: Path | None, key: Path | None) -> Certificate | No
     return Certificate(certificate, key)
 
 
-def _prepare(addresses: Addresses, host: str, port: int, certificate: Certificate | None) -> _Prepared:
-    """Check the settings and the address, and open the database.
+def _prepare(
+    addresses: Addresses,
+    host: str,
+    port: int,
+    certificate: Certificate | None,
+    make_target: str | None = None,
+) -> _Prepared:
+    """Check the settings and the address, and open the database. `make_target` also runs this command.
 
     Raises BadSettings if one of them cannot be used.
     """
@@ -194,7 +197,7 @@ def _prepare(addresses: Addresses, host: str, port: int, certificate: Certificat
 
     settings = GatewaySettings.from_environment()
     try:
-        address = listening_address(host, port, "up")
+        address = listening_address(host, port, make_target)
     except ValueError as error:
         raise BadSettings(str(error)) from error
     port = port or free_port()
@@ -207,7 +210,7 @@ def _prepare(addresses: Addresses, host: str, port: int, certificate: Certificat
 def _snippets(prepared: _Prepared, *, embedded_model: bool) -> str:
     url, model = prepared.url, prepared.gateway.settings.model
     warning = "A small test model answers, often wrongly. Set LLAMA_WEIGHTS to serve another one.\n"
-    key = "YOUR_KEY" if prepared.needs_key else "any"
+    key = "YOUR_KEY" if prepared.gateway.keys.needed else "any"
     return f"""\
 {prepared.page_note} Ctrl-C stops the server and the gateway.
 {warning if embedded_model else ""}{prepared.key_note}

@@ -118,18 +118,19 @@ def serve(
             raise
 
 
-def listening_address(host: str, port: int, target: str) -> str:
+def listening_address(host: str, port: int, make_target: str | None) -> str:
     """Resolve a host to the IP address to listen on. Raises ValueError, with a message that names the make
-    target, if it is not possible to listen there."""
+    target that has this port, if it is not possible to listen there."""
     from llama.serving.server import check_listening, numeric_address
 
     try:
         address = numeric_address(host)
         check_listening(address, port)
     except ValueError as error:
+        with_make = f" (make {make_target} PORT=...)" if make_target else ""
         raise ValueError(
             f"cannot listen on {host}:{port} ({error}); choose another address or port with --host and "
-            f"--port (make {target} PORT=...)"
+            f"--port{with_make}"
         ) from error
     return address
 

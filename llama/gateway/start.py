@@ -25,7 +25,6 @@ from llama.gateway.http.protocol import Limits, limited
 from llama.gateway.http.tls import Certificate
 from llama.gateway.logs import configure
 from llama.gateway.settings import GatewaySettings
-from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.store import Store
 from llama.settings import expanded
 
@@ -44,7 +43,7 @@ def prepare(settings: GatewaySettings, addresses: Addresses, address: str) -> Ga
     opened.
     """
     loopback = ip_address(address).is_loopback
-    if not loopback and settings.key is None and not any(not key.revoked_at for key in _keys(settings)):
+    if not loopback and settings.key is None and not _has_key(settings):
         raise BadSettings(
             f"without a key, the gateway can listen on a loopback address only, not on {address}; add a key "
             "with `python -m llama keys add NAME`, or set LLAMA_GATEWAY_KEY"
@@ -52,16 +51,12 @@ def prepare(settings: GatewaySettings, addresses: Addresses, address: str) -> Ga
     return Gateway(settings, addresses, loopback=loopback, grace=_GRACE)
 
 
-def needs_key(settings: GatewaySettings) -> bool:
-    """Whether clients need a key. Revoking the last key does not open the gateway again."""
-    return settings.key is not None or bool(_keys(settings))
-
-
-def _keys(settings: GatewaySettings) -> list[StoredKey]:
-    """The keys of `keys add`, revoked ones included."""
+def _has_key(settings: GatewaySettings) -> bool:
+    """Whether a key of `keys add` is in use."""
     store = Store(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
     try:
-        return [stored for stored in store.keys.all() if stored.key.name not in RESERVED_NAMES]
+        added = [stored for stored in store.keys.all() if stored.key.name not in RESERVED_NAMES]
+        return any(stored.revoked_at is None for stored in added)
     finally:
         store.close()
 

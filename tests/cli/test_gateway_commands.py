@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -174,6 +175,22 @@ def test_what_cannot_be_served_is_refused_on_one_line(
     assert line.startswith("E3000 BadSettings: ")
     assert message in line
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "end"),
+    [
+        (["gateway", "--server", "http://127.0.0.1:1"], "--host and --port\n"),
+        (["up"], "--host and --port (make up PORT=...)\n"),
+    ],
+)
+def test_a_port_in_use_names_the_make_target_of_the_command_only(
+    database: Path, arguments: list[str], end: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = refused(database, *arguments, "--port", str(taken.getsockname()[1]))
+    assert "Address already in use" in line
+    assert line.endswith(end)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,12 @@ class Keys:
         """Whether requests need no key. A revoked key counts: revoking the last one does not open the
         gateway."""
         await self.refresh()
-        return self._local is not None and not self._secret_keys()
+        return not self.needed
+
+    @property
+    def needed(self) -> bool:
+        """Whether requests need a key, as of the last `refresh`."""
+        return self._local is None or bool(self._secret_keys())
 
     async def identify(self, authorization: str | None) -> Key:
         """Return the key of an Authorization header. Raises Problem 401 if it contains no key that is in
