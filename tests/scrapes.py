@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,17 @@ SCRIPTS = {
 }
 
 
-def script_of(inputs: Body) -> Script:
-    """What the server does: the first word of the prompt says it."""
-    prompt = inputs.get("prompt") or inputs["messages"][0]["content"]
-    return SCRIPTS[str(prompt).split()[0]]
+def by_first_word(scripts: Mapping[str, Script]) -> Callable[[Body], Script]:
+    """Return what tells a fake server what to do: the first word of the prompt names its script."""
+
+    def script_of(inputs: Body) -> Script:
+        prompt = inputs.get("prompt") or inputs["messages"][0]["content"]
+        return scripts[str(prompt).split()[0]]
+
+    return script_of
+
+
+script_of = by_first_word(SCRIPTS)
 
 
 def chat(prompt: str, **more: Any) -> Body:

@@ -17,14 +17,13 @@ from typing import Any
 
 import httpx2
 from gateways import MODEL, Gateway
-from prometheus_client.parser import text_string_to_metric_families
+from scrapes import METRICS_KEY, by_first_word, chat, scrape
 from server_clients import Body, until
 from typer.testing import CliRunner
 
 from benchmarks.fake_cog import FakeCog, Script
 from llama.cli.main import app
 
-METRICS_KEY = "metrics"
 TOTAL = 500
 PIECES = [f" word{number}" for number in range(6)]
 PRICES = {"input_price": "0.65", "output_price": "2.75"}
@@ -37,20 +36,14 @@ SCRIPTS = {
 WAYS = ("succeed", "fail", "refuse", "cancel", "chat", "chat_stream", "leave", "succeed")
 
 
-def script_of(inputs: Body) -> Script:
-    """What the server does: the first word of the prompt says it."""
-    prompt = inputs.get("prompt") or inputs["messages"][0]["content"]
-    return SCRIPTS[prompt.split()[0]]
-
-
 async def send(client: httpx2.AsyncClient, way: str, number: int) -> None:
     """Send one request in one of the ways in which clients use a gateway, and wait for its end."""
     words = " word" * (number % 7)
     if way in ("chat", "chat_stream"):
-        body = chat_body(f"succeed{words}", stream=way == "chat_stream")
+        body = chat(f"succeed{words}", stream=way == "chat_stream")
         (await client.post("/v1/chat/completions", json=body)).raise_for_status()
     elif way == "leave":
-        body = chat_body(f"wait{words}", stream=True)
+        body = chat(f"wait{words}", stream=True)
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             await anext(response.aiter_bytes())
     elif way == "cancel":
@@ -58,10 +51,6 @@ async def send(client: httpx2.AsyncClient, way: str, number: int) -> None:
         (await client.post(f"/v1/predictions/{created['id']}/cancel")).raise_for_status()
     else:
         await create(client, f"{way}{words}", "wait")
-
-
-def chat_body(content: str, *, stream: bool) -> Body:
-    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "stream": stream}
 
 
 async def create(client: httpx2.AsyncClient, prompt: str, prefer: str) -> Body:
@@ -140,31 +129,25 @@ def on_the_page(gateway: Gateway, key: str) -> tuple[int, int, int, Decimal]:
 
 
 def in_metrics(gateway: Gateway) -> dict[str, tuple[int, int, int, Decimal]]:
-    with gateway.client_of(METRICS_KEY) as client:
-        text = client.get("/metrics").text
-    values = Counter[tuple[str, str]]()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if "key" in sample.labels:
-                values[sample.name, sample.labels["key"]] += sample.value  # type: ignore[assignment]
-    keys = {key for (_, key), value in values.items() if value}
+    found = scrape(gateway)
 
-    def value(name: str, key: str) -> int:
-        return int(values[f"llama_gateway_usage_{name}_total", key])
+    def value(name: str, key: str) -> float:
+        return found.value(f"usage_{name}_total", key=key, model=MODEL) or 0.0
 
     return {
         key: (
-            value("predictions", key),
-            value("input_tokens", key),
-            value("output_tokens", key),
-            Decimal(values["llama_gateway_usage_dollars_total", key]).quantize(Decimal("1e-12")).normalize(),
+            int(value("predictions", key)),
+            int(value("input_tokens", key)),
+            int(value("output_tokens", key)),
+            Decimal(value("dollars", key)).quantize(Decimal("1e-12")).normalize(),
         )
-        for key in keys
+        for key in found.labels("usage_predictions_total", "key")
+        if value("predictions", key)
     }
 
 
 def test_tokens_and_prices_agree_everywhere(gateways: Callable[..., Gateway]) -> None:
-    with FakeCog(script_of) as cog, FakeCog(script_of) as other:
+    with FakeCog(by_first_word(SCRIPTS)) as cog, FakeCog(by_first_word(SCRIPTS)) as other:
         gateway = gateways(cog.url, other.url, metrics_key=METRICS_KEY, **PRICES)
         keys = {name: gateway.add_key(name) for name in ("ann", "bob", "eve")}
         asyncio.run(send_all(gateway.url, keys))
