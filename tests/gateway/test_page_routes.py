@@ -309,9 +309,9 @@ class TestMarkdown:
             slow = threads.submit(render, "![" * (MAX_CHARACTERS // 2))
             responses = list(threads.map(render, ["a"] * 12))
             assert slow.result().status_code == 422
-        assert {response.status_code for response in responses} == {200, 503}
-        refused = next(response for response in responses if response.status_code == 503)
-        assert refused.json()["error"]["code"] == "too_many_texts"
+        assert {response.status_code for response in responses} == {200, 429}
+        refused = next(response for response in responses if response.status_code == 429)
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
         assert refused.headers["retry-after"] == "2"
 
 

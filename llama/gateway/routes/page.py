@@ -19,7 +19,7 @@ from llama.gateway.http.disconnect import while_connected
 from llama.gateway.http.same_origin import check_same_origin
 from llama.gateway.page.files import INDEX, PageFile
 from llama.gateway.page.renderer import MAX_CHARACTERS, MarkdownRenderer, TooComplex, TooManyTexts
-from llama.gateway.problems import Problem, not_found
+from llama.gateway.problems import Problem, not_found, throttled
 from llama.gateway.routes.dependencies import CurrentGateway, CurrentKey, base_url, json_body
 from llama.gateway.storage.keys import Key
 from llama.gateway.storage.usage_table import Column
@@ -123,8 +123,7 @@ async def render_markdown(request: Request, key: CurrentKey) -> dict[str, str]:
         raise _invalid(detail, "text_too_complex", "text") from error
     except TooManyTexts as error:
         detail = "Too many texts of this key wait to be rendered. Show this one as plain text, or try again."
-        headers = {"Retry-After": "2"}
-        raise Problem(503, "Service unavailable", detail, code="too_many_texts", headers=headers) from error
+        raise throttled(detail, 2) from error
 
 
 async def _text(request: Request, name: str) -> str:
