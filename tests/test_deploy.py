@@ -5,6 +5,7 @@ The gateway runs here from exactly the files that the image gets.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -36,6 +37,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "gateway.Dockerfile").read_text("utf-8")
 IGNORE_FILE = DEPLOY / "gateway.Dockerfile.dockerignore"
 EXAMPLE = (DEPLOY / ".env.example").read_text("utf-8")
+GUIDE = (ROOT / "docs" / "deploy.md").read_text("utf-8")
 
 
 def tool(name: str) -> str:
@@ -204,11 +206,16 @@ def test_the_image_runs_as_a_numeric_user_that_is_not_root_and_without_a_shell()
 # --- compose.yaml
 
 
-def compose(*, environment: dict[str, str] | None = None, profiles: str = "*") -> dict[str, Any]:
-    """compose.yaml as Compose reads it, with the settings of .env.example."""
+def compose(
+    *, environment: dict[str, str] | None = None, profiles: str = "*", folder: Path | None = None
+) -> dict[str, Any]:
+    """compose.yaml as Compose reads it, with the settings of .env.example. With a folder, the files that Compose
+    finds there by itself."""
     command = [tool("docker-compose"), "--env-file", str(DEPLOY / ".env.example"), "--profile", profiles]
-    command += ["--file", str(DEPLOY / "compose.yaml"), "config", "--format", "json"]
-    done = subprocess.run(command, env=environment or {}, capture_output=True, text=True, check=False)
+    command += [] if folder else ["--file", str(DEPLOY / "compose.yaml")]
+    command += ["config", "--format", "json"]
+    variables = environment or {}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     read: dict[str, Any] = json.loads(done.stdout)
     return read
@@ -321,22 +328,48 @@ def read_yaml(path: str) -> Any:
     return yaml.safe_load((DEPLOY / "monitoring" / path).read_text("utf-8"))
 
 
+def mounts(service: dict[str, Any]) -> dict[str, str]:
+    """Where the files and folders of deploy/ are in the container, by their own names."""
+    return {Path(v["source"]).name: v["target"] for v in service["volumes"] if v["type"] == "bind"}
+
+
 def test_prometheus_and_grafana_find_their_files_and_each_other() -> None:
     services = compose()["services"]
     prometheus, grafana = services["prometheus"], services["grafana"]
     scraping = read_yaml("prometheus.yml")
     (scrape,) = scraping["scrape_configs"]
-    targets = {name: [v["target"] for v in services[name]["volumes"]] for name in ("prometheus", "grafana")}
-    assert set(scraping["rule_files"]) < set(targets["prometheus"])
-    assert scrape["authorization"]["credentials_file"] == prometheus["secrets"][0]["target"]
+    assert scraping["rule_files"] == [mounts(prometheus)["alerts.yml"]]
+    key = {"type": "Bearer", "credentials_file": prometheus["secrets"][0]["target"]}
+    assert scrape["authorization"] == key
     assert scrape["static_configs"] == [{"targets": ["gateway:8000"]}]
+    assert scrape.get("metrics_path", "/metrics") == "/metrics"
     assert prometheus["networks"].keys() <= services["gateway"]["networks"].keys()
     (source,) = read_yaml("grafana/provisioning/datasources/prometheus.yml")["datasources"]
-    assert source["url"] == "http://prometheus:9090"
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
     assert prometheus["networks"].keys() <= grafana["networks"].keys()
     (provider,) = read_yaml("grafana/provisioning/dashboards/llama.yml")["providers"]
-    assert any(target.startswith(f"{provider['options']['path']}/") for target in targets["grafana"])
+    for folder in ("datasources", "dashboards"):
+        assert mounts(grafana)[folder] == f"/etc/grafana/provisioning/{folder}"
+    assert mounts(grafana)["grafana-dashboard.json"].startswith(f"{provider['options']['path']}/")
     assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"] == grafana["secrets"][0]["target"]
+
+
+def test_the_guides_file_for_two_servers_gives_each_its_gpu(tmp_path: Path) -> None:
+    (block,) = re.findall(r"`deploy/compose.override.yaml`.*?```yaml\n(.*?)```", GUIDE, re.DOTALL)
+    shutil.copy(DEPLOY / "compose.yaml", tmp_path)
+    (tmp_path / "compose.override.yaml").write_text(block)
+    services = compose(folder=tmp_path)["services"]
+    one, two = (copy.deepcopy(services[name]) for name in ("model", "model-2"))
+    ids = []
+    for service in (one, two):
+        (device,) = service["deploy"]["resources"]["reservations"].pop("devices")
+        assert "count" not in device
+        ids.append(device["device_ids"])
+    assert ids == [["0"], ["1"]]
+    assert one == two
+    usual = compose()["services"]["gateway"]["command"]
+    assert services["gateway"]["command"] == [*usual, "--server", "http://model-2:5000"]
+    assert services["gateway"]["depends_on"].keys() == {"model", "model-2"}
 
 
 @pytest.mark.parametrize(

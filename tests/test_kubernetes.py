@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from test_deploy import DEPLOY, GRACE, instructions
+from test_deploy import DEPLOY, GRACE, GUIDE, instructions
 
 from llama.gateway.settings import GatewaySettings
 
@@ -202,6 +203,30 @@ def test_requests_get_from_the_ingress_to_the_gateway() -> None:
     annotations = PARTS["Ingress", "llama-gateway"]["metadata"]["annotations"]
     size = int(annotations["nginx.ingress.kubernetes.io/proxy-body-size"])
     assert size == GatewaySettings.model_fields["max_body"].default
+
+
+def test_the_guides_pod_for_a_restore_has_the_gateways_volume_and_user() -> None:
+    (text,) = re.findall(r"<<'END'\n(.*?)\nEND\n", GUIDE, re.DOTALL)
+    pod = yaml.safe_load(text)
+    for version in (OLDEST, NEWEST):
+        kubernetes_validate.validate(pod, version, strict=True)
+    gateway = pods()["llama-gateway"]
+    assert pod["spec"]["volumes"] == [v for v in gateway["volumes"] if "persistentVolumeClaim" in v]
+    assert pod["spec"]["securityContext"].items() <= gateway["securityContext"].items()
+    (container,) = pod["spec"]["containers"]
+    assert container["image"] == gateway["containers"][0]["image"]
+    assert container["volumeMounts"] == [{"name": "data", "mountPath": "/data"}]
+    assert "labels" not in pod["metadata"]  # otherwise, the Service could send requests to it
+
+
+def test_the_guides_scrape_job_is_that_of_compose_with_the_services_address() -> None:
+    (block,) = re.findall(r"```yaml\n(scrape_configs:.*?)```", GUIDE, re.DOTALL)
+    (job,) = yaml.safe_load(block)["scrape_configs"]
+    (usual,) = yaml.safe_load((DEPLOY / "monitoring/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    (port,) = spec("Service", "llama-gateway")["ports"]
+    assert job["static_configs"] == [{"targets": [f"llama-gateway.default.svc:{port['port']}"]}]
+    key = {"type": "Bearer", "credentials_file": job["authorization"]["credentials_file"]}
+    assert job == {**usual, "authorization": key, "static_configs": job["static_configs"]}
 
 
 # --- who reaches whom
