@@ -19,6 +19,7 @@ import typer
 from llama.cli.serve import listening_address, prepare_server, without_prefix
 from llama.cli.terminal import command, fail
 from llama.errors import BadSettings
+from llama.settings import Settings
 
 if TYPE_CHECKING:
     from llama.gateway.dispatch.addresses import Addresses
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from llama.gateway.http.tls import Certificate
 
 logger = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "A small test model answers, often wrongly."
 
 HostOption = Annotated[
     str, typer.Option(help="The address to listen on. Without a key, it must be a loopback address.")
@@ -89,7 +92,9 @@ def up(
 
     server_port = free_port()
     addresses = Addresses([url_of("127.0.0.1", server_port)])
-    prepared = _prepare(addresses, host, port, _certificate(certificate, key), make_target="up")
+    notice = EMBEDDED_MODEL if Settings.from_environment().weights is None else None
+    tls = _certificate(certificate, key)
+    prepared = _prepare(addresses, host, port, tls, make_target="up", notice=notice)
     environment, ready = prepare_server(), Event()
     with CogServer(environment, output=subprocess.PIPE, port=server_port) as server:
         Thread(target=print_setup, args=(server.process.stdout, ready), daemon=True).start()
@@ -101,7 +106,7 @@ def up(
         ending, died = Event(), Event()
         Thread(target=_end_with, args=(server.process, ending, died), daemon=True).start()
         try:
-            prepared.run(lambda: _snippets(prepared, embedded_model="LLAMA_WEIGHTS" not in environment))
+            prepared.run(lambda: _snippets(prepared, notice))
         except SystemExit:
             if not died.is_set():
                 raise
@@ -186,8 +191,10 @@ def _prepare(
     port: int,
     certificate: Certificate | None,
     make_target: str | None = None,
+    notice: str | None = None,
 ) -> _Prepared:
-    """Check the settings and the address, and open the database. `make_target` also runs this command.
+    """Check the settings and the address, and open the database. `make_target` also runs this command. The
+    page shows `notice`, unless the settings have another one.
 
     Raises BadSettings if one of them cannot be used.
     """
@@ -196,6 +203,8 @@ def _prepare(
     from llama.serving.server import free_port, url_of
 
     settings = GatewaySettings.from_environment()
+    if notice is not None and "notice" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"notice": notice})
     try:
         address = listening_address(host, port, make_target)
     except ValueError as error:
@@ -207,13 +216,13 @@ def _prepare(
     return _Prepared(prepare(settings, addresses, address), address, port, url, certificate)
 
 
-def _snippets(prepared: _Prepared, *, embedded_model: bool) -> str:
+def _snippets(prepared: _Prepared, notice: str | None) -> str:
     url, model = prepared.url, prepared.gateway.settings.model
-    warning = "A small test model answers, often wrongly. Set LLAMA_WEIGHTS to serve another one.\n"
+    warning = f"{notice} Set LLAMA_WEIGHTS to serve another one.\n" if notice else ""
     key = "YOUR_KEY" if prepared.gateway.keys.needed else "any"
     return f"""\
 {prepared.page_note} Ctrl-C stops the server and the gateway.
-{warning if embedded_model else ""}{prepared.key_note}
+{warning}{prepared.key_note}
 
 With OpenAI's client (pip install openai):
 

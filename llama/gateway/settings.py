@@ -89,6 +89,8 @@ class GatewaySettings(EnvironmentSettings):
     """Dollars per million output tokens."""
     metrics_key: SecretStr | None = None
     """The key that `/metrics` needs if clients need a key."""
+    notice: str | None = None
+    """A text that the page shows in a new chat, such as which model answers."""
     log_format: Literal["text", "json"] = "text"
     """The format of the log. With `json`, HTTP requests are logged, too."""
 

@@ -268,10 +268,12 @@ def listens(process: psutil.Process, port: int) -> bool:
     return any(c.laddr.port == port for c in process.net_connections() if c.status == psutil.CONN_LISTEN)
 
 
-def test_up_runs_a_server_and_a_gateway_and_ctrl_c_ends_both(database: Path, embedded_folder: Path) -> None:
-    with running(database, "up", "--port", "0", LLAMA_WEIGHTS=str(embedded_folder)) as process:
+def test_up_runs_a_server_and_a_gateway_and_ctrl_c_ends_both(database: Path) -> None:
+    with running(database, "up", "--port", "0") as process:
         url = process.wait_for(r"(?s)Open (\S+) in a browser\..*OpenAI.*Replicate's client.*flush=True\)")
         assert httpx2.get(f"{url}/readyz").status_code == 200
+        assert "A small test model answers" in process.text
+        assert httpx2.get(f"{url}/page/session").json()["notice"].startswith("A small test model answers")
         server = process.wait_for(r"the server (\S+) is ready")
         question = [{"role": "user", "content": "What is the capital of France?"}]
         body = {"model": "meta/llama-2-70b-chat", "messages": question, "temperature": 0}

@@ -50,7 +50,8 @@ def test_the_page_works_below_a_path(
 def test_a_gateway_without_keys_asks_for_none(
     users: Users, gateways: Callable[..., Gateway], cog: FakeCog
 ) -> None:
-    user = users(gateways(cog.url, key=None), key=None)
+    user = users(gateways(cog.url, key=None, notice="Do not enter <b>personal</b> data."), key=None)
+    expect(user.page.get_by_text("Do not enter <b>personal</b> data.")).to_be_visible()
     user.ask("Hello")
     expect(user.answer).to_contain_text("Paris")
     expect(user.button("Log out")).to_be_hidden()

@@ -188,7 +188,7 @@ def test_a_setting_outside_its_limits_is_not_sent(users: Users, gateway: Gateway
     temperature = user.field("temperature")
     temperature.fill("9")
     user.send("Hello")
-    expect(user.alert).to_contain_text("setting is not valid")
+    expect(user.alert).to_contain_text("Correct temperature in Settings")
     expect(temperature).to_have_attribute("aria-invalid", "true")
     expect(user.message).to_have_value("Hello")
     assert cog.predictions == []

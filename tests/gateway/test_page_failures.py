@@ -200,3 +200,18 @@ def test_a_gateway_that_is_being_stopped_ends_the_answer_on_the_page(
     expect(user.answers).to_contain_text("E4002 GatewayRestarted")
     expect(user.button("Retry")).to_be_visible()
     expect(user.answer).to_have_text("One two")
+
+
+def test_an_answer_is_complete_although_the_gateway_accepts_no_more_requests(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    cog.rules.script = Script(["One", " two", " three"], hold_after=2)
+    user = users(gateway)
+    user.visit.allow_lost_connections()
+    user.send("Count")
+    expect(user.answer).to_have_text("One two")
+    user.visit.context.route("**/v1/predictions/*", lambda route: route.abort())
+    cog.release()
+    expect(user.announcer).to_have_text("Answer complete")
+    expect(user.answer).to_have_text("One two three")
+    expect(user.answers).not_to_contain_text("interrupted")

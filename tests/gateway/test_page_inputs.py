@@ -73,10 +73,45 @@ def test_the_form_says_what_is_wrong_at_the_field(users: Users, gateway: Gateway
     assert cog.predictions == []
 
 
+def test_either_a_prompt_or_messages_are_sent(users: Users, gateway: Gateway, cog: FakeCog) -> None:
+    user = users(gateway, address="#/inputs")
+    expect(user.field("prompt")).to_have_value("What is the capital of France?")
+    user.field("messages").fill('[{"role": "user", "content": "Hi"}]')
+    user.press("Run")
+    expect(user.field("messages")).to_be_focused()
+    expect(user.field("messages")).to_have_accessible_description(re.compile("either prompt or messages"))
+    user.field("messages").fill("")
+    user.field("prompt").fill("")
+    user.press("Run")
+    expect(user.field("prompt")).to_be_focused()
+    expect(user.field("prompt")).to_have_accessible_description(re.compile("Enter a prompt"))
+    assert cog.predictions == []
+
+
+@pytest.mark.parametrize("error", [None, "E1002 PromptTooLong: too long"])
+def test_run_shows_the_output_and_does_not_scroll_the_form(
+    users: Users, gateway: Gateway, cog: FakeCog, screen: Screen, error: str | None
+) -> None:
+    cog.rules.script = Script(["The answer"], error=error)
+    user = users(gateway, screen, address="#/inputs")
+    user.field("prompt").fill("Hi")
+    place = user.button("Run").bounding_box()
+    assert place is not None
+    # Playwright's own click scrolls to the button first, although it can be seen.
+    press = user.page.touchscreen.tap if screen.is_phone else user.page.mouse.click
+    press(place["x"] + 10, place["y"] + 10)
+    expect(user.page.locator("#output")).to_contain_text("Failed" if error else "Succeeded")
+    expect(user.button("Run")).to_be_visible()
+    expect(user.page.get_by_role("heading", name="Output")).to_be_in_viewport()
+    expect(user.page.get_by_text("The answer", exact=True)).to_be_in_viewport()
+    if not screen.is_phone:
+        expect(user.field("prompt")).to_be_in_viewport()
+
+
 def test_the_gateways_refusal_is_shown_at_the_field(users: Users, gateway: Gateway, cog: FakeCog) -> None:
     user = users(gateway, address="#/inputs")
     user.visit.allow_status(422)
-    user.field("prompt").fill("Hi")
+    user.field("prompt").fill("")
     user.field("messages").fill('["no object"]')
     user.press("Run")
     expect(user.field("messages")).to_be_focused()

@@ -109,11 +109,12 @@ class TestLogin:
 
 
 class TestSession:
-    def test_without_a_login_the_page_learns_the_model_and_the_prices_only(self, gateway: Gateway) -> None:
+    def test_without_a_login_the_page_learns_the_model_and_the_prices(self, gateway: Gateway) -> None:
         assert browser(gateway, None).get("/page/session").json() == {
             "key": None,
             "needs_key": True,
             "model": MODEL,
+            "notice": None,
             "prices": {"input": 0.65, "output": 2.75},
         }
 

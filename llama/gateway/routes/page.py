@@ -66,6 +66,7 @@ async def get_session(request: Request, gateway: CurrentGateway) -> dict[str, An
         "key": await _key_name(request, gateway),
         "needs_key": not await gateway.keys.is_open(),
         "model": gateway.settings.model,
+        "notice": gateway.settings.notice,
         "prices": {"input": float(prices.input), "output": float(prices.output)},
     }
 

@@ -2,7 +2,7 @@
  * The types of what the gateway sends and of what the page stores. No module imports this file at run time.
  *
  * @typedef {{input: number, output: number}} Prices Dollars per million tokens.
- * @typedef {{key: string | null, needs_key: boolean, model: string, prices: Prices}} Session
+ * @typedef {{key: string | null, needs_key: boolean, model: string, notice: string | null, prices: Prices}} Session
  *
  * @typedef {"starting" | "processing" | "succeeded" | "failed" | "canceled"} Status
  *

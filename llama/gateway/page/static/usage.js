@@ -98,7 +98,8 @@ function meter(id, used, limit, text) {
     id,
     min: 0,
     max: limit || 1,
-    high: 0.9 * limit,
+    low: 0.7 * limit, // yellow from here on
+    high: 0.9 * limit, // red from here on
     optimum: 0,
     value: Math.min(used, limit),
   });

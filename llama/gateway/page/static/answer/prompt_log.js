@@ -20,9 +20,11 @@ export function readLog(logs) {
 
 /** @param {string} text the inside of a Python string literal, as repr() writes it */
 function unescape(text) {
-  return text.replace(ESCAPE, (_, two, four, eight, letter) => {
+  return text.replace(ESCAPE, (escape, two, four, eight, letter) => {
     const digits = two ?? four ?? eight;
-    return digits ? String.fromCodePoint(Number.parseInt(digits, 16)) : (LETTERS[letter] ?? letter);
+    if (!digits) return LETTERS[letter] ?? letter;
+    const code = Number.parseInt(digits, 16);
+    return code <= 0x10ffff ? String.fromCodePoint(code) : escape; // only a faulty server writes this
   });
 }
 

@@ -45,7 +45,7 @@ export function logElements(prediction, hint) {
   elements.push(
     prompt === null ? element("p", { class: "hint" }, hint) : block("Formatted prompt", marked(prompt)),
   );
-  if (rest) elements.push(block("Other lines of the log", [rest]));
+  if (rest) elements.push(block("The rest of the log", [rest]));
   return elements;
 }
 

@@ -61,6 +61,7 @@ export class ChatView {
       onDelete: () => this.#delete(),
     });
     this.#turns = new TurnList(
+      session.notice,
       { api, prices: session.prices, rendering: new RenderQueue((text) => api.markdown(text)) },
       {
         onEdit: (index) => this.#composer.edit(index, this.#turns.text(index)),
@@ -167,8 +168,9 @@ export class ChatView {
    */
   async #send(text, index) {
     ["chat", "request"].forEach(dismiss);
-    if (!this.#settings.check()) {
-      notify("request", "A setting is not valid. Open Settings and correct it, then send again.");
+    const invalid = this.#settings.invalid();
+    if (invalid.length) {
+      notify("request", `Correct ${invalid.join(", ")} in Settings, then send again.`);
       return false;
     }
     return this.#current.send(text, index ?? undefined);

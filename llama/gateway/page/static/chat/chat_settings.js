@@ -58,10 +58,10 @@ export class ChatSettings {
 
   /**
    * Show the errors of the settings.
-   * @returns {boolean} whether all settings are valid
+   * @returns {string[]} the names of the settings that are not valid
    */
-  check() {
-    return this.#form === null || this.#form.read() !== null;
+  invalid() {
+    return this.#form?.read() === null ? this.#form.invalid : [];
   }
 
   /** @param {Record<string, string>} errors of the gateway, by the name of the input */

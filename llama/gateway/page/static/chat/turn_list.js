@@ -15,14 +15,17 @@ export class TurnList {
   #root = byId("turns", HTMLElement);
   /** @type {(UserView | AnswerView)[]} */
   #views = [];
+  #notice;
   #dependencies;
   #events;
 
   /**
+   * @param {string | null} notice for a new chat
    * @param {import("./turn_view.js").Dependencies} dependencies
    * @param {{onEdit: (index: number) => void, onRetry: () => void, onExample: (text: string) => void}} events
    */
-  constructor(dependencies, events) {
+  constructor(notice, dependencies, events) {
+    this.#notice = notice;
     this.#dependencies = dependencies;
     this.#events = events;
   }
@@ -37,7 +40,7 @@ export class TurnList {
     for (const view of this.#views.splice(same)) view.element.remove();
     const added = turns.slice(same).map((turn, offset) => this.#build(turn, same + offset));
     this.#views.push(...added);
-    if (!turns.length) this.#root.replaceChildren(introduction(this.#events.onExample));
+    if (!turns.length) this.#root.replaceChildren(introduction(this.#notice, this.#events.onExample));
     else this.#root.querySelector(".introduction")?.remove();
     this.#root.append(...added.map((view) => view.element));
     this.allow(busy);
@@ -80,8 +83,11 @@ export class TurnList {
   }
 }
 
-/** @param {(text: string) => void} onExample */
-function introduction(onExample) {
+/**
+ * @param {string | null} notice
+ * @param {(text: string) => void} onExample
+ */
+function introduction(notice, onExample) {
   const examples = EXAMPLES.map((text) =>
     element("li", {}, element("button", { type: "button", click: () => onExample(text) }, text)),
   );
@@ -90,5 +96,6 @@ function introduction(onExample) {
     { class: "introduction" },
     element("p", {}, "Ask something, or begin with an example."),
     element("ul", {}, ...examples),
+    notice ? element("p", { class: "notice-text" }, notice) : null,
   );
 }

@@ -163,5 +163,5 @@ function endText({ status, content, metrics }) {
   if (status === "canceled") return "The answer was stopped.";
   if (status === "interrupted") return "The answer was interrupted. Retry to get another one.";
   if (metrics?.finish_reason === "length") return "The answer reached the maximum number of tokens.";
-  return content === "" ? "The answer is empty." : "";
+  return content.trim() === "" ? "The answer is empty." : "";
 }

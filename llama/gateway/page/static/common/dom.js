@@ -32,6 +32,11 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** @param {string} text with code between backticks */
+export function withCode(text) {
+  return text.split("`").map((part, index) => (index % 2 ? element("code", {}, part) : part));
+}
+
 /**
  * Let screen readers say something that others see anyway.
  * @param {string} text

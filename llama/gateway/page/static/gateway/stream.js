@@ -17,6 +17,9 @@ import { ApiError } from "./errors.js";
 
 const SECONDS_WITHOUT_CONNECTION = 30;
 const MAX_FAILURES = 15; // of polling in a row, about half a minute
+const MAX_FAILURES_AT_END = 2; // if the stream has said how the prediction ended
+/** @type {Record<string, Prediction["status"]>} */
+const STATUS_OF_REASON = { error: "failed", canceled: "canceled" };
 
 /** @param {Prediction} prediction */
 export function hasEnded(prediction) {
@@ -36,13 +39,14 @@ export function outputText(prediction) {
  */
 export async function follow(api, prediction, listener) {
   const token = prediction.urls.stream?.split("/").pop();
-  const read = !hasEnded(prediction) && token ? await readStream(token, listener) : { text: "", error: null };
+  const read = !hasEnded(prediction) && token ? await readStream(token, listener) : { text: "", end: null };
+  const maxFailures = read.end ? MAX_FAILURES_AT_END : MAX_FAILURES;
   try {
-    return await untilEnded(api, prediction.id, listener, read.error === null ? MAX_FAILURES : 0);
+    return await untilEnded(api, prediction.id, listener, maxFailures);
   } catch (problem) {
-    if (read.error === null) throw problem;
+    if (!read.end || !(problem instanceof ApiError && problem.isTemporary)) throw problem;
     // A gateway that is being stopped has reported the end in the stream, and accepts no more requests.
-    return { ...prediction, status: "failed", error: read.error, output: read.text };
+    return { ...prediction, ...read.end, output: read.text };
   }
 }
 
@@ -50,7 +54,8 @@ export async function follow(api, prediction, listener) {
  * Resolves after the event `done`, or when the stream is lost for good.
  * @param {string} token
  * @param {Listener} listener
- * @returns {Promise<{text: string, error: string | null}>} the output, and why the prediction failed
+ * @returns {Promise<{text: string, end: Pick<Prediction, "status" | "error"> | null}>} the output, and how the
+ * prediction ended; null if the stream was lost before
  */
 function readStream(token, listener) {
   return new Promise((resolve) => {
@@ -61,10 +66,11 @@ function readStream(token, listener) {
     /** @type {string | null} */
     let error = null;
 
-    const end = () => {
+    /** @param {Pick<Prediction, "status" | "error"> | null} end */
+    const close = (end) => {
       clearTimeout(timer);
       source.close();
-      resolve({ text, error });
+      resolve({ text, end });
     };
     source.addEventListener("open", () => {
       clearTimeout(timer);
@@ -78,15 +84,18 @@ function readStream(token, listener) {
       text += event.data;
       listener.onPiece(event.data);
     });
-    source.addEventListener("done", end);
+    source.addEventListener("done", (event) => {
+      const status = STATUS_OF_REASON[JSON.parse(event.data).reason] ?? "succeeded";
+      close({ status, error });
+    });
     source.addEventListener("error", (event) => {
       if (event instanceof MessageEvent) {
         error = JSON.parse(event.data).detail; // the prediction has failed; `done` follows
         return;
       }
-      if (source.readyState === EventSource.CLOSED) return end();
+      if (source.readyState === EventSource.CLOSED) return close(null);
       listener.onConnection(false);
-      timer ||= setTimeout(end, SECONDS_WITHOUT_CONNECTION * 1000);
+      timer ||= setTimeout(() => close(null), SECONDS_WITHOUT_CONNECTION * 1000);
     });
   });
 }

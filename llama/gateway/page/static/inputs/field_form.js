@@ -1,6 +1,6 @@
 /** Controls for the model's inputs, with their descriptions, limits and errors. */
 
-import { element } from "../common/dom.js";
+import { element, withCode } from "../common/dom.js";
 import { asEntered, limits, readEntered } from "./schema.js";
 
 /**
@@ -73,9 +73,14 @@ export class FieldForm {
     }
   }
 
+  /** The names of the fields whose errors are shown. */
+  get invalid() {
+    return this.#rows.filter(hasError).map(({ field }) => field.name);
+  }
+
   /** Move the focus to the first control with an error. */
   focusError() {
-    const row = this.#rows.find(({ control }) => control.getAttribute("aria-invalid") === "true");
+    const row = this.#rows.find(hasError);
     const details = row?.control.closest("details");
     if (details) details.open = true;
     row?.control.focus();
@@ -139,7 +144,7 @@ function buildControl(field, attributes) {
   return element("input", { ...attributes, type: "number", min, max, step, placeholder });
 }
 
-/** @param {string} text with names between backticks */
-function withCode(text) {
-  return text.split("`").map((part, index) => (index % 2 ? element("code", {}, part) : part));
+/** @param {Row} row */
+function hasError({ control }) {
+  return control.getAttribute("aria-invalid") === "true";
 }

@@ -31,7 +31,7 @@ export class InputsView {
   /** @type {string | null} the id of the prediction that is shown */
   #shown = null;
   /** @type {Record<string, unknown>} the inputs to show when the fields are known */
-  #loaded = {};
+  #loaded = { prompt: "What is the capital of France?" };
 
   /**
    * @param {import("../gateway/api.js").Api} api
@@ -102,6 +102,11 @@ export class InputsView {
     const values = this.#form?.read();
     if (this.#run || !this.#form) return;
     if (!values) return this.#form.focusError();
+    const error = whichDialogue(values);
+    if (error) {
+      this.#form.showErrors(error);
+      return this.#form.focusError();
+    }
     const run = this.#newRun();
     this.#shown = null;
     try {
@@ -150,7 +155,8 @@ export class InputsView {
     this.#runButton.hidden = run !== null;
     this.#stopButton.hidden = run === null;
     this.#runButton.disabled = this.#form === null;
-    if (hadFocus) (run ? this.#stopButton : this.#runButton).focus();
+    // The bar with these buttons is always in view, but the browser would scroll to its place in the form.
+    if (hadFocus) (run ? this.#stopButton : this.#runButton).focus({ preventScroll: true });
   }
 
   /** @param {unknown} error */
@@ -174,6 +180,18 @@ export class InputsView {
     const input = changedInputs(this.#fields, this.#form?.values ?? {});
     this.#snippets.show({ base, model: this.#session.model, needsKey: this.#session.needs_key, input });
   }
+}
+
+/**
+ * The model answers either a prompt or messages. Its schema cannot say so.
+ * @param {Record<string, unknown>} values
+ * @returns {Record<string, string> | null} the error by the name of the field
+ */
+function whichDialogue({ prompt, messages }) {
+  const hasMessages = Array.isArray(messages) && messages.length > 0;
+  if (prompt && hasMessages) return { messages: "Leave either prompt or messages empty." };
+  if (!prompt && !hasMessages) return { prompt: "Enter a prompt, or messages below." };
+  return null;
 }
 
 function isShown() {

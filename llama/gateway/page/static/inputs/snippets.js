@@ -30,13 +30,13 @@ export function snippets(request) {
     {
       language: "Python",
       code: python(request),
-      before: 'Streams the answer. Install the client with pip install "replicate<2".',
+      before: 'Streams the answer. Install the client with `pip install "replicate<2"`.',
     },
     {
       language: "JavaScript",
       code: javascript(request),
       before:
-        "Streams the answer. Save it as llama.mjs, and install the client with npm install replicate@1.4.",
+        "Streams the answer. Save it as `llama.mjs`, and install the client with `npm install replicate@1.4`.",
     },
   ];
 }

@@ -1,13 +1,13 @@
 /** The request as programs to copy, one tab for each language. */
 
 import { codeBlock } from "../answer/code_block.js";
-import { element } from "../common/dom.js";
+import { element, withCode } from "../common/dom.js";
 import { snippets } from "./snippets.js";
 
 /** @typedef {import("./snippets.js").Request} Request */
 
-const KEY_NEEDED = "Set REPLICATE_API_TOKEN to your key before you run it.";
-const NO_KEY = "This gateway needs no key. The program sends a placeholder.";
+const KEY_NEEDED = "Set `REPLICATE_API_TOKEN` to your key before you run it.";
+const NO_KEY = "This gateway accepts any key.";
 
 export class SnippetsView {
   #tabs;
@@ -58,7 +58,8 @@ export class SnippetsView {
     const snippet = snippets(this.#request)[this.#selected];
     this.#code.textContent = snippet?.code ?? "";
     this.#code.setAttribute("aria-label", `${snippet?.language} program`);
-    this.#before.textContent = `${snippet?.before} ${this.#request.needsKey ? KEY_NEEDED : NO_KEY}`;
+    const key = this.#request.needsKey ? KEY_NEEDED : NO_KEY;
+    this.#before.replaceChildren(...withCode(`${snippet?.before} ${key}`));
   }
 
   /** @param {KeyboardEvent} event */
