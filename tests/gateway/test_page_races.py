@@ -112,6 +112,26 @@ def test_pieces_that_are_sent_again_after_a_reconnect_are_shown_once(
     expect(user.answer).to_have_text("One two three four")
 
 
+def test_a_finished_answer_is_rendered_although_the_gateway_was_busy(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    cog.rules.script = Script(["**Bold**"])
+    user = users(gateway)
+    user.visit.allow_status(429)
+    refusals = [429, 429]
+
+    def refuse(route: Route) -> None:
+        if refusals:
+            route.fulfill(status=refusals.pop(), json={})
+        else:
+            route.continue_()
+
+    user.page.route("**/page/markdown", refuse)
+    user.ask("Hello")
+    expect(user.answer.locator("strong")).to_have_text("Bold")
+    assert not refusals
+
+
 def test_a_deleted_chat_stops_its_answer_and_stays_deleted(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:

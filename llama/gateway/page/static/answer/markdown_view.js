@@ -7,6 +7,7 @@
 
 import { codeBlock } from "./code_block.js";
 import { element } from "../common/dom.js";
+import { ApiError } from "../gateway/errors.js";
 import { addText, PlainText } from "./plain_text.js";
 
 /** @typedef {(text: string) => Promise<string>} Render */
@@ -65,6 +66,7 @@ export class MarkdownView {
     this.#timer = 0;
     await this.#rendering;
     if (this.#renderedLength < this.#text.length) await this.#renderNow();
+    if (this.#failures) this.#renderSoon();
     if (this.#tail.textContent === "") this.#tail.remove();
   }
 
@@ -95,9 +97,10 @@ export class MarkdownView {
       void this.element.offsetHeight; // the layout takes most of the time, so it is measured, too
       this.#pause = Math.max(PAUSE, SHARE * (performance.now() - started));
       this.#failures = 0;
-    } catch {
+    } catch (error) {
+      const isTemporary = error instanceof ApiError && error.isTemporary;
       this.#pause *= 2;
-      this.#failures++;
+      this.#failures = isTemporary ? this.#failures + 1 : MAX_FAILURES;
     }
   }
 
