@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from datetime import datetime
+from datetime import date
 from typing import Annotated
 
 import typer
@@ -18,12 +18,19 @@ from llama.gateway.usage_report import PricedUsage, total, with_prices
 _COLUMNS = ("predictions", "input tokens", "output tokens", "seconds", "dollars")
 
 
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a day such as 2026-11-01") from error
+
+
 @command
 def usage(
     since: Annotated[
-        datetime | None,
+        date | None,
         typer.Option(
-            formats=["%Y-%m-%d"],
+            parser=_day,
             metavar="YYYY-MM-DD",
             help="The first day (UTC). Without it, usage of all time is shown.",
         ),
@@ -44,14 +51,14 @@ def usage(
     prices = GatewaySettings.from_environment().prices
     columns = list(dict.fromkeys(by or [Column.KEY]))
     with open_store(create=False) as store:
-        lines = with_prices(store.usage.sums(columns, since=since and since.date()), prices)
+        lines = with_prices(store.usage.sums(columns, since=since), prices)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow([*columns, *(column.replace(" ", "_") for column in _COLUMNS)])
         writer.writerows([*line.of, *_exact(line)] for line in lines)
         return
     if not lines:
-        print("nothing has been used" + (f" since {since.date()}" if since else ""), file=sys.stderr)
+        print("nothing has been used" + (f" since {since}" if since else ""), file=sys.stderr)
         return
     rows = [[*line.of, *_readable(line)] for line in lines]
     if len(lines) > 1:
