@@ -200,6 +200,7 @@ def test_enter_that_accepts_the_suggestion_of_an_input_method_sends_nothing(
 def test_a_reader_who_has_scrolled_up_is_not_moved(users: Users, gateway: Gateway, cog: FakeCog) -> None:
     cog.rules.script = Script([*(f"{line}\n\n" for line in range(60)), "The end"], hold_after=60)
     user = users(gateway)
+    rendering = Held(user, "**/page/markdown")
     user.send("Count")
     expect(user.answer).to_contain_text("59")
     latest = user.button("Go to the latest text")
@@ -207,6 +208,9 @@ def test_a_reader_who_has_scrolled_up_is_not_moved(users: Users, gateway: Gatewa
     conversation = user.page.get_by_role("region", name="Conversation")
     conversation.evaluate("(region) => region.scrollTo(0, 200)")
     expect(latest).to_be_visible()
+    rendering.wait()
+    rendering.release()
+    expect(user.answer.get_by_role("paragraph")).to_have_count(60)
     cog.release()
     expect(user.answer).to_contain_text("The end")
     expect(user.button("Send")).to_be_visible()
