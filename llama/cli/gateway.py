@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = "A small test model answers, often wrongly."
+_EMBEDDED_MODEL_NOTICE = "A small test model answers, often wrongly."
 
 HostOption = Annotated[
     str, typer.Option(help="The address to listen on. Without a key, it must be a loopback address.")
@@ -92,7 +92,7 @@ def up(
 
     server_port = free_port()
     addresses = Addresses([url_of("127.0.0.1", server_port)])
-    notice = EMBEDDED_MODEL if Settings.from_environment().weights is None else None
+    notice = _EMBEDDED_MODEL_NOTICE if Settings.from_environment().weights is None else None
     tls = _certificate(certificate, key)
     prepared = _prepare(addresses, host, port, tls, make_target="up", notice=notice)
     environment, ready = prepare_server(), Event()
@@ -134,8 +134,9 @@ class _Prepared:
     certificate: Certificate | None
 
     def run(self, message: Callable[[], str], *, reloads: bool = False) -> None:
-        """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead. When
-        the gateway listens, what `message` returns is printed, or logged as JSON."""
+        """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead.
+        `message` is called when the gateway listens, because the keys are known only then. What it returns is
+        printed, or logged as JSON."""
         from llama.gateway.start import run
 
         as_json = self.gateway.settings.log_format == "json"
@@ -193,8 +194,8 @@ def _prepare(
     make_target: str | None = None,
     notice: str | None = None,
 ) -> _Prepared:
-    """Check the settings and the address, and open the database. `make_target` also runs this command. The
-    page shows `notice`, unless the settings have another one.
+    """Check the settings and the address, and open the database. `make_target` is the make target that runs
+    this command, if there is one. The page shows `notice`, unless the settings have another one.
 
     Raises BadSettings if one of them cannot be used.
     """

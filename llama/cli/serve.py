@@ -119,8 +119,8 @@ def serve(
 
 
 def listening_address(host: str, port: int, make_target: str | None) -> str:
-    """Resolve a host to the IP address to listen on. Raises ValueError, with a message that names the make
-    target that has this port, if it is not possible to listen there."""
+    """Resolve a host to the IP address to listen on. Raises ValueError if it is not possible to listen there.
+    The message also names the make target that runs this command, if there is one."""
     from llama.serving.server import check_listening, numeric_address
 
     try:

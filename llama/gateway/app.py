@@ -13,7 +13,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from llama.gateway.gateway import Gateway
-from llama.gateway.http.disconnect import LEFT, ClientLeft
+from llama.gateway.http.disconnect import CLIENT_LEFT, ClientLeft
 from llama.gateway.http.middleware import wrap
 from llama.gateway.http.problem_response import problem_response
 from llama.gateway.http.request_log import NoteRoute, RequestLog
@@ -101,7 +101,7 @@ def _methods(request: Request) -> set[str]:
 
 async def _client_left(_: Request, __: Exception) -> Response:
     """The client closed its connection, so this response is not read."""
-    return Response(status_code=LEFT)
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _unexpected(request: Request, _: Exception) -> Response:

@@ -58,8 +58,8 @@ class EarlyEnds:
                 await self._fail(prediction, NotStarted(late))
 
     async def end_waiting_connections(self) -> None:
-        """Let nothing wait for the waiting predictions, because the gateway ends: those that need their
-        client's connection fail, and the others wait for the next start."""
+        """End the requests that wait for predictions in the queue, because the gateway stops: predictions
+        that need their client's connection fail, and the others are postponed until the restart."""
         for prediction in self._dispatcher.waiting:
             if prediction.request.needs_client:
                 await self._fail(prediction, GatewayRestarted("the gateway is being stopped; try again"))

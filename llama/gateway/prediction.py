@@ -118,7 +118,7 @@ class Prediction:
         self.data_removed = False
         """Whether the inputs, the output and the logs were deleted."""
         self.postponed = False
-        """Whether it waits for the next start of the gateway, so that its readers must not wait for it."""
+        """Whether it will not run before the gateway is restarted. Its readers must not wait for it then."""
         self._changed = asyncio.Event()
 
     @property
@@ -178,7 +178,7 @@ class Prediction:
         self._notify()
 
     def postpone(self) -> None:
-        """Let its readers leave: it is still waiting, and the gateway ends."""
+        """End the waiting of its readers, because the gateway stops before a server starts it."""
         self.postponed = True
         self._notify()
 
@@ -203,7 +203,7 @@ class Prediction:
         return await _within(self._changed, timeout)
 
     async def wait_until_ended(self, timeout: float | None = None) -> bool:
-        """Wait for the end. Returns False if it did not come within `timeout` seconds, or is postponed."""
+        """Wait for the end. Returns False if it is postponed or takes longer than `timeout` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while not (self.status.ended or self.postponed):

@@ -43,8 +43,8 @@ class FairQueue:
         taken = len(self._by_key.get(key_id, ())) + self._reserved[key_id]
         if taken and taken + count > self._limit:
             raise throttled(
-                f"The queue of this key is full: at most {self._limit} predictions can wait. A place becomes "
-                "free when one of them starts.",
+                f"The queue of this key is full: at most {self._limit} predictions can wait. Try again when "
+                "one of them has started.",
                 _RETRY_AFTER,
             )
         self._reserved[key_id] += count

@@ -10,8 +10,8 @@ from starlette.types import Receive
 
 T = TypeVar("T")
 
-LEFT = 499
-"""The status in the log and the metrics of a response that no client got. nginx uses the same one."""
+CLIENT_LEFT = 499
+"""The status, in the log and the metrics, of a response that no client got. nginx uses the same one."""
 
 
 class ClientLeft(Exception):

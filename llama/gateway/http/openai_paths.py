@@ -28,4 +28,4 @@ NOT_OFFERED = {
     "vector_stores": _NOTHING,
     "videos": _NOTHING,
 }
-"""What to do instead."""
+"""The values say what to do instead."""

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.gateway.http.authentication import HEALTH_CHECKS, METRICS
-from llama.gateway.http.disconnect import LEFT
+from llama.gateway.http.disconnect import CLIENT_LEFT
 from llama.gateway.logs import REQUESTS
 from llama.gateway.metrics.recorder import Metrics
 
@@ -66,7 +66,7 @@ class RequestLog:
             "problem": state.get("problem"),
             "milliseconds": round(seconds * 1000, 1),
             "bytes": response.size,
-            "complete": response.complete and response.status != LEFT,
+            "complete": response.complete and response.status != CLIENT_LEFT,
             "key": key.name if key is not None else None,
         }
         REQUESTS.info("%s %s: %d", method, route or "(no route)", response.status, extra=fields)

@@ -1,8 +1,8 @@
 """Counts and times what happens to predictions and requests since the start of the gateway.
 
 Knows predictions. Knows nothing about queues, servers or the database. Errors are logged and not raised,
-because an error in a metric must not break a prediction. `Metrics.piece` is an exception: it is called too
-often for that, and observes only the time.
+because an error in a metric must not break a prediction. Only `Metrics.piece` does not catch errors: it is
+called very often, and observes nothing but the time.
 """
 
 from __future__ import annotations

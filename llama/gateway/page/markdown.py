@@ -34,14 +34,14 @@ _ABSOLUTE = re.compile(r"(https?://|mailto:).*", re.IGNORECASE | re.DOTALL)
 
 _PAGE_LEVELS = 2  # of headings, which the page itself uses
 _MAX_NESTING = 50  # text that is nested more deeply in lists or quotes is left out
-_MAX_ADDRESSES = 100_000
+_MAX_ADDRESS_CHARACTERS = 100_000
 """How many characters the addresses and titles of all links may have together. Otherwise a text that defines
 a long address once and refers to it thousands of times would become hundreds of megabytes of HTML."""
 
 
 def html_of(text: str) -> str:
-    """Return Markdown as HTML. Images are shown as their descriptions, and relative links as text, as are all
-    links after the first _MAX_ADDRESSES characters of addresses and titles."""
+    """Return Markdown as HTML. Images are shown as their descriptions. Relative links are shown as text, and
+    so are all links after the first _MAX_ADDRESS_CHARACTERS of addresses and titles."""
     return _CLEANER.clean(_PARSER.render(text))
 
 
@@ -72,11 +72,11 @@ def _lower_headings(state: StateCore) -> None:
 
 
 def _limit_addresses(state: StateCore) -> None:
-    """Remove the addresses and titles that are too many."""
+    """Remove the addresses and titles after the first _MAX_ADDRESS_CHARACTERS."""
     size = 0
     for token in (inner for block in state.tokens for inner in block.children or ()):
         size += sum(len(str(value)) for value in token.attrs.values())
-        if size > _MAX_ADDRESSES:
+        if size > _MAX_ADDRESS_CHARACTERS:
             token.attrs.clear()
 
 

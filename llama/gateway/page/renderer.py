@@ -28,8 +28,8 @@ _SECONDS = 2.0
 MAX_CHARACTERS takes almost one."""
 _MAX_OF_ONE_OWNER = 8
 """A page sends one text at a time, but several people and tabs can share a key."""
-_LAST_MOMENTS = 5.0
-"""How many seconds a process that has closed its output may take to end."""
+_SECONDS_TO_END = 5.0
+"""How long a process that has closed its output may take to end."""
 _LENGTH = 4  # bytes, before each text in both directions
 _FOLDER_OF_THE_PACKAGE = Path(__file__).parents[3]
 
@@ -72,7 +72,7 @@ class MarkdownRenderer:
     async def html_of(self, text: str, owner: int) -> str:
         """Return a text of at most MAX_CHARACTERS as HTML. `owner` is the id of a key.
 
-        Raises TooComplex, and TooManyTexts if the owner has 8 others that wait or are being rendered.
+        Raises TooComplex, and TooManyTexts if the owner has _MAX_OF_ONE_OWNER others that are not finished.
         """
         with self._counted(owner) as texts:
             async with texts.one_by_one, self._rendering:
@@ -97,7 +97,7 @@ class MarkdownRenderer:
         try:
             return await _exchange(self._process, text)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            if await self._stop(_LAST_MOMENTS) == -signal.SIGPROF:
+            if await self._stop(_SECONDS_TO_END) == -signal.SIGPROF:
                 raise TooComplex from error
             raise RuntimeError("the process that renders Markdown has failed") from error
         except BaseException:  # otherwise the next call would read the rest of this answer
@@ -115,14 +115,14 @@ class MarkdownRenderer:
             start_new_session=True,  # Ctrl-C is for the gateway
         )
 
-    async def _stop(self, patience: float = 0.0) -> int | None:
-        """End the process, if there is one, and return its exit code. A process that is already ending needs
-        a few seconds of patience: if it is killed meanwhile, asyncio may miss its exit code."""
+    async def _stop(self, grace: float = 0.0) -> int | None:
+        """End the process, if there is one, and return its exit code. It is killed after `grace` seconds. A
+        process that is already ending needs some, because asyncio may miss its exit code if it is killed."""
         process, self._process = self._process, None
         if process is None:
             return None
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(grace):
                 return await process.wait()
         with suppress(ProcessLookupError):
             process.kill()

@@ -31,7 +31,7 @@ class Storage:
 
     def __init__(self, path: Path) -> None:
         """Raises BadSettings if another gateway uses the file, or if it cannot be opened."""
-        lock = f"{os.path.realpath(path)}.lock"  # a link to the file must not be another database
+        lock = f"{os.path.realpath(path)}.lock"  # the same one for a symbolic link to the file
         self._lock = FileLock(lock, mode=0o600, thread_local=False)  # released in another thread
         with usable(path):
             try:
