@@ -60,7 +60,7 @@ export class MarkdownView {
     this.#renderSoon();
   }
 
-  /** Render the whole text, which does not grow any more. */
+  /** Render the whole text, which does not grow any more. If the gateway is busy, it is rendered later. */
   async finish() {
     clearTimeout(this.#timer);
     this.#timer = 0;

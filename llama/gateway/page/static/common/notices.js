@@ -1,4 +1,4 @@
-/** Notices at the top of the page, such as errors. Each stays until it is dismissed, replaced, or no longer of use. */
+/** Notices at the top of the page, such as errors. Each stays until it is dismissed, replaced or outdated. */
 
 import { byId, element } from "./dom.js";
 

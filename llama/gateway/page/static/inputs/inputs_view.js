@@ -102,9 +102,9 @@ export class InputsView {
     const values = this.#form?.read();
     if (this.#run || !this.#form) return;
     if (!values) return this.#form.focusError();
-    const error = whichDialogue(values);
-    if (error) {
-      this.#form.showErrors(error);
+    const errors = promptErrors(values);
+    if (errors) {
+      this.#form.showErrors(errors);
       return this.#form.focusError();
     }
     const run = this.#newRun();
@@ -185,9 +185,9 @@ export class InputsView {
 /**
  * The model answers either a prompt or messages. Its schema cannot say so.
  * @param {Record<string, unknown>} values
- * @returns {Record<string, string> | null} the error by the name of the field
+ * @returns {Record<string, string> | null} the errors by the names of the fields
  */
-function whichDialogue({ prompt, messages }) {
+function promptErrors({ prompt, messages }) {
   const hasMessages = Array.isArray(messages) && messages.length > 0;
   if (prompt && hasMessages) return { messages: "Leave either prompt or messages empty." };
   if (!prompt && !hasMessages) return { prompt: "Enter a prompt, or messages below." };
