@@ -135,7 +135,7 @@ class _Prepared:
 
     def run(self, message: Callable[[], str], *, reloads: bool = False) -> None:
         """Serve until a signal ends it; if `reloads`, SIGHUP reads the list of servers again instead.
-        `message` is called when the gateway listens, because the keys are known only then. What it returns is
+        `message` is called when the gateway listens, because the keys are known only then. Its result is
         printed, or logged as JSON."""
         from llama.gateway.start import run
 
