@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _EMBEDDED_MODEL_NOTICE = "A small test model answers, often wrongly."
+_ADVICE = "It does better with an empty system prompt and temperature 0, which you can set in Settings."
 
 HostOption = Annotated[
     str, typer.Option(help="The address to listen on. Without a key, it must be a loopback address.")
@@ -92,7 +93,8 @@ def up(
 
     server_port = free_port()
     addresses = Addresses([url_of("127.0.0.1", server_port)])
-    notice = _EMBEDDED_MODEL_NOTICE if Settings.from_environment().weights is None else None
+    is_embedded = Settings.from_environment().weights is None
+    notice = f"{_EMBEDDED_MODEL_NOTICE} {_ADVICE}" if is_embedded else None
     tls = _certificate(certificate, key)
     prepared = _prepare(addresses, host, port, tls, make_target="up", notice=notice)
     environment, ready = prepare_server(), Event()
@@ -106,7 +108,7 @@ def up(
         ending, died = Event(), Event()
         Thread(target=_end_with, args=(server.process, ending, died), daemon=True).start()
         try:
-            prepared.run(lambda: _snippets(prepared, notice))
+            prepared.run(lambda: _snippets(prepared, is_embedded=is_embedded))
         except SystemExit:
             if not died.is_set():
                 raise
@@ -217,9 +219,9 @@ def _prepare(
     return _Prepared(prepare(settings, addresses, address), address, port, url, certificate)
 
 
-def _snippets(prepared: _Prepared, notice: str | None) -> str:
+def _snippets(prepared: _Prepared, *, is_embedded: bool) -> str:
     url, model = prepared.url, prepared.gateway.settings.model
-    warning = f"{notice} Set LLAMA_WEIGHTS to serve another one.\n" if notice else ""
+    warning = f"{_EMBEDDED_MODEL_NOTICE} Set LLAMA_WEIGHTS to serve another one.\n" if is_embedded else ""
     key = "YOUR_KEY" if prepared.gateway.keys.needed else "any"
     return f"""\
 {prepared.page_note} Ctrl-C stops the server and the gateway.
