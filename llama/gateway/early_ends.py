@@ -38,7 +38,12 @@ class EarlyEnds:
 
     async def end_overdue(self) -> None:
         """End the predictions that are past their deadline or have waited too long, those of revoked keys,
-        and the waiting ones of keys whose budget is used up. Call it several times a second."""
+        and the waiting ones of keys whose budget is used up. Call it several times a second.
+
+        While the gateway ends, also does what `end_waiting_connections` does: a prediction can still be
+        created then, or go back to the queue."""
+        if self._dispatcher.stopping:
+            await self.end_waiting_connections()
         await self._keys.refresh()
         excesses = await self._excesses()
         revoked = self._keys.revoked

@@ -151,12 +151,11 @@ class Gateway:
 
     async def _end_predictions(self) -> None:
         self._dispatcher.stop_starting()
-        await self._early_ends.end_waiting_connections()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._grace):
                 await self._dispatcher.idle(self._stop_requested)
         await self._dispatcher.end()
-        await self._early_ends.end_waiting_connections()  # of those that went back to the queue
+        await self._early_ends.end_waiting_connections()  # of those that still wait
 
     async def _wait_for_a_server(self) -> None:
         """Wait briefly for the first health checks, so that a gateway is usually ready when it listens."""

@@ -411,10 +411,35 @@ def test_clients_of_waiting_predictions_do_not_delay_the_end(start: Start, cog: 
     with ThreadPoolExecutor(2) as pool:
         stream = pool.submit(running.client.get, waiting["urls"]["stream"])
         wait = pool.submit(running.client.post, path, json=body, headers={"Prefer": "wait=30"})
-        until(lambda: running.connections == 2)
+        until(lambda: running.connections == 2 and len(running.gateway.predictions.unfinished()) == 2)
         began = time.monotonic()
         running.server.should_exit = True
         assert stream.result(PATIENCE).text.replace(": ping\n\n", "") == ""  # the stream ends without `done`
         assert (wait.result(PATIENCE).status_code, wait.result().json()["status"]) == (202, "starting")
         running.thread.join(PATIENCE)
+    assert time.monotonic() - began < 5
+
+
+def test_a_prediction_whose_request_arrives_during_the_end_does_not_delay_it(
+    start: Start, cog: FakeCog
+) -> None:
+    running = start(grace=20)
+    cog.rules.health = "STARTING"
+    until(lambda: running.client.get("/readyz").status_code == 503)
+    running.client.close()
+    until(lambda: running.connections == 0)
+    body = b'{"input": {"prompt": "Hi"}}'
+    head = f"POST /v1/models/{MODEL}/predictions HTTP/1.1\r\n{AUTHORIZED}Prefer: wait=30\r\n"
+    with running.connect() as connection:
+        until(lambda: running.connections == 1)
+        send(connection, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:5])
+        (server_side,) = running.server.server_state.connections
+        assert isinstance(server_side, LimitedProtocol)
+        until(lambda: server_side.cycle)  # the head of the request was read
+        began = time.monotonic()
+        running.server.should_exit = True
+        until(lambda: not running.server.servers[0].is_serving())
+        send(connection, body[5:])
+        assert received(connection).startswith(b"HTTP/1.1 202 ")
+    running.thread.join(PATIENCE)
     assert time.monotonic() - began < 5

@@ -70,7 +70,8 @@ class Dispatcher:
         self.finish: Finish
         self._running = dict[str, _Run]()
         self._running_by_key = Counter[int]()
-        self._stopping = False
+        self.stopping = False
+        """Whether no more predictions are started, because the gateway ends."""
         servers.on_ready, servers.on_lost = self.dispatch, self._lose
 
     @property
@@ -100,7 +101,7 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         """Start as many waiting predictions as there are free places."""
-        while not self._stopping and len(self._queue) and self._servers.any_free:
+        while not self.stopping and len(self._queue) and self._servers.any_free:
             prediction = self._queue.next(self._may_run)
             if prediction is None:
                 return
@@ -186,7 +187,7 @@ class Dispatcher:
 
     def stop_starting(self) -> None:
         """Start no more predictions."""
-        self._stopping = True
+        self.stopping = True
 
     async def idle(self, stop_requested: asyncio.Event) -> None:
         """Wait until no prediction runs, or until `stop_requested` is set."""
