@@ -78,7 +78,7 @@ function showPage(current, keyName) {
   addEventListener("hashchange", () => {
     const { view } = routeOf(location.hash);
     const isOther = byId(`${view}-view`, HTMLElement).hidden;
-    if (isOther) ["chat", "request"].forEach(dismiss); // they are about the view that is being left
+    if (isOther) dismiss("chat", "request"); // they are about the view that is being left
     open();
     if (view !== "chat") byId(`${view}-heading`, HTMLElement).focus();
   });

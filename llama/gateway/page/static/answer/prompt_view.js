@@ -40,13 +40,9 @@ export function promptDisclosure(load, hint) {
 export function logElements(prediction, hint) {
   if (prediction.data_removed) return [element("p", { class: "hint" }, REMOVED)];
   const { prompt, rest } = readLog(prediction.logs);
-  /** @type {HTMLElement[]} */
-  const elements = [];
-  elements.push(
-    prompt === null ? element("p", { class: "hint" }, hint) : block("Formatted prompt", marked(prompt)),
-  );
-  if (rest) elements.push(block("The rest of the log", [rest]));
-  return elements;
+  const first =
+    prompt === null ? element("p", { class: "hint" }, hint) : block("Formatted prompt", marked(prompt));
+  return rest ? [first, block("The rest of the log", [rest])] : [first];
 }
 
 /**

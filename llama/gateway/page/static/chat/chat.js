@@ -1,7 +1,6 @@
 /** The chat: shows one conversation, keeps the others that are still being answered, and stores all of them. */
 
 import { Autoscroll } from "./autoscroll.js";
-import { SavedDialogues } from "./saved_dialogues.js";
 import { ChatSettings } from "./chat_settings.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
@@ -14,6 +13,7 @@ import { dismiss, notify } from "../common/notices.js";
 import { Panel } from "../common/panel.js";
 import { RenderQueue } from "../answer/render_queue.js";
 import { routeOf } from "../router.js";
+import { SavedDialogues } from "./saved_dialogues.js";
 import { errorsByField } from "../inputs/schema.js";
 import { TurnList } from "./turn_list.js";
 
@@ -167,7 +167,7 @@ export class ChatView {
    * @param {number | null} index
    */
   async #send(text, index) {
-    ["chat", "request"].forEach(dismiss);
+    dismiss("chat", "request");
     const invalid = this.#settings.invalid();
     if (invalid.length) {
       notify("request", `Correct ${invalid.join(", ")} in Settings, then send again.`);

@@ -25,9 +25,9 @@ export function notify(topic, text, { kind = "error", action } = {}) {
   byId("notices", HTMLElement).append(notice);
 }
 
-/** @param {string} topic */
-export function dismiss(topic) {
-  for (const notice of find(topic)) notice.remove();
+/** @param {...string} topics */
+export function dismiss(...topics) {
+  for (const notice of topics.flatMap(find)) notice.remove();
 }
 
 /** @param {string} topic */
