@@ -101,14 +101,20 @@ def test_the_chats_of_another_key_are_not_shown(users: Users, gateway: Gateway) 
     assert user.chat_titles() == ["A private message"]
 
 
-def test_a_restart_of_the_gateway_interrupts_the_answer_and_not_the_page(
-    users: Users, gateway: Gateway, cog: FakeCog
-) -> None:
+def begin_answer(users: Users, gateway: Gateway, cog: FakeCog) -> PageUser:
+    """Return a user who has two of the three pieces of an answer, and who may lose the gateway."""
     cog.rules.script = Script(["One", " two", " three"], hold_after=2)
     user = users(gateway)
     user.visit.allow_lost_connections()
     user.send("Count")
     expect(user.answer).to_have_text("One two")
+    return user
+
+
+def test_a_restart_of_the_gateway_interrupts_the_answer_and_not_the_page(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    user = begin_answer(users, gateway, cog)
     gateway.restart()
     expect(user.button("Retry")).to_be_visible()
     expect(user.answer).to_have_text("One two")
@@ -186,11 +192,7 @@ def test_a_gateway_that_is_being_stopped_ends_the_answer_on_the_page(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:
     """It ends running predictions in their streams, and accepts no more requests."""
-    cog.rules.script = Script(["One", " two", " three"], hold_after=2)
-    user = users(gateway)
-    user.visit.allow_lost_connections()
-    user.send("Count")
-    expect(user.answer).to_have_text("One two")
+    user = begin_answer(users, gateway, cog)
     user.visit.context.route("**/v1/predictions/*", lambda route: route.abort())
 
     async def stop() -> None:
@@ -205,11 +207,7 @@ def test_a_gateway_that_is_being_stopped_ends_the_answer_on_the_page(
 def test_an_answer_is_complete_although_the_gateway_accepts_no_more_requests(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:
-    cog.rules.script = Script(["One", " two", " three"], hold_after=2)
-    user = users(gateway)
-    user.visit.allow_lost_connections()
-    user.send("Count")
-    expect(user.answer).to_have_text("One two")
+    user = begin_answer(users, gateway, cog)
     user.visit.context.route("**/v1/predictions/*", lambda route: route.abort())
     cog.release()
     expect(user.announcer).to_have_text("Answer complete")

@@ -132,13 +132,19 @@ def test_a_finished_answer_is_rendered_although_the_gateway_was_busy(
     assert not refusals
 
 
-def test_a_deleted_chat_stops_its_answer_and_stays_deleted(
-    users: Users, gateway: Gateway, cog: FakeCog
-) -> None:
+def begin_answer(users: Users, gateway: Gateway, cog: FakeCog) -> PageUser:
+    """Return a user who has the first of the two pieces of an answer."""
     cog.rules.script = Script(["One", " two"], hold_after=1)
     user = users(gateway)
     user.send("Count")
     expect(user.answer).to_have_text("One")
+    return user
+
+
+def test_a_deleted_chat_stops_its_answer_and_stays_deleted(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    user = begin_answer(users, gateway, cog)
     cancelling = Held(user, "**/cancel")
     user.press("Delete")
     cancelling.wait()
@@ -168,10 +174,7 @@ def test_the_draft_of_another_key_is_not_shown(users: Users, gateway: Gateway) -
 def test_escape_while_a_chat_is_renamed_does_not_stop_the_answer(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:
-    cog.rules.script = Script(["One", " two"], hold_after=1)
-    user = users(gateway)
-    user.send("Count")
-    expect(user.answer).to_have_text("One")
+    user = begin_answer(users, gateway, cog)
     user.press("Rename")
     user.page.keyboard.press("Escape")
     expect(user.button("Rename")).to_be_focused()
