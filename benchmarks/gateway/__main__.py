@@ -24,6 +24,7 @@ import httpx2
 from benchmarks.fake_cog import FakeCog
 from benchmarks.gateway import load_scenarios, processes
 from benchmarks.gateway.apis import Reading, ask_cog, ask_openai, ask_replicate, client
+from benchmarks.gateway.books import faults, read_books
 from benchmarks.gateway.processes import KEY, Process
 from benchmarks.gateway.report import markdown
 from benchmarks.gateway.streams import Row, Way, compare, log
@@ -203,7 +204,7 @@ async def _leaving(folder: Path, total: int) -> Row:
                 lost = await load_scenarios.leave_and_kill(
                     gateway.url, [cog, killed], ["first", "second"], total
                 )
-    books = load_scenarios.read_books(database)
+    books = read_books(database)
     row = {
         "requests": total,
         "predictions": books.rows,
@@ -214,7 +215,7 @@ async def _leaving(folder: Path, total: int) -> Row:
         "counted": books.counted,
         "tokens": books.tokens,
         "counted_tokens": books.counted_tokens,
-        "faults": load_scenarios.faults(books, lost, total),
+        "faults": faults(books, lost, total),
         "memory": peak[0],
         "seconds": time.perf_counter() - began,
     }

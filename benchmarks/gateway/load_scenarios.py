@@ -7,13 +7,9 @@ process, so that their record of what they served can be compared with the gatew
 from __future__ import annotations
 
 import asyncio
-import json
-import sqlite3
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,9 @@ import httpx2
 
 from benchmarks.fake_cog import FakeCog, Script, Served
 from benchmarks.gateway.apis import MODEL, Failed, Question, ask_openai, ask_replicate, client
+from benchmarks.gateway.books import PIECES, leaves, number_of
 from llama.gateway.storage.keys import hash_of
 from llama.gateway.storage.store import Store
-
-PIECES = tuple(f" word{number}" for number in range(12))
 
 
 def add_keys(database: Path, names: Sequence[str]) -> None:
@@ -96,20 +91,34 @@ async def _text_of(gateway: httpx2.AsyncClient, prediction: Mapping[str, Any]) -
 
 async def leave_and_kill(url: str, cogs: Sequence[FakeCog], names: Sequence[str], total: int) -> list[Served]:
     """Send `total` requests from several keys. A tenth is cancelled, a tenth is dropped, and the last server
-    is killed when half of the requests have started. Returns what that server had accepted."""
-    for cog in cogs:
-        # Requests whose clients will leave take long, so that they do not end first.
-        cog.rules.script = lambda inputs: Script(PIECES, gap=0.3 if _leaves(number_of(inputs)) else 0.01)
-    at_once, lost = asyncio.Semaphore(200), list[Served]()
+    is killed when half of the requests have started. Returns what that server had accepted.
 
-    async def kill() -> None:
-        while sum(len(cog.served) for cog in cogs) < total // 2:
-            await asyncio.sleep(0.005)
-        await asyncio.to_thread(cogs[-1].die)
-        lost.extend(cogs[-1].served)
+    That server holds one answer in its middle, so that at least one is lost after it has begun.
+    """
+    held = list[int]()
+
+    def script_of_killed(inputs: Mapping[str, Any]) -> Script:
+        number = number_of(inputs)
+        if not held and not leaves(number):
+            held.append(number)
+        return Script(PIECES, gap=_gap(number), hold_after=6 if number in held else None)
+
+    for cog in cogs[:-1]:
+        cog.rules.script = lambda inputs: Script(PIECES, gap=_gap(number_of(inputs)))
+    cogs[-1].rules.script = script_of_killed
+    at_once, lost = asyncio.Semaphore(200), list[Served]()
 
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(client(url, f"{name}-key")) for name in names]
+
+        async def kill() -> None:
+            while sum(len(cog.served) for cog in cogs) < total // 2:
+                await asyncio.sleep(0.005)
+            async with asyncio.timeout(60):
+                while not (held and await _has_begun(clients[held[0] % len(clients)], held[0])):
+                    await asyncio.sleep(0.005)
+            await asyncio.to_thread(cogs[-1].die)
+            lost.extend(cogs[-1].served)
 
         async def one(number: int) -> None:
             async with at_once:
@@ -121,9 +130,10 @@ async def leave_and_kill(url: str, cogs: Sequence[FakeCog], names: Sequence[str]
     return lost
 
 
-def _leaves(number: int) -> bool:
-    """Whether the client of a request cancels it or drops its connection."""
-    return number % 10 in (3, 7)
+def _gap(number: int) -> float:
+    """The seconds before every piece of a request's answer. Requests whose clients will leave take long, so
+    that they do not end first."""
+    return 0.3 if leaves(number) else 0.01
 
 
 async def _ask(gateway: httpx2.AsyncClient, number: int) -> None:
@@ -148,89 +158,24 @@ async def _ask(gateway: httpx2.AsyncClient, number: int) -> None:
         assert reading.text == "".join(PIECES), f"a client got {reading.text!r}"
 
 
+async def _has_begun(gateway: httpx2.AsyncClient, number: int) -> bool:
+    """Whether a piece of a request's answer has arrived at the gateway."""
+    return any([p["output"] async for p in _predictions(gateway) if number_of(p["input"]) == number])
+
+
 async def _wait_for_ends(clients: Sequence[httpx2.AsyncClient]) -> None:
     """Wait until no prediction of these keys is left to run."""
-    deadline = time.monotonic() + 60
-    for gateway in clients:
-        page = "/v1/predictions"
-        while page:
-            body = (await gateway.get(page)).json()
-            if any(p["status"] in ("starting", "processing") for p in body["results"]):
-                assert time.monotonic() < deadline, "a prediction did not end"
+    async with asyncio.timeout(60):
+        for gateway in clients:
+            while any([p["completed_at"] is None async for p in _predictions(gateway)]):
                 await asyncio.sleep(0.1)
-            else:
-                page = body["next"]
 
 
-@dataclass(frozen=True)
-class Books:
-    """What the database says about all predictions, and what it has counted."""
-
-    predictions: dict[int, dict[str, Any]]
-    """The row of each request's prediction, by the number of the request."""
-    rows: int
-    counted: int
-    """How many predictions the usage says there were."""
-    counted_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return sum(row["metrics"].get("output_token_count", 0) for row in self.predictions.values())
-
-    def numbers(self, status: str) -> set[int]:
-        return {number for number, row in self.predictions.items() if row["status"] == status}
-
-
-def read_books(database: Path) -> Books:
-    with closing(sqlite3.connect(database)) as connection:
-        connection.row_factory = sqlite3.Row
-        rows = [dict(row) for row in connection.execute("SELECT * FROM predictions")]
-        counted, tokens = connection.execute(
-            "SELECT COALESCE(SUM(predictions), 0), COALESCE(SUM(output_tokens), 0) FROM usage"
-        ).fetchone()
-    for row in rows:
-        row["metrics"] = json.loads(row["metrics"])
-        row["output"] = json.loads(row["output"] or "[]")
-    return Books({number_of(row["inputs"]): row for row in rows}, len(rows), counted, tokens)
-
-
-def number_of(inputs: str | Mapping[str, Any]) -> int:
-    """The number of the request with these inputs."""
-    text = inputs if isinstance(inputs, str) else json.dumps(inputs)
-    return int(text.partition("request ")[2].split('"')[0])
-
-
-def faults(books: Books, lost: Sequence[Served], total: int) -> list[str]:
-    """What is wrong with the books; empty if every request ended once and was counted once.
-
-    `lost`: what the killed server had accepted. Only a request whose pieces it had sent may have failed, also
-    if it had sent all of them, because the last ones may not have arrived. If none had arrived, the other
-    server may have completed the request.
-    """
-    rows = books.predictions.values()
-    with_pieces = {number_of(served.inputs) for served in lost if served.pieces}
-    leaving = {number for number in range(total) if _leaves(number)}
-    # A client that leaves can be gone before its request has arrived.
-    missing = {n for n in range(total) if n % 10 != 7} - books.predictions.keys()
-    failed = books.numbers("failed")
-    whole = list(PIECES)
-    checks = {
-        f"these have no prediction: {missing}": missing,
-        "a request has two predictions": books.rows != len(books.predictions),
-        "a prediction has not ended": any(row["completed_at"] is None for row in rows),
-        f"without pieces on the killed server, these failed: {failed - with_pieces}": failed - with_pieces,
-        f"these were cancelled although no client asked for it: {books.numbers('canceled') - leaving}": (
-            books.numbers("canceled") - leaving
-        ),
-        "an answer is not whole": any(
-            row["status"] == "succeeded" and row["output"] != whole for row in rows
-        ),
-        "an answer has pieces of two servers": any(
-            row["output"] != whole[: len(row["output"])] for row in rows
-        ),
-        f"{books.counted} predictions were counted, not {books.rows}": books.counted != books.rows,
-        f"{books.counted_tokens} tokens were counted, not {books.tokens}": (
-            books.counted_tokens != books.tokens
-        ),
-    }
-    return [text for text, wrong in checks.items() if wrong]
+async def _predictions(gateway: httpx2.AsyncClient) -> AsyncIterator[dict[str, Any]]:
+    """Yield all predictions of a key, the newest first."""
+    page = "/v1/predictions"
+    while page:
+        body = (await gateway.get(page)).json()
+        for prediction in body["results"]:
+            yield prediction
+        page = body["next"]

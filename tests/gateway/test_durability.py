@@ -17,7 +17,7 @@ from gateways import MODEL, Gateway
 from server_clients import Body, until
 
 from benchmarks.fake_cog import FakeCog, Script
-from benchmarks.gateway.load_scenarios import read_books
+from benchmarks.gateway.books import read_books
 from benchmarks.gateway.processes import KEY, Process, gateway, gateway_arguments, gateway_environment
 from llama.serving.server import ServerFailed
 

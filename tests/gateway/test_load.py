@@ -14,6 +14,7 @@ from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
 from benchmarks.gateway import load_scenarios
+from benchmarks.gateway.books import faults, read_books
 from llama.gateway.prediction import PredictionRequest, Status
 
 KEYS = {"first": 60, "second": 40, "third": 20}
@@ -48,8 +49,8 @@ def test_every_request_ends_once_and_is_counted_once_if_clients_and_a_server_lea
         lost = asyncio.run(
             load_scenarios.leave_and_kill(gateway.url, [cog, killed], ["first", "second"], total)
         )
-    books = load_scenarios.read_books(database)
-    assert load_scenarios.faults(books, lost, total) == []
+    books = read_books(database)
+    assert faults(books, lost, total) == []
     assert books.numbers("succeeded")
     assert books.numbers("canceled")
     assert books.numbers("failed")

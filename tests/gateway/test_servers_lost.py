@@ -17,7 +17,7 @@ from gateways import MODEL, Gateway
 from server_clients import Body, until
 
 from benchmarks.fake_cog import FakeCog, Script, real_schema
-from benchmarks.gateway.load_scenarios import read_books
+from benchmarks.gateway.books import read_books
 from llama.gateway.dispatch.cog_client import CogClient, Unavailable
 
 StartGateway = Callable[..., Gateway]
