@@ -32,7 +32,11 @@ _EMBEDDED_MODEL_NOTICE = "A small test model answers, often wrongly."
 _ADVICE = "It does better with an empty system prompt and temperature 0, which you can set in Settings."
 
 HostOption = Annotated[
-    str, typer.Option(help="The address to listen on. Without a key, it must be a loopback address.")
+    str,
+    typer.Option(
+        help="The address to listen on. It must be a loopback address unless clients need a key: see "
+        "`keys add`."
+    ),
 ]
 PortOption = Annotated[int, typer.Option(help="The port to listen on. Use 0 to choose a free one.")]
 CertificateOption = Annotated[
@@ -66,7 +70,11 @@ def gateway(
     certificate: CertificateOption = None,
     key: KeyOption = None,
 ) -> None:
-    """Serve a page and Replicate's and OpenAI's APIs in front of one or several servers."""
+    """Serve a page and Replicate's and OpenAI's APIs in front of one or several servers.
+
+    Servers are started with `serve` or by Cog. Give either --server or --servers.
+    docs/gateway.md explains keys, and docs/reference.md the settings, which begin with LLAMA_GATEWAY_.
+    """
     from llama.gateway.dispatch.addresses import Addresses
 
     if bool(server) == bool(servers):
@@ -87,7 +95,10 @@ def up(
     certificate: CertificateOption = None,
     key: KeyOption = None,
 ) -> int | None:
-    """Start a server and a gateway in front of it. Ctrl-C stops both."""
+    """Start a server and a gateway in front of it. Ctrl-C stops both.
+
+    LLAMA_WEIGHTS names the folder of the model. Without it, a small test model answers.
+    """
     from llama.gateway.dispatch.addresses import Addresses
     from llama.serving.server import CogServer, ServerFailed, free_port, print_setup, url_of
 
@@ -167,10 +178,10 @@ class _Prepared:
     def key_note(self) -> str:
         """Who can use the gateway. Its keys must have been loaded."""
         if self.gateway.keys.needed:
-            return "Clients need a key; `python -m llama keys add NAME` prints a new one."
+            return f"Clients need a key; `{sys.executable} -m llama keys add NAME` prints a new one."
         return (
             "There is no key, so the gateway serves this machine only, and clients can send any key. "
-            "`python -m llama keys add NAME` adds one."
+            f"`{sys.executable} -m llama keys add NAME` adds one."
         )
 
 

@@ -23,7 +23,8 @@ from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.keys import KeyLimits, hash_of, new_key
 
 keys = typer.Typer(
-    help="Manage the keys of the gateway's clients. LLAMA_GATEWAY_DATABASE names the file that stores them.",
+    help="Manage the keys of the gateway's clients. LLAMA_GATEWAY_DATABASE names the file that stores them. "
+    "It must be the file of the gateway.",
     no_args_is_help=True,
 )
 

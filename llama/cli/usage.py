@@ -43,9 +43,10 @@ def usage(
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, with exact prices and no total.")] = False,
 ) -> None:
-    """Print predictions, tokens, seconds and prices by key, day or model, also while a gateway runs.
+    """Print predictions, tokens, seconds and prices by key, day or model. Works while a gateway runs, too.
 
-    The seconds are the time for which servers worked. LLAMA_GATEWAY_INPUT_PRICE and
+    A prediction is one run of the model, and its seconds are the time from its start on a server to its end.
+    LLAMA_GATEWAY_DATABASE must name the file of the gateway. LLAMA_GATEWAY_INPUT_PRICE and
     LLAMA_GATEWAY_OUTPUT_PRICE set the prices, which also apply to earlier tokens.
     """
     prices = GatewaySettings.from_environment().prices

@@ -170,12 +170,12 @@ def test_messages_wait_for_a_model_that_is_starting(users: Users, cog: FakeCog, 
     with Gateway([cog.url], tmp_path / "gateway.sqlite3") as gateway:
         user = users(gateway)
         user.visit.allow_lost_connections()  # the gateway ends before the page is closed
-        expect(user.page.get_by_text("The model is starting")).to_be_visible()
+        expect(user.page.get_by_text("No server of the model has been ready yet")).to_be_visible()
         user.send("Hello")
         expect(user.answers).to_contain_text("Waiting for the first token")
         cog.rules.health = None
         expect(user.answer).to_contain_text("Paris")
-        expect(user.page.get_by_text("The model is starting")).to_have_count(0)
+        expect(user.page.get_by_text("No server of the model has been ready yet")).to_have_count(0)
         user.open_panel("Settings")
         expect(user.field("temperature")).to_be_visible()
 

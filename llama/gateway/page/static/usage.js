@@ -16,7 +16,7 @@ const COLUMNS = [
   ["Input tokens", (counts) => count(counts.input_tokens)],
   ["Output tokens", (counts) => count(counts.output_tokens)],
   ["Price", (counts) => money(counts.price)],
-  ["Seconds", (counts) => counts.seconds.toLocaleString("en-US", { maximumFractionDigits: 1 })],
+  ["Server seconds", (counts) => counts.seconds.toLocaleString("en-US", { maximumFractionDigits: 1 })],
 ];
 
 export class UsageView {

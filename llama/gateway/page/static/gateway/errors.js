@@ -40,7 +40,7 @@ export function describe(error) {
     case 0:
       return "The gateway could not be reached. Check that it is running, then try again.";
     case 401:
-      return "You are not logged in. Log in and try again.";
+      return "You are not logged in. Try again, and enter your key.";
     case 402:
       return detail || "The budget of this key is used up.";
     case 413:

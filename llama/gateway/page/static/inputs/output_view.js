@@ -44,7 +44,7 @@ export class OutputView {
 
   clear() {
     this.#set("");
-    this.#root.replaceChildren(element("p", { class: "hint" }, "Run the inputs to see the output here."));
+    this.#root.replaceChildren(element("p", { class: "hint" }, "Select Run to see the output here."));
   }
 
   /** @param {Prediction} prediction that has just been created or was loaded */
