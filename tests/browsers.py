@@ -6,8 +6,8 @@ All requests are real HTTP. Knows headers and cookies; knows nothing about the p
 from __future__ import annotations
 
 import http.client
-import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import httpx2
 from gateways import KEY, Gateway
@@ -37,9 +37,7 @@ def replace_cookie(client: httpx2.Client, name: str, value: str) -> None:
 
 def stored_secret(gateway: Gateway) -> str:
     """What the gateway signs its sessions with."""
-    with closing(sqlite3.connect(gateway.settings.database)) as database:
-        (secret,) = database.execute("SELECT value FROM facts WHERE name = 'session_secret'").fetchone()
-    return str(secret)
+    return Path(f"{gateway.settings.database}.session-secret").read_text()
 
 
 def get_exactly(gateway: Gateway, path: str) -> http.client.HTTPResponse:

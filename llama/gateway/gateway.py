@@ -29,6 +29,8 @@ from llama.gateway.predictions import Predictions
 from llama.gateway.repeat import repeat
 from llama.gateway.replicate.view import prediction_body
 from llama.gateway.settings import GatewaySettings
+from llama.gateway.storage.database import usable
+from llama.gateway.storage.secret_file import secret_beside
 from llama.gateway.storage.storage import Storage
 from llama.gateway.webhooks.delivery import Delivery
 from llama.gateway.webhooks.outgoing import Outgoing
@@ -65,10 +67,12 @@ class Gateway:
         """
         self.settings, self.ping_interval = settings, ping_interval
         self._grace = grace
-        self.storage = Storage(expanded(settings.database, "LLAMA_GATEWAY_DATABASE"))
+        database = expanded(settings.database, "LLAMA_GATEWAY_DATABASE")
+        self.storage = Storage(database)
         key = settings.key.get_secret_value() if settings.key else None
         self.keys = Keys(self.storage, environment_key=key, loopback=loopback)
-        self.sessions = Sessions(self.storage, self.keys)
+        with usable(database):
+            self.sessions = Sessions(secret_beside(database), self.keys)
         self._client = CogClient()
         self.servers = Servers(self._client, addresses, settings.places, lost_after=lost_after)
         delivery = Delivery(Outgoing(settings.webhook_networks), self.keys.by_id)
@@ -113,7 +117,6 @@ class Gateway:
     async def running(self) -> AsyncIterator[None]:
         """Resume what an earlier run left in the database, and serve until the block ends."""
         await self.keys.load()
-        await self.sessions.load()
         await self._remember_schema()
         await self.predictions.recover()
         for prediction in await self.storage.run(lambda store: store.undelivered()):

@@ -98,9 +98,10 @@ class Predictions:
 
     async def recover(self) -> None:
         """Queue the predictions that waited when the gateway ended, and fail those that ran."""
-        self.created = await self._storage.run(lambda store: store.usage.predictions())
+        unfinished = await self._storage.run(lambda store: store.unfinished())
+        self.created = len(unfinished) + await self._storage.run(lambda store: store.usage.predictions())
         lost = GatewayRestarted("the gateway was restarted during the prediction; create it again")
-        for prediction, progress_at in await self._storage.run(lambda store: store.unfinished()):
+        for prediction, progress_at in unfinished:
             if prediction.status is Status.STARTING and not prediction.request.needs_client:
                 self._begin(prediction)
             else:

@@ -239,6 +239,45 @@ def test_the_database_is_read_at_most_once_a_second(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+def test_while_the_database_does_not_respond_the_last_known_keys_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hanging(Storage):
+        released: asyncio.Event | None = None
+
+        async def run(self, function: Callable[[Store], T]) -> T:
+            if self.released is not None:
+                await self.released.wait()
+            return await super().run(function)
+
+    async def scene() -> None:
+        storage, clock = Hanging(tmp_path / "gateway.sqlite3"), Clock()
+        try:
+            keys = Keys(storage, environment_key="s3cret", loopback=False, clock=clock)
+            await keys.load()
+            storage.released = asyncio.Event()
+            for seconds in range(5):
+                clock.now += 1.0
+                async with asyncio.timeout(30):  # only the first one waits
+                    assert (await keys.identify("Bearer s3cret")).name == "environment"
+                    with pytest.raises(Problem):
+                        await keys.identify("Bearer new")
+                if seconds == 0:
+                    store = Store(tmp_path / "gateway.sqlite3")
+                    store.keys.add("new", hash_of("new"))
+                    store.close()
+            assert caplog.text.count("does not respond") == 1
+            storage.released.set()
+            async with asyncio.timeout(30):
+                while keys.find("new") is None:
+                    await asyncio.sleep(0.01)
+        finally:
+            storage.close()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(scene())
+
+
 def test_while_the_database_cannot_be_read_the_last_known_keys_are_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -51,13 +51,16 @@ def test_a_models_name_may_contain_one_of_its_versions(gateway: Gateway) -> None
         assert refused.json()["status"] == 404
 
 
-def test_predictions_are_counted_and_the_count_survives_a_restart(gateway: Gateway) -> None:
+def test_predictions_are_counted_and_the_count_survives_a_restart(gateway: Gateway, cog: FakeCog) -> None:
     for _ in range(3):
         gateway.create(prefer="wait")
-    assert get(gateway, f"/v1/models/{MODEL}")["run_count"] == 3
+    cog.rules.script, cog.rules.places = Script(hold_after=1), 1
+    for _ in range(2):  # one runs and one waits
+        gateway.create()
+    assert get(gateway, f"/v1/models/{MODEL}")["run_count"] == 5
     gateway.restart()
     gateway.wait_until_ready()
-    assert get(gateway, f"/v1/models/{MODEL}")["run_count"] == 3
+    assert get(gateway, f"/v1/models/{MODEL}")["run_count"] == 5
 
 
 def test_a_version_has_all_that_replicates_clients_require(gateway: Gateway) -> None:

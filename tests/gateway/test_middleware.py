@@ -44,14 +44,13 @@ class Gateway:
         self.keys = Keys(
             self.storage, environment_key=key.get_secret_value() if key else None, loopback=loopback
         )
-        self.sessions = Sessions(self.storage, self.keys)
+        self.sessions = Sessions("secret", self.keys)
         self.calls: list[str] = []
 
     def app(self) -> ASGIApp:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             await self.keys.load()
-            await self.sessions.load()
             yield
             self.storage.close()
 

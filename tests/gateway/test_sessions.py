@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
@@ -220,6 +223,36 @@ class TestEnd:
         client = browser(gateway)
         gateway.restart()
         assert key_name(client) == "environment"
+
+    def test_a_copy_of_the_database_logs_nobody_in(
+        self, cog: FakeCog, gateway: Gateway, tmp_path: Path
+    ) -> None:
+        (_, token), copy = cookie_of(browser(gateway)), tmp_path / "copy.sqlite3"
+        with (
+            closing(sqlite3.connect(gateway.settings.database)) as database,
+            closing(sqlite3.connect(copy)) as target,
+        ):
+            database.backup(target)
+        assert stored_secret(gateway).encode() not in copy.read_bytes()
+        with Gateway([cog.url], copy) as other:
+            assert status(other.client_of(None), cookie=f"{other.inside.sessions.cookie}={token}") == 401
+
+    @pytest.mark.parametrize("damage", [b"", b"short", b"\xff" * 43, None])
+    def test_a_damaged_secret_is_replaced_and_ends_all_sessions(
+        self, cog: FakeCog, tmp_path: Path, damage: bytes | None
+    ) -> None:
+        with Gateway([cog.url], tmp_path / "gateway.sqlite3") as gateway:
+            file = Path(f"{gateway.settings.database}.session-secret")
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+            cookie = "=".join(cookie_of(browser(gateway)))
+            if damage is None:
+                file.unlink()
+            else:
+                file.write_bytes(damage)
+            gateway.restart()
+            assert status(gateway.client_of(None), cookie=cookie) == 401
+            assert status(browser(gateway)) == 200
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
     def test_another_key_in_the_environment_ends_the_sessions_of_the_old_one(
         self, cog: FakeCog, tmp_path: Path

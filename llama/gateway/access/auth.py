@@ -24,6 +24,8 @@ RESERVED_NAMES = {ENVIRONMENT: "the key in LLAMA_GATEWAY_KEY", LOCAL: "requests 
 """Names that the gateway itself gives, and what they stand for."""
 
 _SECONDS_FRESH = 1.0
+_PATIENCE = 1.0
+"""Seconds to wait for the database. After that, the last known keys are used."""
 
 
 class Keys:
@@ -44,7 +46,7 @@ class Keys:
         self._local: Key | None = None
         self._read_at = -float("inf")
         self._failing = False
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
 
     async def load(self) -> None:
         """Read the keys. Call it once before requests are served; it stores the keys with reserved names."""
@@ -111,20 +113,36 @@ class Keys:
         ]
 
     async def refresh(self) -> None:
-        """Read the keys again, at most once a second."""
-        async with self._reading:
-            now = self._clock()
-            if now - self._read_at < _SECONDS_FRESH:
+        """Read the keys again, at most once a second. If the database does not respond, nobody waits longer
+        than a second for it."""
+        waited = self._clock() - self._read_at
+        if self._reading is None:
+            if waited < _SECONDS_FRESH:
                 return
-            self._read_at = now
-            try:
-                self._stored = await self._read()
-            except sqlite3.Error as error:
-                if not self._failing:
-                    logger.error("the keys cannot be read, so the last known ones are used: %s", error)
-                self._failing = True
-            else:
-                self._failing = False
+            waited, self._read_at = 0.0, self._clock()
+            self._reading = asyncio.create_task(self._read_again())
+        reading = self._reading
+        await asyncio.wait({reading}, timeout=max(0.0, _PATIENCE - waited))
+        if reading.done():
+            reading.result()
+        else:
+            self._report("the database does not respond")
+
+    async def _read_again(self) -> None:
+        try:
+            self._stored = await self._read()
+        except sqlite3.Error as error:
+            self._report(str(error))
+        else:
+            self._failing = False
+        finally:
+            self._reading = None
+
+    def _report(self, reason: str) -> None:
+        """Log why the keys are not read, once until they are read again."""
+        if not self._failing:
+            logger.error("the keys cannot be read, so the last known ones are used: %s", reason)
+        self._failing = True
 
     async def _read(self) -> list[StoredKey]:
         return await self._storage.run(lambda store: store.keys.all())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 from collections.abc import Mapping
 
 from itsdangerous import BadData, URLSafeTimedSerializer
@@ -17,27 +16,19 @@ from itsdangerous import BadData, URLSafeTimedSerializer
 from llama.gateway.access.auth import Keys, unauthenticated
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.keys import Key, same
-from llama.gateway.storage.storage import Storage
-from llama.gateway.storage.store import Store
 
 SECONDS = 30 * 24 * 3600
 """How long a session lasts."""
 
-_SECRET = "session_secret"
 _SALT = "session-1"
 """Change it if the format of tokens changes, so that old ones are refused."""
 
 
 class Sessions:
-    """Makes and checks tokens. All of them are signed with a secret that is stored in the database."""
+    """Makes and checks tokens. All of them are signed with one secret; another secret ends all sessions."""
 
-    def __init__(self, storage: Storage, keys: Keys) -> None:
-        self._storage, self._keys = storage, keys
-        self._secret = ""
-
-    async def load(self) -> None:
-        """Read the secret, which the first start creates. Call it once before requests are served."""
-        self._secret = await self._storage.run(_secret)
+    def __init__(self, secret: str, keys: Keys) -> None:
+        self._secret, self._keys = secret, keys
 
     @property
     def cookie(self) -> str:
@@ -86,11 +77,3 @@ class Sessions:
         chose."""
         value = hmac.digest(self._secret.encode(), (stored.hash or "").encode(), "sha256")
         return value.hex()[:16]
-
-
-def _secret(store: Store) -> str:
-    secret = store.fact(_SECRET)
-    if secret is None:
-        secret = secrets.token_urlsafe(32)
-        store.set_fact(_SECRET, secret)
-    return secret
