@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,15 +14,20 @@ from llama.settings import expanded
 
 
 @contextmanager
-def open_store(*, create: bool = True) -> Iterator[Store]:
-    """Open the database that LLAMA_GATEWAY_DATABASE names. Raises BadSettings if it cannot be used, or if it
-    does not exist and `create` is false."""
+def open_store(*, create: bool = False) -> Iterator[Store]:
+    """Open the database that LLAMA_GATEWAY_DATABASE names. If it does not exist, say that it is created.
+
+    Raises BadSettings if it cannot be used, or if it does not exist and `create` is false.
+    """
     settings = GatewaySettings.from_environment()
     path = expanded(settings.database, "LLAMA_GATEWAY_DATABASE")
     if not create and not path.exists():
         raise BadSettings(
-            f"there is no database {path}; start a gateway, or set LLAMA_GATEWAY_DATABASE to a gateway's file"
+            f"there is no database {path}; set LLAMA_GATEWAY_DATABASE to the gateway's file, or create it by "
+            "starting a gateway or with `keys add`"
         )
+    if not path.exists():
+        print(f"Creating the database {path}. A gateway must use the same one.", file=sys.stderr)
     store = Store(path)
     try:
         yield store

@@ -101,7 +101,7 @@ def add(
         monthly_tokens=monthly_tokens,
         monthly_dollars=monthly_dollars,
     )
-    with open_store() as store:
+    with open_store(create=True) as store:
         try:
             store.keys.add(name, hash_of(key), limits)
         except ValueError as error:

@@ -51,7 +51,7 @@ def usage(
     """
     prices = GatewaySettings.from_environment().prices
     columns = list(dict.fromkeys(by or [Column.KEY]))
-    with open_store(create=False) as store:
+    with open_store() as store:
         lines = with_prices(store.usage.sums(columns, since=since), prices)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -55,7 +55,7 @@ class Gateway:
         addresses: Addresses,
         *,
         loopback: bool = True,
-        grace: float = 25.0,
+        grace: float,
         ping_interval: float = 10.0,
         lost_after: float = 30.0,
     ) -> None:

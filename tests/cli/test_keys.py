@@ -14,6 +14,7 @@ import pytest
 from llama import ROOT
 from llama.gateway.access.auth import Keys
 from llama.gateway.storage.storage import Storage
+from llama.gateway.storage.store import Store
 
 KEY = re.compile(r"llama_[A-Za-z0-9_-]{43}\n")
 
@@ -82,7 +83,20 @@ def test_list_shows_names_limits_and_dates(database: Path) -> None:
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", date) for row in rows for date in row[5:])
 
 
+def test_only_add_creates_a_database_and_says_so(database: Path) -> None:
+    for arguments in (["list"], ["limit", "ann", "--at-once", "1"], ["revoke", "ann"]):
+        refused = run(database, *arguments)
+        assert refused.returncode == 1
+        assert f"there is no database {database}" in refused.stderr
+        assert not database.exists()
+    first, second = run(database, "add", "ann"), run(database, "add", "bob")
+    assert f"Creating the database {database}." in first.stderr
+    assert "Creating" not in second.stderr
+
+
 def test_list_without_keys_says_how_to_add_one(database: Path) -> None:
+    database.parent.mkdir()
+    Store(database).close()
     listed = run(database, "list")
     assert (listed.returncode, listed.stdout) == (0, "")
     assert "keys add NAME" in listed.stderr
@@ -123,6 +137,7 @@ def test_a_name_is_given_once_until_its_key_is_revoked(database: Path) -> None:
 
 
 def test_an_unknown_key_cannot_be_revoked(database: Path) -> None:
+    run(database, "add", "bob")
     refused = run(database, "revoke", "ann")
     assert refused.returncode == 1
     assert refused.stderr.startswith("E3000 BadSettings: no key named ann is in use; ")

@@ -25,7 +25,7 @@ REQUEST = PredictionRequest(1, {"prompt": "Hi"}, "owner/name")
 
 
 def without_servers(path: Path) -> Gateway:
-    return Gateway(GatewaySettings(database=path), Addresses(["http://127.0.0.1:1"]))
+    return Gateway(GatewaySettings(database=path), Addresses(["http://127.0.0.1:1"]), grace=1)
 
 
 def set_writable(store: Store, writable: bool) -> None:
