@@ -194,6 +194,25 @@ def test_a_setting_outside_its_limits_is_not_sent(users: Users, gateway: Gateway
     assert cog.predictions == []
 
 
+def test_a_retry_with_a_setting_outside_its_limits_is_refused(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    user = users(gateway)
+    user.open_panel("Settings")
+    temperature = user.field("temperature")
+    temperature.fill("0.2")
+    user.ask("Hello")
+    temperature.fill("99")
+    user.press("Retry")
+    expect(user.alert).to_contain_text("Correct temperature in Settings")
+    expect(temperature).to_have_attribute("aria-invalid", "true")
+    temperature.fill("0.3")
+    user.press("Retry")
+    expect(user.alert).to_have_count(0)
+    until(lambda: len(cog.predictions) == 2)
+    assert [inputs["temperature"] for inputs in cog.predictions] == [0.2, 0.3]
+
+
 def test_a_reload_in_the_middle_of_an_answer_goes_on_with_it(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:

@@ -167,19 +167,21 @@ export class ChatView {
    * @param {number | null} index
    */
   async #send(text, index) {
-    dismiss("chat", "request");
-    const invalid = this.#settings.invalid();
-    if (invalid.length) {
-      notify("request", `Correct ${invalid.join(", ")} in Settings, then send again.`);
-      return false;
-    }
-    return this.#current.send(text, index ?? undefined);
+    dismiss("chat");
+    return this.#areSettingsValid() && this.#current.send(text, index ?? undefined);
   }
 
   #retry() {
-    dismiss("request");
+    if (!this.#areSettingsValid()) return;
     this.#composer.cancelEdit();
     void this.#current.retry();
+  }
+
+  #areSettingsValid() {
+    dismiss("request");
+    const invalid = this.#settings.invalid();
+    if (invalid.length) notify("request", `Correct ${invalid.join(", ")} in Settings, then try again.`);
+    return invalid.length === 0;
   }
 
   /**
