@@ -229,6 +229,24 @@ def test_the_chat_shows_the_tokens_and_the_price_of_an_answer(
     expect(measured).to_contain_text("$0.015 price")
 
 
+def test_both_views_show_how_long_an_answer_waited_in_the_queue(
+    users: Users, gateways: Callable[..., Gateway], cog: FakeCog
+) -> None:
+    gateway = gateways(cog.url, places=1)
+    cog.rules.script = Script(["Done"], hold_after=0)
+    gateway.wait_for(gateway.create(prompt="First"), "processing")
+    cog.rules.script = Script(["Done"])
+    user = users(gateway)
+    user.send("Second")
+    expect(user.answers).to_contain_text("Waiting for the first token")
+    user.page.wait_for_timeout(200)
+    cog.release()
+    expect(user.answers.get_by_label("Measurements")).to_contain_text(re.compile(r"\d s in the queue"))
+    user.follow("Open in Inputs")
+    output = user.page.locator("#output")
+    expect(output.get_by_label("Measurements")).to_contain_text(re.compile(r"\d s in the queue"))
+
+
 def test_the_chat_shows_the_formatted_prompt_if_the_server_may_log_it(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:

@@ -217,6 +217,21 @@ test("a measurement that is not a number is left out", () => {
   assert.deepEqual(names, ["input tokens", "price"]);
 });
 
+for (const [metrics, queue] of [
+  [{ total_time: 91.5, predict_time: 1.5 }, ["90 s"]],
+  [{ total_time: 90, predict_time: 0 }, ["90 s"]], // it was stopped before a server began
+  [{ total_time: 1.55, predict_time: 1.5 }, []],
+  [{ total_time: 91.5 }, []],
+  [{ predict_time: 1.5 }, []],
+  [{ total_time: "long", predict_time: 1.5 }, []],
+]) {
+  test(`the wait in the queue of ${JSON.stringify(metrics)} is shown if it is known and noticeable`, () => {
+    const line = metricsLine(metrics, { input: 1, output: 1 });
+    const shown = line.filter(({ name }) => name === "in the queue").map(({ value }) => value);
+    assert.deepEqual(shown, queue);
+  });
+}
+
 test("one token is not called tokens", () => {
   const metrics = { input_token_count: 0, output_token_count: 1 };
   const names = metricsLine(metrics, { input: 1, output: 1 }).map(({ name }) => name);

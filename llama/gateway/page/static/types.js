@@ -9,9 +9,10 @@
  * @typedef {Object} Metrics
  * @property {number} [input_token_count]
  * @property {number} [output_token_count]
- * @property {number} [time_to_first_token] Seconds.
+ * @property {number} [time_to_first_token] Seconds from the start on a server.
  * @property {number} [tokens_per_second]
- * @property {number} [predict_time] Seconds.
+ * @property {number} [predict_time] Seconds from the start on a server to the end.
+ * @property {number} [total_time] Seconds from the creation to the end.
  * @property {string} [finish_reason]
  *
  * @typedef {Object} Prediction

@@ -3,6 +3,7 @@
 /** @typedef {import("../types.js").Metrics} Metrics */
 /** @typedef {import("../types.js").Prices} Prices */
 
+const NOTICEABLE = 0.1; // seconds
 const WHOLE = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
 /** @param {number} number */
@@ -48,19 +49,22 @@ const tokens = (kind, number) => `${kind} ${number === 1 ? "token" : "tokens"}`;
  * @returns {{name: string, value: string}[]}
  */
 export function metricsLine(metrics, prices) {
-  const [input, output, seconds, first, given] = [
+  const [input, output, seconds, total, first, given] = [
     metrics.input_token_count,
     metrics.output_token_count,
     metrics.predict_time,
+    metrics.total_time,
     metrics.time_to_first_token,
     metrics.tokens_per_second,
   ].map((value) => (typeof value === "number" ? value : undefined)); // a server can give any metric a text
+  const queue = total !== undefined && seconds !== undefined ? total - seconds : 0;
   const speed = given ?? (seconds && output ? output / seconds : undefined);
   const price = priceOf({ input_token_count: input, output_token_count: output }, prices);
   const parts = [];
   if (input !== undefined) parts.push({ name: tokens("input", input), value: count(input) });
   if (output !== undefined) parts.push({ name: tokens("output", output), value: count(output) });
   if (input !== undefined) parts.push({ name: "price", value: money(price) });
+  if (queue >= NOTICEABLE) parts.push({ name: "in the queue", value: duration(queue) });
   if (first !== undefined) parts.push({ name: "to the first token", value: duration(first) });
   if (speed !== undefined) parts.push({ name: "tokens/s", value: speed.toFixed(1) });
   return parts;
