@@ -145,15 +145,60 @@ def test_a_deleted_chat_stops_its_answer_and_stays_deleted(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:
     user = begin_answer(users, gateway, cog)
-    cancelling = Held(user, "**/cancel")
+    (prediction,) = gateway.client.get("/v1/predictions").json()["results"]
+    cancelling, polling = Held(user, "**/cancel"), Held(user, "**/v1/predictions/*")
     user.press("Delete")
     cancelling.wait()
+    cancelling.release()
+    gateway.wait_for(prediction, "canceled")
+    polling.wait()
     with user.page.expect_response("**/v1/predictions/*"):
-        cancelling.release()
-        until(lambda: cog.counts.cancelled == 1)
+        polling.release()
     user.page.reload()
     expect(user.message).to_be_visible()
     assert user.chat_titles() == []
+
+
+def test_more_answers_than_the_browser_has_connections_leave_the_page_usable(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    """A browser opens six HTTP/1.1 connections to one host, for all tabs together."""
+    cog.rules.script = Script(["One", " two"], hold_after=1)
+    user = users(gateway)
+    for number in range(7):
+        user.send(f"Chat {number}")
+        expect(user.answer).to_have_text("One")
+        if number < 6:
+            user.press("New chat")
+            expect(user.messages).to_have_count(0)
+    user.press("Stop")
+    expect(user.announcer).to_have_text("Answer stopped")
+    other = PageUser(user.visit, user.visit.context.new_page())
+    other.page.goto(f"{gateway.url}/#/usage")
+    expect(other.page.get_by_role("definition").first).to_be_visible()
+    other.page.close()
+    user.follow("Chat 3")
+    expect(user.answer).to_have_text("One")
+    expect(user.button("Stop")).to_be_visible()
+    cog.release()
+    expect(user.answer).to_have_text("One two")
+    # The answers of the chats that are not shown are stored, too.
+    until(lambda: user.page.evaluate("() => JSON.stringify(localStorage)").count("One two") == 6)
+
+
+def test_a_chat_that_is_shown_again_goes_on_with_its_answer(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    cog.rules.script = Script([f"{number} " for number in range(200)], gap=0.01)
+    user = users(gateway)
+    user.send("Count")
+    expect(user.answer).to_contain_text("1 2 3")
+    for _ in range(3):
+        user.press("New chat")
+        expect(user.answers).to_have_count(0)
+        user.follow("Count")
+    expect(user.announcer).to_have_text("Answer complete")
+    expect(user.answer).to_have_text(" ".join(map(str, range(200))))
 
 
 def test_the_draft_of_another_key_is_not_shown(users: Users, gateway: Gateway) -> None:

@@ -33,7 +33,7 @@ const SECONDS_BETWEEN_SAVES = 1;
 
 export class Conversation {
   /** @type {View | null} */
-  view = null;
+  #view = null;
   dialogue;
   #dependencies;
   /** @type {Run | null} */
@@ -47,6 +47,15 @@ export class Conversation {
   constructor(dialogue, dependencies) {
     this.dialogue = dialogue;
     this.#dependencies = dependencies;
+  }
+
+  get view() {
+    return this.#view;
+  }
+
+  set view(view) {
+    this.#view = view;
+    this.#run?.setShown(view !== null);
   }
 
   get isBusy() {
@@ -130,41 +139,43 @@ export class Conversation {
     this.dialogue.turns = [...turns, answer];
     this.dialogue.title ||= titleFrom(turns[0]?.content ?? "");
     this.save();
-    this.view?.onTurns();
+    this.#view?.onTurns();
     void this.#follow(run, prediction, answer);
     return true;
   }
 
   /** @param {AnswerTurn} answer */
   #begin(answer) {
-    let seen = 0;
+    /** @param {string} text */
+    const grow = (text) => {
+      answer.content = text;
+      answer.status = "processing";
+      this.#saveSoon();
+    };
     this.#run = new Run(this.#dependencies.api, {
-      onPiece: (piece) => {
-        // After a reload, the stream repeats what is already shown.
-        seen += piece.length;
-        const length = seen - answer.content.length;
-        if (length <= 0) return;
-        const added = piece.slice(-length);
-        answer.content += added;
-        answer.status = "processing";
-        this.view?.onPiece(added);
-        this.#saveSoon();
+      onPiece: (piece, start) => {
+        // After a reload or in another chat, the stream repeats what is already shown.
+        const added = piece.slice(Math.max(0, answer.content.length - start));
+        if (added === "") return;
+        grow(answer.content + added);
+        this.#view?.onPiece(added);
       },
       onText: (text) => {
-        if (text.length < answer.content.length) return;
-        answer.content = text;
-        this.view?.onText(text);
+        if (text.length <= answer.content.length) return;
+        grow(text);
+        this.#view?.onText(text);
       },
-      onConnection: (connected) => this.view?.onConnection(connected),
+      onConnection: (connected) => this.#view?.onConnection(connected),
       onStopFailed: (error) => this.#dependencies.report(error),
     });
-    this.view?.onBusy();
+    this.#run.setShown(this.#view !== null);
+    this.#view?.onBusy();
     return this.#run;
   }
 
   #end() {
     this.#run = null;
-    this.view?.onBusy();
+    this.#view?.onBusy();
   }
 
   /**
@@ -199,6 +210,6 @@ export class Conversation {
   #finish(answer) {
     this.save();
     this.#end();
-    this.view?.onEnd(answer);
+    this.#view?.onEnd(answer);
   }
 }

@@ -10,6 +10,8 @@ export class Run {
   /** @type {string | null} */
   #id = null;
   #stopped = false;
+  #isShown = true;
+  #changed = new AbortController();
 
   /**
    * @param {import("./api.js").Api} api
@@ -38,7 +40,16 @@ export class Run {
    */
   follow(prediction) {
     this.#id = prediction.id;
-    return follow(this.#api, prediction, this.#listener);
+    const showing = () => ({ isShown: this.#isShown, changed: this.#changed.signal });
+    return follow(this.#api, prediction, this.#listener, showing);
+  }
+
+  /** @param {boolean} isShown whether the output is shown; otherwise it arrives later */
+  setShown(isShown) {
+    if (isShown === this.#isShown) return;
+    this.#isShown = isShown;
+    this.#changed.abort();
+    this.#changed = new AbortController();
   }
 
   /** Cancel the prediction; one that is still being created is cancelled as soon as its id is known. */

@@ -1,6 +1,7 @@
 /**
- * Follows a prediction to its end: reads its event stream, then polls the prediction until it has ended.
+ * Follows a prediction to its end: reads its event stream while its output is shown, and polls it otherwise.
  *
+ * A stream occupies a connection, and a browser opens only six HTTP/1.1 connections to a host, for all tabs together.
  * EventSource reconnects by itself and names the last event that it has seen.
  */
 
@@ -10,9 +11,16 @@ import { ApiError } from "./errors.js";
  * @typedef {import("../types.js").Prediction} Prediction
  *
  * @typedef {Object} Listener
- * @property {(piece: string) => void} onPiece a new piece of the output
+ * @property {(piece: string, start: number) => void} onPiece a piece of the output, and the length of what is before
+ * it; a stream that is opened again begins with the first piece
  * @property {(text: string) => void} onText the whole output so far, which replaces the pieces
  * @property {(connected: boolean) => void} onConnection
+ *
+ * @typedef {{isShown: boolean, changed: AbortSignal}} Showing whether the output is shown, until `changed` is aborted
+ *
+ * @typedef {Object} Read what a stream has said
+ * @property {string} text the output
+ * @property {Pick<Prediction, "status" | "error"> | null} end how the prediction ended; null if the stream was lost
  */
 
 const SECONDS_WITHOUT_CONNECTION = 30;
@@ -35,29 +43,43 @@ export function outputText(prediction) {
  * @param {import("./api.js").Api} api
  * @param {Prediction} prediction
  * @param {Listener} listener
+ * @param {() => Showing} showing
  * @returns {Promise<Prediction>} as it is after its end
  */
-export async function follow(api, prediction, listener) {
-  const token = prediction.urls.stream?.split("/").pop();
-  const read = !hasEnded(prediction) && token ? await readStream(token, listener) : { text: "", end: null };
-  const maxFailures = read.end ? MAX_FAILURES_AT_END : MAX_FAILURES;
-  try {
-    return await untilEnded(api, prediction.id, listener, maxFailures);
-  } catch (problem) {
-    if (!read.end || !(problem instanceof ApiError && problem.isTemporary)) throw problem;
-    // A gateway that is being stopped has reported the end in the stream, and accepts no more requests.
-    return { ...prediction, ...read.end, output: read.text };
+export async function follow(api, prediction, listener, showing) {
+  const token = hasEnded(prediction) ? undefined : prediction.urls.stream?.split("/").pop();
+  /** @type {Read | null} */
+  let read = null;
+  let failures = 0;
+  for (let wait = 200; ; wait = Math.min(wait * 1.5, 2000)) {
+    const { isShown, changed } = showing();
+    if (token && isShown && !read) read = await readStream(token, listener, changed);
+    try {
+      const current = await api.prediction(prediction.id);
+      failures = 0;
+      listener.onConnection(true);
+      listener.onText(outputText(current));
+      if (hasEnded(current)) return current;
+    } catch (error) {
+      if (!(error instanceof ApiError && error.isTemporary)) throw error;
+      // A gateway that is being stopped has reported the end in the stream, and accepts no more requests.
+      if (read?.end && failures >= MAX_FAILURES_AT_END)
+        return { ...prediction, ...read.end, output: read.text };
+      if (++failures > MAX_FAILURES) throw error;
+      listener.onConnection(false);
+    }
+    await pause(wait, changed);
   }
 }
 
 /**
- * Resolves after the event `done`, or when the stream is lost for good.
+ * Resolves after the event `done`, or when the stream is lost for good, or with null when `left` is aborted.
  * @param {string} token
  * @param {Listener} listener
- * @returns {Promise<{text: string, end: Pick<Prediction, "status" | "error"> | null}>} the output, and how the
- * prediction ended; null if the stream was lost before
+ * @param {AbortSignal} left
+ * @returns {Promise<Read | null>}
  */
-function readStream(token, listener) {
+function readStream(token, listener, left) {
   return new Promise((resolve) => {
     const source = new EventSource(`v1/stream/${token}`);
     let count = 0;
@@ -66,12 +88,13 @@ function readStream(token, listener) {
     /** @type {string | null} */
     let error = null;
 
-    /** @param {Pick<Prediction, "status" | "error"> | null} end */
-    const close = (end) => {
+    /** @param {Read | null} read */
+    const close = (read) => {
       clearTimeout(timer);
       source.close();
-      resolve({ text, end });
+      resolve(read);
     };
+    left.addEventListener("abort", () => close(null));
     source.addEventListener("open", () => {
       clearTimeout(timer);
       timer = 0;
@@ -81,45 +104,33 @@ function readStream(token, listener) {
       const index = Number(event.lastEventId.split(":")[1]);
       if (index < count) return; // sent again after a reconnect
       count = index + 1;
+      listener.onPiece(event.data, text.length);
       text += event.data;
-      listener.onPiece(event.data);
     });
     source.addEventListener("done", (event) => {
       const status = STATUS_OF_REASON[JSON.parse(event.data).reason] ?? "succeeded";
-      close({ status, error });
+      close({ text, end: { status, error } });
     });
     source.addEventListener("error", (event) => {
       if (event instanceof MessageEvent) {
         error = JSON.parse(event.data).detail; // the prediction has failed; `done` follows
         return;
       }
-      if (source.readyState === EventSource.CLOSED) return close(null);
+      if (source.readyState === EventSource.CLOSED) return close({ text, end: null });
       listener.onConnection(false);
-      timer ||= setTimeout(() => close(null), SECONDS_WITHOUT_CONNECTION * 1000);
+      timer ||= setTimeout(() => close({ text, end: null }), SECONDS_WITHOUT_CONNECTION * 1000);
     });
   });
 }
 
 /**
- * @param {import("./api.js").Api} api
- * @param {string} id
- * @param {Listener} listener
- * @param {number} maxFailures in a row
- * @returns {Promise<Prediction>}
+ * @param {number} milliseconds
+ * @param {AbortSignal} changed it ends the pause
  */
-async function untilEnded(api, id, listener, maxFailures) {
-  let failures = 0;
-  for (let wait = 200; ; wait = Math.min(wait * 1.5, 2000)) {
-    try {
-      const prediction = await api.prediction(id);
-      failures = 0;
-      listener.onConnection(true);
-      listener.onText(outputText(prediction));
-      if (hasEnded(prediction)) return prediction;
-    } catch (error) {
-      if (!(error instanceof ApiError && error.isTemporary) || ++failures > maxFailures) throw error;
-      listener.onConnection(false);
-    }
-    await new Promise((resolve) => setTimeout(resolve, wait));
-  }
+function pause(milliseconds, changed) {
+  if (changed.aborted) return;
+  return new Promise((resolve) => {
+    setTimeout(resolve, milliseconds);
+    changed.addEventListener("abort", resolve);
+  });
 }
