@@ -36,9 +36,12 @@ def test_the_page_works_below_a_path(
         assert cookie["path"] == "/llama"
         user.show("Inputs")
         expect(user.page.get_by_label("curl program")).to_contain_text(f"{url}/v1/models/")
+        cog.rules.script = Script(["One"], hold_after=0)
         prediction = gateway.wait_for(gateway.create(prompt="Elsewhere"), "processing")
         assert prediction["urls"]["web"].startswith(f"{url}/#/predictions/")
-        user.page.goto(prediction["urls"]["web"])
+        with user.page.expect_response(f"{url}/readyz") as ready:
+            user.page.goto(prediction["urls"]["web"])
+        assert ready.value.status == 200
         expect(user.field("prompt")).to_have_value("Elsewhere")
         cog.release()
         expect(user.page.locator("#output")).to_contain_text("Succeeded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from chromium import Screen
 from gateways import KEY, Gateway
 from page_user import PageUser
 from playwright.sync_api import Route, expect
+from server_clients import until
 
 from benchmarks.fake_cog import FakeCog, Script
 
@@ -170,14 +172,47 @@ def test_messages_wait_for_a_model_that_is_starting(users: Users, cog: FakeCog, 
     with Gateway([cog.url], tmp_path / "gateway.sqlite3") as gateway:
         user = users(gateway)
         user.visit.allow_lost_connections()  # the gateway ends before the page is closed
+        user.visit.allow_status(503)  # of /readyz
         expect(user.page.get_by_text("No server of the model has been ready yet")).to_be_visible()
         user.send("Hello")
-        expect(user.answers).to_contain_text("Waiting for the first token")
+        expect(user.answers).to_contain_text(re.compile("Waiting for the first token|No server of the model"))
         cog.rules.health = None
         expect(user.answer).to_contain_text("Paris")
         expect(user.page.get_by_text("No server of the model has been ready yet")).to_have_count(0)
         user.open_panel("Settings")
         expect(user.field("temperature")).to_be_visible()
+
+
+def test_both_views_say_that_no_server_is_ready_any_more(
+    users: Users, gateway: Gateway, cog: FakeCog
+) -> None:
+    unready = "No server of the model is ready. The message waits until one is."
+    cog.rules.script = Script(["One"], hold_after=0)
+    user = users(gateway)
+    user.visit.allow_status(503)
+    user.open_panel("Settings")
+    expect(user.field("temperature")).to_be_visible()
+    cog.rules.health = "STARTING"
+    until(lambda: gateway.client.get("/readyz").status_code == 503)
+    user.send("Hello")
+    user.show("Inputs")
+    user.field("prompt").fill("Hello")
+    user.press("Run")
+    output = user.page.locator("#output")
+    expect(output).to_contain_text(unready)
+    expect(user.answers).to_contain_text(unready)
+    cog.rules.health = None
+    expect(output).to_contain_text("Waiting for the first token")
+    expect(output).not_to_contain_text(unready)
+    predictions = gateway.client.get("/v1/predictions").json()["results"]
+    assert len(predictions) == 2
+    for prediction in predictions:
+        gateway.wait_for(prediction, "processing")
+    cog.release()
+    expect(output).to_contain_text("Succeeded")
+    user.show("Chat")
+    expect(user.answer).to_have_text("One")
+    expect(user.answers).not_to_contain_text(unready)
 
 
 def test_a_chat_that_the_browser_cannot_store_stays_on_the_page(users: Users, gateway: Gateway) -> None:

@@ -5,6 +5,7 @@ import { element } from "../common/dom.js";
 import { MarkdownView } from "../answer/markdown_view.js";
 import { metricsList } from "../answer/metrics_view.js";
 import { promptDisclosure } from "../answer/prompt_view.js";
+import { Waiting } from "../answer/waiting.js";
 
 const DEBUG_HINT = "To see the prompt as the model got it, select debug in Settings and ask again.";
 
@@ -59,6 +60,7 @@ export class AnswerView {
   #details = element("div", { class: "details" });
   /** @type {HTMLElement} */
   #log = element("div");
+  #waiting;
   #retry;
   #actions;
   #shown = "-";
@@ -72,6 +74,8 @@ export class AnswerView {
     this.turn = turn;
     this.#dependencies = dependencies;
     this.#text = new MarkdownView((text) => dependencies.rendering.render(text));
+    const isServerReady = () => dependencies.api.isServerReady();
+    this.#waiting = new Waiting(this.#state, isServerReady, (text) => this.#show(text));
     this.#retry = element("button", { type: "button", class: "quiet", click: onRetry }, "Retry");
     this.#actions = element(
       "div",
@@ -90,26 +94,27 @@ export class AnswerView {
       this.#actions,
     );
     this.#text.set(turn.content);
-    if (isRunning(turn)) this.#waiting();
+    if (isRunning(turn)) this.#running();
     else this.end();
   }
 
   /** @param {string} piece */
   append(piece) {
     this.#text.append(piece);
-    this.#waiting();
+    this.#running();
   }
 
   /** @param {string} text the whole text so far */
   set(text) {
     this.#text.set(text);
-    this.#waiting();
+    this.#running();
   }
 
   /** @param {boolean} connected */
   connection(connected) {
-    if (connected) this.#waiting();
-    else this.#show("The connection was lost. Connecting again …");
+    if (connected) return this.#running();
+    this.#waiting.stop();
+    this.#show("The connection was lost. Connecting again …");
   }
 
   /** @param {boolean} possible whether this is the last answer, and no answer is running */
@@ -119,6 +124,7 @@ export class AnswerView {
 
   /** The answer has ended: render it for the last time and show how it ended. */
   end() {
+    this.#waiting.stop();
     this.#text.set(this.turn.content);
     void this.#text.finish();
     this.#actions.hidden = false;
@@ -130,9 +136,11 @@ export class AnswerView {
     this.#actions.append(this.#log);
   }
 
-  #waiting() {
+  #running() {
     this.#actions.hidden = true;
-    this.#show(this.turn.content === "" ? "Waiting for the first token …" : "");
+    if (this.turn.content === "") return this.#waiting.start();
+    this.#waiting.stop();
+    this.#show("");
   }
 
   /**

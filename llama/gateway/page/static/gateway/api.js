@@ -75,6 +75,13 @@ export class Api {
     return this.#authorized("GET", `v1/predictions/${encodeURIComponent(id)}`);
   }
 
+  /** @returns {Promise<boolean>} false only if the gateway says that no server of the model is ready */
+  async isServerReady() {
+    const response = await fetch("readyz", { cache: "no-store" }).catch(() => null);
+    const health = await response?.json().catch(() => null);
+    return health?.ready !== 0;
+  }
+
   /** @param {string} id */
   cancel(id) {
     return this.#authorized("POST", `v1/predictions/${encodeURIComponent(id)}/cancel`);

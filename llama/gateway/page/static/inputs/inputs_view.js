@@ -40,7 +40,7 @@ export class InputsView {
   constructor(api, session) {
     this.#api = api;
     this.#session = session;
-    this.#output = new OutputView(byId("output", HTMLElement), session.prices);
+    this.#output = new OutputView(byId("output", HTMLElement), session.prices, () => api.isServerReady());
     const form = byId("inputs-form", HTMLFormElement);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -92,7 +92,7 @@ export class InputsView {
     if (this.#shown !== id || this.#run) return; // another one was opened or started in the meantime
     this.#loaded = prediction.data_removed ? {} : prediction.input;
     this.#fill(this.#loaded);
-    this.#output.begin(prediction);
+    this.#output.begin();
     if (hasEnded(prediction)) this.#output.end(prediction);
     else await this.#follow(this.#newRun(), prediction);
   }
@@ -112,7 +112,7 @@ export class InputsView {
     try {
       const prediction = await run.create(this.#session.model, changedInputs(this.#fields, values));
       this.#shown = prediction.id;
-      this.#output.begin(prediction);
+      this.#output.begin();
       if (isShown()) history.replaceState(null, "", `#/predictions/${prediction.id}`);
       byId("output-heading", HTMLElement).scrollIntoView({ block: "start" });
       await this.#follow(run, prediction);

@@ -5,6 +5,7 @@ import { element } from "../common/dom.js";
 import { metricsList } from "../answer/metrics_view.js";
 import { PlainText } from "../answer/plain_text.js";
 import { logElements } from "../answer/prompt_view.js";
+import { Waiting } from "../answer/waiting.js";
 import { outputText } from "../gateway/stream.js";
 
 /** @typedef {import("../types.js").Prediction} Prediction */
@@ -14,8 +15,6 @@ const REMOVED =
 const DEBUG_HINT = "To see the prompt as the model got it, select debug and run again.";
 /** @type {Record<string, string>} */
 const STATES = {
-  starting: "Waiting for the first token …",
-  processing: "Running …",
   succeeded: "Succeeded",
   failed: "Failed",
   canceled: "Cancelled",
@@ -27,16 +26,19 @@ export class OutputView {
   #text = new PlainText();
   #whole = "";
   #state = element("p", { class: "state" });
+  #waiting;
   #details = element("div", { class: "details" });
   #actions = element("div", { class: "actions" });
 
   /**
    * @param {HTMLElement} root
    * @param {import("../types.js").Prices} prices
+   * @param {() => Promise<boolean>} isServerReady
    */
-  constructor(root, prices) {
+  constructor(root, prices, isServerReady) {
     this.#root = root;
     this.#prices = prices;
+    this.#waiting = new Waiting(this.#state, isServerReady, (text) => this.#setState(text, true));
     this.#text.element.classList.add("output-text");
     this.#actions.append(copyButton(() => this.#whole, "Copy output"));
     this.clear();
@@ -47,36 +49,42 @@ export class OutputView {
     this.#root.replaceChildren(element("p", { class: "hint" }, "Select Run to see the output here."));
   }
 
-  /** @param {Prediction} prediction that has just been created or was loaded */
-  begin(prediction) {
+  /** Show a prediction that has just been created or was loaded. */
+  begin() {
     this.#set("");
     this.#details.replaceChildren();
     this.#actions.hidden = true;
-    this.#setState(STATES[prediction.status] ?? prediction.status, true);
+    this.#waiting.stop();
+    this.#running();
     this.#root.replaceChildren(this.#state, this.#text.element, this.#actions, this.#details);
   }
 
   /** @param {string} piece */
   append(piece) {
-    if (this.#whole === "") this.#setState(STATES.processing ?? "", true);
+    const isFirst = this.#whole === "";
     this.#whole += piece;
     this.#text.append(piece);
+    if (isFirst) this.#running();
   }
 
   /** @param {string} text */
   set(text) {
-    if (text !== this.#whole) this.#set(text);
+    if (text === this.#whole) return;
+    this.#set(text);
+    this.#running();
   }
 
   /** @param {boolean} connected */
   connection(connected) {
-    const text = connected ? STATES.processing : "The connection was lost. Connecting again …";
-    this.#setState(text ?? "", true);
+    if (connected) return this.#running();
+    this.#waiting.stop();
+    this.#setState("The connection was lost. Connecting again …", true);
   }
 
   /** @param {Prediction} prediction that has ended */
   end(prediction) {
     if (!prediction.data_removed) this.set(outputText(prediction));
+    this.#waiting.stop();
     this.#setState(STATES[prediction.status] ?? prediction.status, false);
     this.#actions.hidden = this.#whole === "";
     const { error } = prediction;
@@ -90,6 +98,12 @@ export class OutputView {
   /** @param {string} reason why nothing can be shown */
   fail(reason) {
     this.#root.replaceChildren(element("p", { class: "error" }, reason));
+  }
+
+  #running() {
+    if (this.#whole === "") return this.#waiting.start();
+    this.#waiting.stop();
+    this.#setState("Running …", true);
   }
 
   /** @param {Prediction} prediction */
