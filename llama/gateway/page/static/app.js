@@ -113,7 +113,9 @@ async function loadFields(model, users) {
         dismiss("model");
         return users.forEach((user) => user.setFields(readFields(schema)));
       }
-      notify("model", "No server of the model has been ready yet. Messages wait until one is.", { kind: "info" });
+      notify("model", "No server of the model has been ready yet. Messages wait until one is.", {
+        kind: "info",
+      });
     } catch (error) {
       if (!(error instanceof ApiError && error.isTemporary)) return notify("model", describe(error));
       notify("model", describe(error));
