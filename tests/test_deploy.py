@@ -11,10 +11,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -23,15 +24,17 @@ from typing import Any
 import httpx2
 import pytest
 import yaml
-from server_clients import PATIENCE, until
+from server_clients import PATIENCE, events, exactly, tiny_server, until
 
 from benchmarks.fake_cog import FakeCog
 from llama import ROOT, __version__
-from llama.gateway.gateway import Gateway
 from llama.gateway.settings import GatewaySettings
+from llama.gateway.start import GatewayServer
 from llama.gateway.webhooks.webhooks import Webhooks
+from llama.serving.schema import write_schema
 from llama.serving.server import free_port
 from llama.settings import Settings
+from predict import Predictor
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "gateway.Dockerfile").read_text("utf-8")
@@ -354,11 +357,35 @@ def test_prometheus_and_grafana_find_their_files_and_each_other() -> None:
     assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"] == grafana["secrets"][0]["target"]
 
 
+def guides_override(service: str, folder: Path) -> dict[str, Any]:
+    """compose.yaml with the guide's compose.override.yaml that adds this service, as Compose reads both."""
+    blocks = re.findall(r"`deploy/compose.override.yaml`.*?```yaml\n(.*?)```", GUIDE, re.DOTALL)
+    (block,) = (block for block in blocks if service in yaml.safe_load(as_plain_yaml(block))["services"])
+    shutil.copy(DEPLOY / "compose.yaml", folder)
+    (folder / "compose.override.yaml").write_text(block)
+    return compose(folder=folder)
+
+
+def as_plain_yaml(block: str) -> str:
+    """Remove the tag that only Compose knows."""
+    return block.replace("!override", "")
+
+
+def test_the_guides_alertmanager_is_reached_by_prometheus_and_reaches_the_internet(tmp_path: Path) -> None:
+    read = guides_override("alertmanager", tmp_path)
+    alertmanager, prometheus = (read["services"][name] for name in ("alertmanager", "prometheus"))
+    assert alertmanager["profiles"] == prometheus["profiles"]
+    assert alertmanager["networks"].keys() & prometheus["networks"].keys() == {"monitoring"}
+    assert [name for name in alertmanager["networks"] if not read["networks"][name].get("internal")]
+    for name in ("restart", "cap_drop", "security_opt"):
+        assert alertmanager[name] == prometheus[name]
+    (lines,) = re.findall(r"```yaml\n(alerting:.*?)```", GUIDE, re.DOTALL)
+    (target,) = yaml.safe_load(lines)["alerting"]["alertmanagers"]
+    assert target == {"static_configs": [{"targets": ["alertmanager:9093"]}]}
+
+
 def test_the_guides_file_for_two_servers_gives_each_its_gpu(tmp_path: Path) -> None:
-    (block,) = re.findall(r"`deploy/compose.override.yaml`.*?```yaml\n(.*?)```", GUIDE, re.DOTALL)
-    shutil.copy(DEPLOY / "compose.yaml", tmp_path)
-    (tmp_path / "compose.override.yaml").write_text(block)
-    services = compose(folder=tmp_path)["services"]
+    services = guides_override("model-2", tmp_path)["services"]
     one, two = (copy.deepcopy(services[name]) for name in ("model", "model-2"))
     ids = []
     for service in (one, two):
@@ -372,18 +399,70 @@ def test_the_guides_file_for_two_servers_gives_each_its_gpu(tmp_path: Path) -> N
     assert services["gateway"]["depends_on"].keys() == {"model", "model-2"}
 
 
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [("READY", 0), ("BUSY", 0), ("STARTING", 1), ("SETUP_FAILED", 1), ("UNHEALTHY", 1), ("DEFUNCT", 1)],
-)
-def test_the_models_health_check_reads_the_status_and_uses_no_proxy(status: str, code: int) -> None:
-    command = compose()["services"]["model"]["healthcheck"]["test"]
+CODES = {"READY": 0, "BUSY": 0, "STARTING": 1, "SETUP_FAILED": 1, "UNHEALTHY": 1, "DEFUNCT": 1}
+"""The exit codes of a health check of the model, by the status of the server."""
+
+PRINT_SIGNALS = "import os; os.kill = lambda number, signal: print(number, signal.name)\n"
+
+
+def run_check(command: list[str], url: str) -> tuple[int, str, str]:
+    """Run a health check of the model with the server at `url`. Returns its exit code and what it prints.
+    Signals are printed and not sent: here, process 1 is another program."""
+    python, option, code = command
+    assert (python, option) == ("python", "-c")
+    assert code.count("5000") == 1
+    code = PRINT_SIGNALS + code.replace("5000", url.rpartition(":")[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"http_proxy": "http://127.0.0.1:1"},  # which it must not use
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def models_check() -> list[str]:
+    command: list[str] = compose()["services"]["model"]["healthcheck"]["test"]
+    assert command[0] == "CMD"
+    return command[1:]
+
+
+@pytest.mark.parametrize(("status", "code"), CODES.items())
+def test_the_models_health_check_reads_the_status_and_ends_a_container_that_cannot_recover(
+    status: str, code: int
+) -> None:
+    signals = "1 SIGTERM\n" if status in ("UNHEALTHY", "DEFUNCT") else ""
     with FakeCog(health=status) as cog:
-        port = cog.url.rpartition(":")[2]
-        check = [sys.executable, *(word.replace("5000", port) for word in command[2:])]
-        environment = {"http_proxy": "http://127.0.0.1:1"}
-        done = subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (code, "")
+        assert run_check(models_check(), cog.url) == (code, signals, "")
+
+
+def test_a_model_that_does_not_respond_gets_no_signal() -> None:
+    code, signals, error = run_check(models_check(), f"http://127.0.0.1:{free_port()}")
+    assert (code, signals) == (1, "")
+    assert "ConnectionRefusedError" in error
+
+
+def test_a_server_whose_worker_was_killed_ends_after_the_signal_of_the_health_check(
+    llama_folder: Path,
+) -> None:
+    write_schema(Predictor.run, ROOT)
+    with tiny_server(llama_folder) as server:
+        server.wait_until_ready()
+        with closing(events(server, exactly(1900, prompt="Hello"))) as stream:
+            assert any(name == "output" for name, _ in stream)
+            (worker,) = children(server.process.pid)
+            os.kill(worker, signal.SIGKILL)
+            until(lambda: server.health()["status"] == "UNHEALTHY")
+            code, signals, _ = run_check(models_check(), str(server.client.base_url).rstrip("/"))
+            assert (code, signals) == (1, "1 SIGTERM\n")
+            server.process.terminate()  # as tini does when it gets the signal
+            assert server.process.wait(PATIENCE) == 0
+
+
+def children(process: int) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=True)
+    return [int(line) for line in listed.stdout.split()]
 
 
 def test_weights_that_are_not_set_are_an_error_that_says_what_to_do() -> None:
@@ -404,7 +483,7 @@ def default_of(function: Any, name: str) -> float:
     return float(inspect.signature(function).parameters[name].default)
 
 
-GRACE = default_of(Gateway.__init__, "grace") + default_of(Webhooks.close, "grace")
+GRACE = default_of(GatewayServer.__init__, "grace") + default_of(Webhooks.close, "grace")
 """Seconds that a gateway needs to stop, at most."""
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from test_deploy import DEPLOY, GRACE, GUIDE, instructions
+from test_deploy import CODES, DEPLOY, GRACE, GUIDE, instructions, run_check
 
+from benchmarks.fake_cog import FakeCog
 from llama.gateway.settings import GatewaySettings
 
 Part = dict[str, Any]
@@ -80,6 +81,7 @@ def test_the_check_finds_a_planted_mistake(path: tuple[Any, ...], value: object)
 def test_every_pod_is_confined(name: str) -> None:
     pod = pods()[name]
     assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False  # see the comments in the file
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     for container in containers(pod):
@@ -140,11 +142,14 @@ def test_the_job_runs_on_the_node_of_the_server_because_they_share_a_volume() ->
     assert job["tolerations"] == server["tolerations"] == [gpu]
 
 
-def test_the_model_has_the_same_health_check_as_in_compose() -> None:
-    model = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))["services"]["model"]
+@pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
+@pytest.mark.parametrize(("status", "code"), CODES.items())
+def test_a_probe_of_the_model_reads_the_status_and_leaves_a_restart_to_kubernetes(
+    status: str, code: int, probe: str
+) -> None:
     (container,) = pods()["llama"]["containers"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["exec"]["command"] == model["healthcheck"]["test"][1:]
+    with FakeCog(health=status) as cog:
+        assert run_check(container[probe]["exec"]["command"], cog.url) == (code, "", "")
 
 
 # --- the gateway
