@@ -15,10 +15,12 @@ from typing import Any
 import promql_parser as promql
 import pytest
 import yaml
+from fastapi.routing import APIRoute
 from scrapes import ONLY_ON_LINUX, Scrape, busy_gateway, scrape
 
 from llama import ROOT
 from llama.gateway.metrics.recorder import KNOWN_CODES
+from llama.gateway.routes import catalog, openai, page, replicate
 
 MONITORING = ROOT / "deploy" / "monitoring"
 VARIABLES = {"$__rate_interval": "1m", "$__range": "6h", "$instance": ".*"}
@@ -164,6 +166,33 @@ def test_the_alert_about_failures_counts_every_code_that_is_not_the_clients_faul
     (not_counted,) = matchers
     counted = {code for code in KNOWN_CODES if not re.fullmatch(not_counted, code)}
     assert counted == {"E2001", "E2002", "E4001", "E4002", "E4003"}
+
+
+def test_the_alert_about_requests_counts_all_routes_that_create_predictions_and_no_others() -> None:
+    (query,) = (query for name, query in queries() if name == "RequestsFail")
+    routes = [route for router in (replicate, openai, page, catalog) for route in router.router.routes]
+    posts = [route for route in routes if isinstance(route, APIRoute) and "POST" in (route.methods or ())]
+    creating = {route.path for route in posts if route.endpoint.__name__.startswith("create_")}
+    assert len(creating) == 6
+    of_failures, of_all = set[str](), set[str]()
+    for selector in inside(promql.parse(query), promql.VectorSelector):
+        matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
+        if "route" in matchers:
+            found = {route.path for route in posts if re.fullmatch(matchers["route"], route.path)}
+            (of_failures if "status" in matchers else of_all).update(found)
+    assert of_failures == of_all == creating
+
+
+def test_the_alerts_about_requests_and_about_predictions_count_the_same_failures_once() -> None:
+    counted = {
+        name: {
+            str(selector.matchers.matchers)
+            for selector in inside(promql.parse(query), promql.VectorSelector)
+            if selector.name == "llama_gateway_failures_total"
+        }
+        for name, query in queries()
+    }
+    assert counted["PredictionsFail"] == counted["RequestsFail"] != set()
 
 
 def test_every_alert_has_a_time_at_which_it_fires() -> None:

@@ -7,6 +7,7 @@ import re
 import sqlite3
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -119,18 +120,35 @@ def test_times_and_tokens_of_predictions_are_distributed(measured: Gateway) -> N
     assert found.value("prediction_output_tokens_bucket", le="8.0") == 3
 
 
-def test_a_lost_server_is_counted(gateways: StartGateway) -> None:
-    with FakeCog(Script(die_after=0)) as dying, FakeCog() as other:
-        gateway = gateways(dying.url, metrics_key=METRICS_KEY)
-        prediction = gateway.create()
-        until(lambda: scrape(gateway).value("server_losses_total") == 1)
-        assert scrape(gateway).value("requeues_total", reason="lost") == 1
-        dying.rules.script = Script()
-        dying.start_again()
-        assert gateway.wait_for(prediction)["status"] == "succeeded"
-        assert len(dying.predictions) == 2
-        assert scrape(gateway).value("queue_time_seconds_count") == 1
-        assert not other.served
+def test_each_prediction_of_a_lost_server_is_counted(gateways: StartGateway) -> None:
+    with FakeCog(Script(hold_after=0)) as cog:
+        gateway = gateways(cog.url, metrics_key=METRICS_KEY)
+        predictions = [gateway.create() for _ in range(3)]
+        until(lambda: cog.counts.running == 3)
+        cog.die()
+        until(lambda: scrape(gateway).value("predictions_interrupted_total") == 3)
+        assert scrape(gateway).value("requeues_total", reason="lost") == 3
+        cog.rules.script = Script()
+        cog.start_again()
+        assert {gateway.wait_for(prediction)["status"] for prediction in predictions} == {"succeeded"}
+        assert scrape(gateway).value("predictions_interrupted_total") == 3
+        assert scrape(gateway).value("queue_time_seconds_count") == 3
+
+
+def test_a_cancelled_completion_has_a_code_that_is_counted_from_the_start(measured: Gateway) -> None:
+    cancelled = {"status": "500", "code": "cancelled"}
+    assert scrape(measured).value("refused_requests_total", **cancelled) == 0
+    key = measured.add_key("ann")
+    with measured.client_of(key) as client, ThreadPoolExecutor() as threads:
+        completion = threads.submit(client.post, "/v1/chat/completions", json=chat("hold"))
+        until(lambda: scrape(measured).value("running_predictions") == 1)
+        measured.revoke("ann")
+        assert completion.result().status_code == 500
+    found = scrape(measured)
+    assert found.value("refused_requests_total", **cancelled) == 1
+    labels = {"method": "POST", "route": "/chat/completions", "status": "500"}
+    assert found.value("http_requests_total", **labels) == 1
+    assert found.value("failures_total", code="other") == 0
 
 
 def test_a_busy_server_is_counted(gateways: StartGateway) -> None:

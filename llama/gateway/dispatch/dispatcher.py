@@ -172,7 +172,7 @@ class Dispatcher:
     def _after_loss(self, prediction: Prediction) -> Outcome | None:
         """What follows from the loss of a server: None if another server should begin again."""
         prediction.lost_servers += 1
-        self._metrics.server_lost()
+        self._metrics.interrupted()
         if prediction.pieces or prediction.lost_servers >= _LOST_SERVERS:
             return _failed(ServerLost("the server ended or stopped responding during the answer; try again"))
         prediction.restart()

@@ -1,8 +1,9 @@
 """Counts and times what happens to predictions and requests since the start of the gateway.
 
-Knows predictions. Knows nothing about queues, servers or the database. Errors are logged and not raised,
-because an error in a metric must not break a prediction. Only `Metrics.piece` does not catch errors: it is
-called very often, and observes nothing but the time.
+Knows predictions, and the statuses and codes of responses. Other modules tell it what has happened: it reads
+neither the queue nor the servers nor the database. Errors are logged and not raised, because an error in a
+metric must not break a prediction. Only `Metrics.piece` does not catch errors: it is called very often, and
+observes nothing but the time.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.
 _LASTING = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 _TOKENS = tuple(2**power for power in range(3, 16))
 
+_CANCELLED = "cancelled"
+"""The code of a cancelled completion of OpenAI's API. An alert subtracts its count, which begins with 0."""
 _MAX_CODES = 64
 _CODE = re.compile(r"E\d{4}")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY")
@@ -82,8 +85,10 @@ class Metrics:
             "route",
             "status",
         )
-        self._losses = self._counter(
-            "server_losses", "How many times a server failed or stopped responding during a prediction."
+        self._interrupted = self._counter(
+            "predictions_interrupted",
+            "Running predictions that lost their server. If a server fails, all of its predictions count, "
+            "and a prediction that loses several servers counts each time.",
         )
         self._requeues = self._counter(
             "requeues",
@@ -97,7 +102,8 @@ class Metrics:
             self._failures.labels(code)
         for reason in ("busy", "lost"):
             self._requeues.labels(reason)
-        self._codes = set[str]()
+        self._refused.labels(500, _CANCELLED)
+        self._codes = {_CANCELLED}
 
     def _create_histograms(self) -> None:
         self._first = self._histogram(
@@ -168,9 +174,9 @@ class Metrics:
                 self._per_token.observe((last - first) / (tokens.output - 1))
 
     @_harmless
-    def server_lost(self) -> None:
-        """A server was lost during a prediction."""
-        self._losses.inc()
+    def interrupted(self) -> None:
+        """A running prediction has lost its server."""
+        self._interrupted.inc()
 
     @_harmless
     def requeued(self, reason: str) -> None:
