@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from types import FrameType
 
 import uvicorn
+from pydantic import ValidationError
 from uvicorn.config import LOGGING_CONFIG
 
 from llama.errors import BadSettings
@@ -34,6 +35,16 @@ _GRACE = 25  # seconds that running predictions have to end; webhooks have 5 mor
 _MAX_FILES = 65536  # if the system has no limit
 _TICKS = 10  # of uvicorn's main loop: about one second
 _IDLE = 75  # seconds; a short limit could close a connection just when its client uses it again
+
+
+def read_settings() -> GatewaySettings:
+    """Read the settings of the gateway. The log gets its format first, because unknown settings are logged.
+
+    Raises BadSettings if a setting is invalid.
+    """
+    with suppress(ValidationError):  # an invalid setting is reported below
+        configure(GatewaySettings().log_format)
+    return GatewaySettings.from_environment()
 
 
 def prepare(settings: GatewaySettings, addresses: Addresses, address: str) -> Gateway:

@@ -22,7 +22,9 @@ from server_clients import PATIENCE, Body, until
 
 from benchmarks.fake_cog import FakeCog
 from llama import ROOT
+from llama.errors import BadSettings
 from llama.gateway.logs import REQUESTS, JsonLines, configure
+from llama.gateway.start import read_settings
 from llama.serving.server import free_port
 
 StartGateway = Callable[..., Gateway]
@@ -231,6 +233,26 @@ def test_nothing_secret_is_logged(logged: Gateway, json_log: Log) -> None:
     until(lambda: len(json_log.of("request")) == 8)
     for secret in ("sesame", stream.rpartition("/")[2], KEY + '"', " Paris"):
         assert secret not in json_log.text
+
+
+def test_a_warning_about_an_unknown_setting_has_the_format_of_the_log(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_GATEWAY_LOG_FORMAT", "json")
+    monkeypatch.setenv("LLAMA_GATEWAY_PLACE", "8")
+    assert read_settings().log_format == "json"
+    (line,) = log.lines
+    assert line["level"] == "WARNING"
+    assert line["message"].endswith("did you mean LLAMA_GATEWAY_PLACES?")
+
+
+def test_invalid_settings_are_an_error_that_names_the_first(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_GATEWAY_LOG_FORMAT", "xml")
+    with pytest.raises(BadSettings, match="LLAMA_GATEWAY_LOG_FORMAT is 'xml'"):
+        read_settings()
+    assert log.text == ""
 
 
 # --- the process
