@@ -14,7 +14,6 @@ from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from llama.gateway.prediction import Outcome, Prediction
-from llama.gateway.storage.usage_table import Tokens
 
 REQUESTS = logging.getLogger("llama.gateway.requests")
 """The log of HTTP requests, which is written only as JSON: in a terminal, it would hide all other lines."""
@@ -60,7 +59,7 @@ def log_end(prediction: Prediction, outcome: Outcome, key: str | None) -> None:
     """Write the line of a prediction that has ended. `key` is the name of its key."""
     if not PREDICTIONS.isEnabledFor(logging.INFO):
         return
-    tokens, seconds, code = Tokens.of(prediction), outcome.seconds(prediction), outcome.error_code
+    tokens, seconds, code = prediction.tokens, outcome.seconds(prediction), outcome.error_code
     fields: dict[str, Any] = {
         "event": "prediction",
         "prediction": prediction.id,

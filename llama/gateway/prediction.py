@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -88,6 +89,17 @@ class Outcome:
         return max(0.0, self.ended_at - prediction.created_at)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Numbers of tokens."""
+
+    input: int = 0
+    output: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.input + other.input, self.output + other.output)
+
+
 class Prediction:
     """One prediction. Times are Unix times in seconds."""
 
@@ -120,6 +132,16 @@ class Prediction:
         self.postponed = False
         """Whether it will not run before the gateway is restarted. Its readers must not wait for it then."""
         self._changed = asyncio.Event()
+
+    @property
+    def day(self) -> date:
+        """The day in UTC on which it is counted."""
+        return datetime.fromtimestamp(self.created_at, UTC).date()
+
+    @property
+    def tokens(self) -> Tokens:
+        """Its tokens, as its server has reported them so far."""
+        return Tokens(*(int(self.metrics.get(f"{kind}_token_count", 0)) for kind in ("input", "output")))
 
     @property
     def age(self) -> float:

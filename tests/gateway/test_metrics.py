@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -323,6 +325,26 @@ def test_a_database_that_cannot_be_read_leaves_the_rest(
     assert not any(name.startswith("llama_gateway_usage") for name in found.names)
     assert found.value("prediction_duration_seconds_count") == 1
     assert "the metrics lack the usage" in caplog.text
+
+
+def test_a_database_that_does_not_respond_leaves_the_rest(
+    measured: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama.gateway.routes.metrics._DATABASE_TIMEOUT", 0.1)
+    storage, released, calls = measured.inside.storage, threading.Event(), list[asyncio.Task[bool]]()
+
+    async def hang() -> None:
+        calls.append(asyncio.create_task(storage.run(lambda _: released.wait())))
+
+    measured.run(hang())
+    try:
+        for _ in range(3):
+            found = scrape(measured)
+            assert found.value("database_readable") == 0
+            assert found.value("queue_length") == 0
+    finally:
+        released.set()
+    until(lambda: scrape(measured).value("database_readable") == 1)
 
 
 def test_a_metric_that_cannot_be_recorded_breaks_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama.errors import BadSettings
-from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
+from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status, Tokens
 from llama.gateway.prices import Prices
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.keys import KeyLimits
 from llama.gateway.storage.migrations import MIGRATIONS
 from llama.gateway.storage.store import Store
-from llama.gateway.storage.usage_table import Column, Tokens
+from llama.gateway.storage.usage_table import Column
 from llama.gateway.usage_report import total, with_prices
 
 PRICES = Prices(Decimal("0.65"), Decimal("2.75"))

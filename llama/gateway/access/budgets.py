@@ -16,7 +16,6 @@ from llama.gateway.prices import Prices
 from llama.gateway.problems import over_budget
 from llama.gateway.storage.keys import Key
 from llama.gateway.storage.storage import Storage
-from llama.gateway.storage.usage_table import Tokens, day_of
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Budgets:
         tokens = await self._storage.run(lambda store: store.usage.tokens(key.id, first))
         # The storage answers in order, so each prediction is now either in the table or unfinished.
         for prediction in unfinished():
-            if prediction.request.key_id == key.id and day_of(prediction) >= first:
-                tokens += Tokens.of(prediction)
+            if prediction.request.key_id == key.id and prediction.day >= first:
+                tokens += prediction.tokens
         return Spent(tokens.input + tokens.output, self._prices.of(tokens.input, tokens.output))
 
     async def check(self, key: Key, unfinished: Callable[[], Iterable[Prediction]]) -> None:

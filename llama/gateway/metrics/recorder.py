@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 
 from llama.errors import EngineError, GatewayError, LlamaError, UserError
 from llama.gateway.prediction import Outcome, Prediction, Status
-from llama.gateway.storage.usage_table import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ class Metrics:
             self._failures.labels(code if code in KNOWN_CODES else OTHER).inc()
         self._duration.observe(outcome.seconds(prediction))
         if "input_token_count" in prediction.metrics:  # otherwise, no server has read the prompt
-            tokens = Tokens.of(prediction)
+            tokens = prediction.tokens
             self._input.observe(tokens.input)
             self._output.observe(tokens.output)
             first, last = prediction.first_piece_at, prediction.last_piece_at

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date
 from enum import StrEnum
 from typing import Any
 
-from llama.gateway.prediction import Prediction
+from llama.gateway.prediction import Prediction, Tokens
 from llama.gateway.storage.database import Database
 
 
@@ -38,23 +38,6 @@ class Usage:
     """How long servers worked on the predictions."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Numbers of tokens."""
-
-    input: int = 0
-    output: int = 0
-
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(self.input + other.input, self.output + other.output)
-
-    @classmethod
-    def of(cls, prediction: Prediction) -> Tokens:
-        """The tokens of a prediction, as its server has reported them so far."""
-        metrics = prediction.metrics
-        return cls(int(metrics.get("input_token_count", 0)), int(metrics.get("output_token_count", 0)))
-
-
 _EXPRESSIONS = {Column.KEY: "keys.name", Column.DAY: "day", Column.MODEL: "model"}
 
 
@@ -66,11 +49,11 @@ class UsageTable:
 
     def add(self, prediction: Prediction, ended_at: float) -> None:
         """Count a prediction that has ended."""
-        tokens = Tokens.of(prediction)
+        tokens = prediction.tokens
         seconds = max(0.0, ended_at - (prediction.started_at or ended_at))
         key_id, day, model = (
             prediction.request.key_id,
-            day_of(prediction).isoformat(),
+            prediction.day.isoformat(),
             prediction.request.model,
         )
         with self._db.transaction():
@@ -114,8 +97,3 @@ class UsageTable:
         """Return the number of predictions of all time."""
         (count,) = self._db.execute("SELECT COALESCE(SUM(predictions), 0) FROM usage").fetchone()
         return int(count)
-
-
-def day_of(prediction: Prediction) -> date:
-    """The day in UTC on which a prediction is counted."""
-    return datetime.fromtimestamp(prediction.created_at, UTC).date()
