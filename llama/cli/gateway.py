@@ -212,11 +212,10 @@ def _prepare(
 
     Raises BadSettings if one of them cannot be used.
     """
-    from llama.gateway.settings import GatewaySettings
-    from llama.gateway.start import prepare
+    from llama.gateway.start import prepare, read_settings
     from llama.serving.server import free_port, url_of
 
-    settings = GatewaySettings.from_environment()
+    settings = read_settings()
     if notice is not None and "notice" not in settings.model_fields_set:
         settings = settings.model_copy(update={"notice": notice})
     try:

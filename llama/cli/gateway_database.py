@@ -14,12 +14,11 @@ from llama.settings import expanded
 
 
 @contextmanager
-def open_store(*, create: bool = False) -> Iterator[Store]:
-    """Open the database that LLAMA_GATEWAY_DATABASE names. If it does not exist, say that it is created.
+def open_store(settings: GatewaySettings, *, create: bool = False) -> Iterator[Store]:
+    """Open the gateway's database. If it does not exist, say that it is created.
 
     Raises BadSettings if it cannot be used, or if it does not exist and `create` is false.
     """
-    settings = GatewaySettings.from_environment()
     path = expanded(settings.database, "LLAMA_GATEWAY_DATABASE")
     if not create and not path.exists():
         raise BadSettings(

@@ -19,6 +19,7 @@ from llama.cli.gateway_database import open_store
 from llama.cli.terminal import command, print_table
 from llama.errors import BadSettings
 from llama.gateway.access.auth import RESERVED_NAMES
+from llama.gateway.settings import GatewaySettings
 from llama.gateway.storage.key_table import StoredKey
 from llama.gateway.storage.keys import KeyLimits, hash_of, new_key
 
@@ -101,7 +102,7 @@ def add(
         monthly_tokens=monthly_tokens,
         monthly_dollars=monthly_dollars,
     )
-    with open_store(create=True) as store:
+    with open_store(GatewaySettings.from_environment(), create=True) as store:
         try:
             store.keys.add(name, hash_of(key), limits)
         except ValueError as error:
@@ -129,7 +130,7 @@ def limit(
     }
     if all(value is None for value in given.values()):
         raise BadSettings("no limit is given; give at least one option, such as --monthly-dollars 20")
-    with open_store() as store, store.transaction():
+    with open_store(GatewaySettings.from_environment()) as store, store.transaction():
         key = store.keys.find(name)
         if key is None:
             raise BadSettings(f"no key named {name} is in use; `keys list` lists all keys")
@@ -141,7 +142,7 @@ def limit(
 @command
 def list_keys() -> None:
     """Print the names, limits and dates of all keys."""
-    with open_store() as store:
+    with open_store(GatewaySettings.from_environment()) as store:
         everything = store.keys.all()
     found = [stored for stored in everything if stored.key.name not in RESERVED_NAMES]
     if not found:
@@ -155,7 +156,7 @@ def list_keys() -> None:
 def revoke(name: ExistingName) -> None:
     """Revoke a key. Within about a second, a running gateway refuses it and cancels its predictions."""
     _check_name(name)
-    with open_store() as store:
+    with open_store(GatewaySettings.from_environment()) as store:
         if not store.keys.revoke(name):
             raise BadSettings(f"no key named {name} is in use; `keys list` lists all keys")
     print(f"The key {name} is revoked.", file=sys.stderr)

@@ -49,10 +49,10 @@ def usage(
     LLAMA_GATEWAY_DATABASE must name the file of the gateway. LLAMA_GATEWAY_INPUT_PRICE and
     LLAMA_GATEWAY_OUTPUT_PRICE set the prices, which also apply to earlier tokens.
     """
-    prices = GatewaySettings.from_environment().prices
+    settings = GatewaySettings.from_environment()
     columns = list(dict.fromkeys(by or [Column.KEY]))
-    with open_store() as store:
-        lines = with_prices(store.usage.sums(columns, since=since), prices)
+    with open_store(settings) as store:
+        lines = with_prices(store.usage.sums(columns, since=since), settings.prices)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow([*columns, *(column.replace(" ", "_") for column in _COLUMNS)])

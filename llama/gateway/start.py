@@ -84,7 +84,6 @@ def run(
     """Serve until SIGINT, SIGTERM or SIGHUP. If `reloads`, SIGHUP reads the list of servers again instead.
     `on_start` is called when the gateway listens. With a certificate, the gateway speaks HTTPS."""
     _allow_many_files()
-    configure(gateway.settings.log_format)
     GatewayServer(gateway, address, port, on_start, reloads=reloads, certificate=certificate).run()
 
 

@@ -264,6 +264,7 @@ def test_the_command_writes_only_json_and_lets_a_stream_end_after_sigterm(tmp_pa
         **os.environ,
         "LLAMA_GATEWAY_DATABASE": str(tmp_path / "gateway.sqlite3"),
         "LLAMA_GATEWAY_LOG_FORMAT": "json",
+        "LLAMA_GATEWAY_PLACE": "8",
     }
     with FakeCog(script_of) as cog, log.open("w") as output:
         command = [sys.executable, "-m", "llama", "gateway", "--server", cog.url, "--port", str(port)]
@@ -286,6 +287,7 @@ def test_the_command_writes_only_json_and_lets_a_stream_end_after_sigterm(tmp_pa
             process.wait()
     written = [json.loads(line) for line in log.read_text().splitlines()]
     messages = [line["message"] for line in written]
+    assert "LLAMA_GATEWAY_PLACE is not a known setting" in messages[0]
     assert f"the server {cog.url} is ready" in messages
     assert "stopping" in messages[-4]
     by_event = {line.get("event"): line for line in written}

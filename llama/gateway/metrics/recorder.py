@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
@@ -38,7 +37,6 @@ _TOKENS = tuple(2**power for power in range(3, 16))
 _CANCELLED = "cancelled"
 """The code of a cancelled completion of OpenAI's API. An alert subtracts its count, which begins with 0."""
 _MAX_CODES = 64
-_CODE = re.compile(r"E\d{4}")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY")
 
 
