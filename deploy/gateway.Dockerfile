@@ -22,8 +22,8 @@ COPY llama/cli llama/cli
 COPY llama/gateway llama/gateway
 COPY llama/serving llama/serving
 COPY llama/weights llama/weights
-# A new volume at /data gets the owner of this folder. The
-# Python files are compiled here, because the container's file system can be read-only.
+# A new volume at /data gets the owner of this folder. Python files are compiled here, because the container's
+# file system can be read-only.
 RUN python -m compileall -q llama && install --directory --owner 10001 --group 10001 --mode 700 /data
 # A numeric user, because Kubernetes cannot tell whether a named one is root.
 USER 10001:10001

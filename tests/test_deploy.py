@@ -5,6 +5,7 @@ The gateway runs here from exactly the files that the image gets.
 
 from __future__ import annotations
 
+import configparser
 import copy
 import inspect
 import json
@@ -25,9 +26,11 @@ import httpx2
 import pytest
 import yaml
 from server_clients import PATIENCE, events, exactly, tiny_server, until
+from typer.main import get_command
 
 from benchmarks.fake_cog import FakeCog
 from llama import ROOT, __version__
+from llama.cli.main import app as command_line
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.start import GatewayServer
 from llama.gateway.webhooks.webhooks import Webhooks
@@ -402,16 +405,20 @@ def test_the_guides_file_for_two_servers_gives_each_its_gpu(tmp_path: Path) -> N
 CODES = {"READY": 0, "BUSY": 0, "STARTING": 1, "SETUP_FAILED": 1, "UNHEALTHY": 1, "DEFUNCT": 1}
 """The exit codes of a health check of the model, by the status of the server."""
 
-PRINT_SIGNALS = "import os; os.kill = lambda number, signal: print(number, signal.name)\n"
+PRELUDE = """
+import os, time
+os.kill = lambda number, signal: print(number, signal.name)
+time.sleep = lambda seconds: None
+"""
+"""Signals are printed and not sent, because process 1 is another program here."""
 
 
 def run_check(command: list[str], url: str) -> tuple[int, str, str]:
-    """Run a health check of the model with the server at `url`. Returns its exit code and what it prints.
-    Signals are printed and not sent: here, process 1 is another program."""
+    """Run a health check of the model with the server at `url`. Returns its exit code and what it prints."""
     python, option, code = command
     assert (python, option) == ("python", "-c")
     assert code.count("5000") == 1
-    code = PRINT_SIGNALS + code.replace("5000", url.rpartition(":")[2])
+    code = PRELUDE + code.replace("5000", url.rpartition(":")[2])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"http_proxy": "http://127.0.0.1:1"},  # which it must not use
@@ -435,6 +442,14 @@ def test_the_models_health_check_reads_the_status_and_ends_a_container_that_cann
     signals = "1 SIGTERM\n" if status in ("UNHEALTHY", "DEFUNCT") else ""
     with FakeCog(health=status) as cog:
         assert run_check(models_check(), cog.url) == (code, signals, "")
+
+
+def test_a_model_that_recovers_gets_no_signal() -> None:
+    *python, code = models_check()
+    statuses = ["UNHEALTHY", "UNHEALTHY", "READY"]
+    fake = f"import json; found = iter({statuses}); json.load = lambda _: {{'status': next(found)}}\n"
+    with FakeCog() as cog:
+        assert run_check([*python, fake + code], cog.url) == (0, "", "")
 
 
 def test_a_model_that_does_not_respond_gets_no_signal() -> None:
@@ -485,6 +500,21 @@ def default_of(function: Any, name: str) -> float:
 
 GRACE = default_of(GatewayServer.__init__, "grace") + default_of(Webhooks.close, "grace")
 """Seconds that a gateway needs to stop, at most."""
+
+
+def test_the_service_of_systemd_starts_a_gateway_and_gives_it_time_to_stop() -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(DEPLOY / "llama-gateway.service")
+    service = unit["Service"]
+    assert float(service["TimeoutStopSec"]) >= GRACE + 10
+    python, *module, name, option, _ = service["ExecStart"].split()
+    assert python.endswith(".venv-gateway/bin/python")
+    assert (module, name) == (["-m", "llama"], "gateway")
+    parameters = get_command(command_line).commands["gateway"].params  # type: ignore[attr-defined]
+    assert option in {opt for parameter in parameters for opt in parameter.opts}
+    database = service["Environment"].removeprefix("LLAMA_GATEWAY_DATABASE=")
+    assert Path(database).parent == Path("/var/lib") / service["StateDirectory"]
 
 
 def test_a_container_has_more_time_to_stop_than_the_gateway_takes() -> None:

@@ -141,7 +141,8 @@ class Prediction:
     @property
     def tokens(self) -> Tokens:
         """Its tokens, as its server has reported them so far."""
-        return Tokens(*(int(self.metrics.get(f"{kind}_token_count", 0)) for kind in ("input", "output")))
+        found = self.metrics
+        return Tokens(int(found.get("input_token_count", 0)), int(found.get("output_token_count", 0)))
 
     @property
     def age(self) -> float:

@@ -18,7 +18,7 @@ from llama.gateway.access.throttle import Throttle
 from llama.gateway.dispatch.dispatcher import Dispatcher
 from llama.gateway.dispatch.queue import FairQueue
 from llama.gateway.prediction import Outcome, Prediction, PredictionRequest, Status
-from llama.gateway.problems import Problem
+from llama.gateway.problems import not_stored
 from llama.gateway.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Predictions:
                 await self._storage.run(lambda store: store.insert(predictions))
             except sqlite3.Error as error:
                 logger.error("predictions cannot be stored: %s", error)
-                raise _not_stored() from error
+                raise not_stored() from error
         self.created += count
         for prediction in predictions:
             self._begin(prediction)
@@ -205,13 +205,3 @@ class Predictions:
         older = f"before-{found[-1][0]}" if found and (backwards or more) else None
         newer = f"after-{found[0][0]}" if found and (direction == "before" or (backwards and more)) else None
         return Page([self._active.get(p.id, p) for _, p in found], older, newer)
-
-
-def _not_stored() -> Problem:
-    return Problem(
-        503,
-        "Service unavailable",
-        "The gateway cannot store predictions at the moment; its disk may be full. Try again later.",
-        code="service_unavailable",
-        headers={"Retry-After": "5"},
-    )

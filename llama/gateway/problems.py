@@ -60,6 +60,17 @@ def internal_error() -> Problem:
     return Problem(500, "Internal server error", detail, code="internal_error")
 
 
+def not_stored() -> Problem:
+    """The database cannot be written."""
+    return Problem(
+        503,
+        "Service unavailable",
+        "The gateway cannot store predictions at the moment; its disk may be full. Try again later.",
+        code="storage_unavailable",
+        headers={"Retry-After": "5"},
+    )
+
+
 def more_than_possible(count: int, limit: str) -> Problem:
     """A request for more choices than a limit ever allows, so a retry cannot succeed."""
     detail = f"The request counts as {count} predictions, but {limit}. Ask for fewer choices at a time."

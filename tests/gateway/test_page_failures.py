@@ -186,7 +186,7 @@ def test_messages_wait_for_a_model_that_is_starting(users: Users, cog: FakeCog, 
 def test_both_views_say_that_no_server_is_ready_any_more(
     users: Users, gateway: Gateway, cog: FakeCog
 ) -> None:
-    unready = "No server of the model is ready. The message waits until one is."
+    unready = "No server of the model is ready. The answer begins when one is."
     cog.rules.script = Script(["One"], hold_after=0)
     user = users(gateway)
     user.visit.allow_status(503)

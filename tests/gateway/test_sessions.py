@@ -220,9 +220,11 @@ class TestEnd:
         assert (key_name(thief), status(thief)) == (None, 401)
 
     def test_a_session_outlives_a_restart(self, gateway: Gateway) -> None:
-        client = browser(gateway)
+        client, file = browser(gateway), Path(f"{gateway.settings.database}.session-secret")
+        file.chmod(0o644)
         gateway.restart()
         assert key_name(client) == "environment"
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
     def test_a_copy_of_the_database_logs_nobody_in(
         self, cog: FakeCog, gateway: Gateway, tmp_path: Path
@@ -249,6 +251,7 @@ class TestEnd:
                 file.unlink()
             else:
                 file.write_bytes(damage)
+                file.chmod(0o644)
             gateway.restart()
             assert status(gateway.client_of(None), cookie=cookie) == 401
             assert status(browser(gateway)) == 200

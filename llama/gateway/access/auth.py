@@ -113,16 +113,15 @@ class Keys:
         ]
 
     async def refresh(self) -> None:
-        """Read the keys again, at most once a second. If the database does not respond, nobody waits longer
-        than a second for it."""
-        waited = self._clock() - self._read_at
+        """Read the keys again, at most once a second. If the database does not respond, a caller waits at
+        most a second, and the last known keys are used."""
         if self._reading is None:
-            if waited < _SECONDS_FRESH:
+            if self._clock() - self._read_at < _SECONDS_FRESH:
                 return
-            waited, self._read_at = 0.0, self._clock()
+            self._read_at = self._clock()
             self._reading = asyncio.create_task(self._read_again())
         reading = self._reading
-        await asyncio.wait({reading}, timeout=max(0.0, _PATIENCE - waited))
+        await asyncio.wait({reading}, timeout=max(0.0, self._read_at + _PATIENCE - self._clock()))
         if reading.done():
             reading.result()
         else:

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 
 from llama.errors import EngineError, GatewayError, LlamaError, UserError
 from llama.gateway.prediction import Outcome, Prediction, Status
+from llama.gateway.problems import internal_error, not_stored
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,6 @@ _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.
 _LASTING = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 _TOKENS = tuple(2**power for power in range(3, 16))
 
-_CANCELLED = "cancelled"
-"""The code of a cancelled completion of OpenAI's API. An alert subtracts its count, which begins with 0."""
 _MAX_CODES = 64
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY")
 
@@ -99,8 +98,10 @@ class Metrics:
             self._failures.labels(code)
         for reason in ("busy", "lost"):
             self._requeues.labels(reason)
-        self._refused.labels(500, _CANCELLED)
-        self._codes = {_CANCELLED}
+        self._codes = set[str]()
+        for problem in (internal_error(), not_stored()):  # an alert compares their numbers
+            self._codes.add(problem.code or "")
+            self._refused.labels(problem.status, problem.code)
 
     def _create_histograms(self) -> None:
         self._first = self._histogram(

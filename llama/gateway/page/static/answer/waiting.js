@@ -1,7 +1,7 @@
 /** What an answer without any text waits for: the first token, or a server of the model. */
 
 const FIRST_TOKEN = "Waiting for the first token …";
-const SERVER = "No server of the model is ready. The message waits until one is.";
+const SERVER = "No server of the model is ready. The answer begins when one is.";
 const SECONDS_BETWEEN_CHECKS = 5;
 
 export class Waiting {

@@ -154,7 +154,7 @@ export class Conversation {
     };
     this.#run = new Run(this.#dependencies.api, {
       onPiece: (piece, start) => {
-        // After a reload or in another chat, the stream repeats what is already shown.
+        // After a reload, or when this chat is shown again, the stream begins with the first piece.
         const added = piece.slice(Math.max(0, answer.content.length - start));
         if (added === "") return;
         grow(answer.content + added);

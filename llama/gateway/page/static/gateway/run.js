@@ -44,7 +44,7 @@ export class Run {
     return follow(this.#api, prediction, this.#listener, showing);
   }
 
-  /** @param {boolean} isShown whether the output is shown; otherwise it arrives later */
+  /** @param {boolean} isShown whether the output is shown: then it is streamed, otherwise it is polled */
   setShown(isShown) {
     if (isShown === this.#isShown) return;
     this.#isShown = isShown;

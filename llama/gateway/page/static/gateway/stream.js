@@ -130,7 +130,12 @@ function readStream(token, listener, left) {
 function pause(milliseconds, changed) {
   if (changed.aborted) return;
   return new Promise((resolve) => {
-    setTimeout(resolve, milliseconds);
-    changed.addEventListener("abort", resolve);
+    const end = () => {
+      clearTimeout(timer);
+      changed.removeEventListener("abort", end);
+      resolve(undefined);
+    };
+    const timer = setTimeout(end, milliseconds);
+    changed.addEventListener("abort", end);
   });
 }
