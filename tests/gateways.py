@@ -19,11 +19,18 @@ from llama.gateway import gateway
 from llama.gateway.app import create_app
 from llama.gateway.dispatch.addresses import Addresses
 from llama.gateway.settings import GatewaySettings
+from llama.gateway.start import GatewayServer
 from llama.gateway.storage.keys import KeyLimits, hash_of, new_key
 from llama.gateway.storage.store import Store
 
 KEY = "test"
 MODEL = "meta/llama-2-70b-chat"
+
+
+def port_of(server: GatewayServer) -> int:
+    """The port of a server that has started with port 0, so that no other test can take it first."""
+    port: int = server.servers[0].sockets[0].getsockname()[1]
+    return port
 
 
 class Gateway:

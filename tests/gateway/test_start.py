@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from gateways import KEY, MODEL
+from gateways import KEY, MODEL, port_of
 from server_clients import PATIENCE, until
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -27,7 +27,6 @@ from llama.gateway.gateway import Gateway
 from llama.gateway.http.protocol import LimitedProtocol, Limits
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.start import GatewayServer
-from llama.serving.server import free_port
 
 LINE = "GET /healthz HTTP/1.1\r\nHost: x\r\n"
 AUTHORIZED = f"Host: x\r\nAuthorization: Bearer {KEY}\r\n"
@@ -39,11 +38,11 @@ class Running:
     def __init__(self, servers: list[str], database: Path, *, grace: int, limits: Limits) -> None:
         self._arguments = servers, database, grace, limits
         self._started = threading.Event()
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self.thread.start()
         assert self._started.wait(PATIENCE)
+        self.port = port_of(self.server)
+        self.url = f"http://127.0.0.1:{self.port}"
         headers = {"Authorization": f"Bearer {KEY}"}
         self.client = httpx2.Client(base_url=self.url, headers=headers, timeout=PATIENCE, trust_env=False)
 
@@ -52,7 +51,7 @@ class Running:
         settings = GatewaySettings.model_validate({"key": KEY, "database": database})
         self.gateway = Gateway(settings, Addresses(servers), grace=grace, ping_interval=0.05)
         self.server = GatewayServer(
-            self.gateway, "127.0.0.1", self.port, self._started.set, grace=grace, limits=limits
+            self.gateway, "127.0.0.1", 0, self._started.set, grace=grace, limits=limits
         )
         await self.server.serve()
 

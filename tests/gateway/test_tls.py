@@ -21,7 +21,7 @@ import httpx2
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
-from gateways import KEY, MODEL
+from gateways import KEY, MODEL, port_of
 from server_clients import PATIENCE, until
 
 from benchmarks.fake_cog import FakeCog, Script
@@ -33,7 +33,6 @@ from llama.gateway.http.protocol import Limits
 from llama.gateway.http.tls import Certificate
 from llama.gateway.settings import GatewaySettings
 from llama.gateway.start import GatewayServer
-from llama.serving.server import free_port
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,13 @@ class Secured:
         self, cog: FakeCog, database: Path, files: Files, trust: ssl.SSLContext, limits: Limits
     ) -> None:
         self._trust = trust
-        self.port, self._started = free_port(), threading.Event()
-        self.url = f"https://127.0.0.1:{self.port}"
+        self._started = threading.Event()
         settings = GatewaySettings.model_validate({"key": KEY, "database": database})
         self._gateway = Gateway(settings, Addresses([cog.url]), grace=1, ping_interval=0.05)
         self.server = GatewayServer(
             self._gateway,
             "127.0.0.1",
-            self.port,
+            0,
             self._started.set,
             grace=1,
             limits=limits,
@@ -91,6 +89,8 @@ class Secured:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
         assert self._started.wait(PATIENCE)
+        self.port = port_of(self.server)
+        self.url = f"https://127.0.0.1:{self.port}"
         headers = {"Authorization": f"Bearer {KEY}"}
         self.client = httpx2.Client(
             base_url=self.url, headers=headers, timeout=PATIENCE, trust_env=False, verify=trust
