@@ -29,7 +29,7 @@ install: $(VENV)/.installed ## create .venv with the project and its requirement
 
 $(VENV)/.installed: pyproject.toml requirements.txt requirements-dev.txt requirements-gateway.txt requirements-embedded.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	@echo "installing the project and its requirements into $(VENV): about two minutes, only once" >&2
+	@echo "installing the project and its requirements into $(VENV): two to three minutes, only once" >&2
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt -e . >&2
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r requirements-embedded.txt >&2

@@ -180,8 +180,8 @@ class _Prepared:
         if self.gateway.keys.needed:
             return f"Clients need a key; `{sys.executable} -m llama keys add NAME` prints a new one."
         return (
-            "There is no key, so the gateway serves this machine only, and clients can send any key. "
-            f"`{sys.executable} -m llama keys add NAME` adds one."
+            "There is no key, so only this machine can use the gateway, and clients can send any key. To "
+            f"share it, run `{sys.executable} -m llama keys add NAME` and start it again with --host 0.0.0.0."
         )
 
 

@@ -15,7 +15,7 @@ from llama.settings import expanded
 
 @contextmanager
 def open_store(settings: GatewaySettings, *, create: bool = False) -> Iterator[Store]:
-    """Open the gateway's database. If it does not exist, say that it is created.
+    """Open the gateway's database. If it is created, say so.
 
     Raises BadSettings if it cannot be used, or if it does not exist and `create` is false.
     """
@@ -25,9 +25,10 @@ def open_store(settings: GatewaySettings, *, create: bool = False) -> Iterator[S
             f"there is no database {path}; set LLAMA_GATEWAY_DATABASE to the gateway's file, or create it by "
             "starting a gateway or with `keys add`"
         )
-    if not path.exists():
-        print(f"Creating the database {path}. A gateway must use the same one.", file=sys.stderr)
+    is_new = not path.exists()
     store = Store(path)
+    if is_new:
+        print(f"The database {path} is new. Gateways with another one do not know its keys.", file=sys.stderr)
     try:
         yield store
     except sqlite3.Error as error:

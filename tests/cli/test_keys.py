@@ -90,8 +90,8 @@ def test_only_add_creates_a_database_and_says_so(database: Path) -> None:
         assert f"there is no database {database}" in refused.stderr
         assert not database.exists()
     first, second = run(database, "add", "ann"), run(database, "add", "bob")
-    assert f"Creating the database {database}." in first.stderr
-    assert "Creating" not in second.stderr
+    assert f"The database {database} is new." in first.stderr
+    assert "is new" not in second.stderr
 
 
 def test_list_without_keys_says_how_to_add_one(database: Path) -> None:

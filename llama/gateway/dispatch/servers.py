@@ -31,6 +31,8 @@ class Server:
         self._places = places
         self.in_flight = 0
         self.ready = False
+        self.checked = False
+        """Whether it has had a health check. The first result is logged even if it is not ready."""
         self.listed = True
         """False when it is no longer on the list. Its running predictions go on."""
         self.full_until = 0.0
@@ -142,7 +144,8 @@ class Servers:
         if status is not None:
             server.responded_at = time.monotonic()
         ready = status in _READY
-        if ready != server.ready:
+        if ready != server.ready or not server.checked:
+            server.checked = True
             logger.info(
                 "the server %s is %s",
                 server.url,

@@ -71,8 +71,8 @@ def usable(path: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error) as error:
         raise BadSettings(
-            f"the database {path} cannot be opened ({error}); set LLAMA_GATEWAY_DATABASE to a file that can "
-            "be written"
+            f"the database {path} cannot be opened ({error}); use it as the user to whom it belongs, or set "
+            "LLAMA_GATEWAY_DATABASE to a file that can be written"
         ) from error
 
 

@@ -42,7 +42,8 @@ export function logElements(prediction, hint) {
   const { prompt, rest } = readLog(prediction.logs);
   const first =
     prompt === null ? element("p", { class: "hint" }, hint) : block("Formatted prompt", marked(prompt));
-  return rest ? [first, block("The rest of the log", [rest])] : [first];
+  const title = prompt === null ? "Log" : "The rest of the log";
+  return rest ? [first, block(title, [rest])] : [first];
 }
 
 /**
