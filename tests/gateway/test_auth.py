@@ -6,7 +6,6 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,8 +30,8 @@ class Clock:
 class Scene:
     """A gateway's keys, and the database as the command line sees it."""
 
-    def __init__(self, keys: Keys, command_line: Store, clock: Clock) -> None:
-        self.keys, self.command_line, self.clock = keys, command_line, clock
+    def __init__(self, keys: Keys, storage: Storage, command_line: Store, clock: Clock) -> None:
+        self.keys, self.storage, self.command_line, self.clock = keys, storage, command_line, clock
 
     async def name(self, authorization: str | None) -> str:
         return (await self.keys.identify(authorization)).name
@@ -49,18 +48,22 @@ Play = Callable[..., None]
 
 @pytest.fixture
 def play(tmp_path: Path) -> Play:
-    """Run an async scene with freshly loaded keys."""
+    """Run an async scene with freshly loaded keys. `kind` is the class of the gateway's storage."""
     path = tmp_path / "gateway.sqlite3"
 
     def run(
-        scene: Callable[[Scene], Awaitable[None]], *, key: str | None = None, loopback: bool = True
+        scene: Callable[[Scene], Awaitable[None]],
+        *,
+        key: str | None = None,
+        loopback: bool = True,
+        kind: type[Storage] = Storage,
     ) -> None:
         async def with_keys() -> None:
-            storage, command_line, clock = Storage(path), Store(path), Clock()
+            storage, command_line, clock = kind(path), Store(path), Clock()
             try:
                 keys = Keys(storage, environment_key=key, loopback=loopback, clock=clock)
                 await keys.load()
-                await scene(Scene(keys, command_line, clock))
+                await scene(Scene(keys, storage, command_line, clock))
             finally:
                 command_line.close()
                 storage.close()
@@ -215,7 +218,7 @@ def test_the_environments_key_ends_with_its_variable(play: Play) -> None:
     play(without)
 
 
-def test_the_database_is_read_at_most_once_a_second(tmp_path: Path) -> None:
+def test_the_database_is_read_at_most_once_a_second(play: Play) -> None:
     class Counting(Storage):
         reads = 0
 
@@ -223,25 +226,19 @@ def test_the_database_is_read_at_most_once_a_second(tmp_path: Path) -> None:
             type(self).reads += 1
             return await super().run(function)
 
-    async def scene() -> None:
-        storage, clock = Counting(tmp_path / "gateway.sqlite3"), Clock()
-        try:
-            keys = Keys(storage, environment_key="s3cret", loopback=False, clock=clock)
-            await keys.load()
-            before = Counting.reads
-            await asyncio.gather(*(keys.identify("Bearer s3cret") for _ in range(100)))
-            assert Counting.reads == before
-            clock.now += 1.0
-            await asyncio.gather(*(keys.identify("Bearer s3cret") for _ in range(100)))
-            assert Counting.reads == before + 1
-        finally:
-            storage.close()
+    async def scene(s: Scene) -> None:
+        before = Counting.reads
+        await asyncio.gather(*(s.name("Bearer s3cret") for _ in range(100)))
+        assert Counting.reads == before
+        s.clock.now += 1.0
+        await asyncio.gather(*(s.name("Bearer s3cret") for _ in range(100)))
+        assert Counting.reads == before + 1
 
-    asyncio.run(scene())
+    play(scene, key="s3cret", loopback=False, kind=Counting)
 
 
 def test_while_the_database_does_not_respond_the_last_known_keys_are_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    play: Play, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Hanging(Storage):
         released: asyncio.Event | None = None
@@ -251,37 +248,30 @@ def test_while_the_database_does_not_respond_the_last_known_keys_are_used(
                 await self.released.wait()
             return await super().run(function)
 
-    async def scene() -> None:
-        storage, clock = Hanging(tmp_path / "gateway.sqlite3"), Clock()
-        try:
-            keys = Keys(storage, environment_key="s3cret", loopback=False, clock=clock)
-            await keys.load()
-            storage.released = asyncio.Event()
-            clock.now += 1.0
-            async with asyncio.timeout(30):  # this one waits a second
-                assert (await keys.identify("Bearer s3cret")).name == "environment"
-            with closing(Store(tmp_path / "gateway.sqlite3")) as store:
-                store.keys.add("new", hash_of("new"))
-            monkeypatch.setattr("llama.gateway.access.auth._PATIENCE", 60.0)
-            clock.now += 60.0
-            for _ in range(3):
-                async with asyncio.timeout(30):  # these do not wait
-                    with pytest.raises(Problem):
-                        await keys.identify("Bearer new")
-            assert caplog.text.count("does not respond") == 1
-            storage.released.set()
-            async with asyncio.timeout(30):
-                while keys.find("new") is None:
-                    await asyncio.sleep(0.01)
-        finally:
-            storage.close()
+    async def scene(s: Scene) -> None:
+        assert isinstance(s.storage, Hanging)
+        s.storage.released = asyncio.Event()
+        s.clock.now += 1.0
+        async with asyncio.timeout(30):  # this one waits a second
+            assert await s.name("Bearer s3cret") == "environment"
+        s.command_line.keys.add("new", hash_of("new"))
+        monkeypatch.setattr("llama.gateway.access.auth._PATIENCE", 60.0)
+        s.clock.now += 60.0
+        for _ in range(3):
+            async with asyncio.timeout(30):  # these do not wait
+                await s.refusal("Bearer new")
+        assert caplog.text.count("does not respond") == 1
+        s.storage.released.set()
+        async with asyncio.timeout(30):
+            while s.keys.find("new") is None:
+                await asyncio.sleep(0.01)
 
     with caplog.at_level(logging.ERROR):
-        asyncio.run(scene())
+        play(scene, key="s3cret", loopback=False, kind=Hanging)
 
 
 def test_while_the_database_cannot_be_read_the_last_known_keys_are_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    play: Play, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Failing(Storage):
         fails = False
@@ -291,24 +281,18 @@ def test_while_the_database_cannot_be_read_the_last_known_keys_are_used(
                 raise sqlite3.OperationalError("disk I/O error")
             return await super().run(function)
 
-    async def scene() -> None:
-        storage, clock = Failing(tmp_path / "gateway.sqlite3"), Clock()
-        try:
-            keys = Keys(storage, environment_key="s3cret", loopback=False, clock=clock)
-            await keys.load()
-            for outages in (1, 2):
-                storage.fails = True
-                for _ in range(3):
-                    clock.now += 1.0
-                    assert (await keys.identify("Bearer s3cret")).name == "environment"
-                    with pytest.raises(Problem):
-                        await keys.identify("Bearer wrong")
-                assert caplog.text.count("disk I/O error") == outages
-                storage.fails = False
-                clock.now += 1.0
-                await keys.identify("Bearer s3cret")
-        finally:
-            storage.close()
+    async def scene(s: Scene) -> None:
+        assert isinstance(s.storage, Failing)
+        for outages in (1, 2):
+            s.storage.fails = True
+            for _ in range(3):
+                s.clock.now += 1.0
+                assert await s.name("Bearer s3cret") == "environment"
+                await s.refusal("Bearer wrong")
+            assert caplog.text.count("disk I/O error") == outages
+            s.storage.fails = False
+            s.clock.now += 1.0
+            await s.name("Bearer s3cret")
 
     with caplog.at_level(logging.ERROR):
-        asyncio.run(scene())
+        play(scene, key="s3cret", loopback=False, kind=Failing)
