@@ -20,12 +20,12 @@ def open_store(settings: GatewaySettings, *, create: bool = False) -> Iterator[S
     Raises BadSettings if it cannot be used, or if it does not exist and `create` is false.
     """
     path = expanded(settings.database, "LLAMA_GATEWAY_DATABASE")
-    if not create and not path.exists():
+    is_new = not path.exists()
+    if is_new and not create:
         raise BadSettings(
             f"there is no database {path}; set LLAMA_GATEWAY_DATABASE to the gateway's file, or create it by "
             "starting a gateway or with `keys add`"
         )
-    is_new = not path.exists()
     store = Store(path)
     if is_new:
         print(f"The database {path} is new. Gateways with another one do not know its keys.", file=sys.stderr)

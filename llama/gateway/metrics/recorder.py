@@ -99,7 +99,7 @@ class Metrics:
         for reason in ("busy", "lost"):
             self._requeues.labels(reason)
         self._codes = set[str]()
-        for problem in (internal_error(), not_stored()):  # an alert compares their numbers
+        for problem in (internal_error(), not_stored()):  # an alert needs their numbers from the start
             self._codes.add(problem.code or "")
             self._refused.labels(problem.status, problem.code)
 
